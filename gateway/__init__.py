@@ -1,0 +1,1 @@
+"""A thin gateway in front of vLLM model servers."""

@@ -1,0 +1,48 @@
+"""The command `vllm-gateway`: serve, up, demo-model, check."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from gateway import config
+from gateway.server import CannotListen
+from gateway.server import serve as run_server
+
+_EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@click.version_option(package_name="vllm-gateway")
+def main() -> None:
+    """A thin gateway in front of vLLM model servers."""
+
+
+@main.command(epilog=_EPILOG)
+@click.option(
+    "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
+)
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", help="Port to listen on.")
+@click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
+def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> None:
+    """Serve, in front of a vLLM that already runs."""
+    try:
+        settings, warnings = config.load(env_file, upstreams=upstreams or None, **given)
+        run_server(settings, warnings)
+    except (config.SettingsError, CannotListen) as error:
+        _stop(error)
+
+
+@main.command()
+def settings() -> None:
+    """List every setting, its default and its meaning."""
+    for names, default, meaning in config.table():
+        click.echo(f"{names}{f' = {default}' if default else ''}\n    {meaning}")
+
+
+def _stop(error: Exception) -> None:
+    click.echo(f"vllm-gateway: {error}", err=True)
+    sys.exit(2)

@@ -1,0 +1,251 @@
+"""Settings: the only reader of the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+# Kubernetes puts these into every container beside a Service that is named `gateway`.
+_KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")
+
+
+class SettingsError(Exception):
+    """One or more settings are wrong; the text has a sentence for each, a line each."""
+
+
+def _injected_by_kubernetes(name: str, value: str | None) -> bool:
+    return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and (value or "").startswith("tcp://"))
+
+
+class _Environment(EnvSettingsSource):
+    """The process's environment without what Kubernetes injects for a Service named gateway."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        found = super()._load_env_vars()
+        return {name: value for name, value in found.items() if not _injected_by_kubernetes(name, value)}
+
+
+class _EnvironmentSettings(BaseSettings):
+    """What all our settings share: exact names, quotes stripped, an empty value is no value."""
+
+    model_config = SettingsConfigDict(
+        case_sensitive=True, env_ignore_empty=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line beats the environment, the environment beats the file."""
+        return init_settings, _Environment(settings_cls), dotenv_settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strip_quotes(cls, values: Any) -> Any:
+        # `docker run --env-file` keeps the quotes that Compose and shells take off.
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value[1:-1]
+            if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+            else value
+            for name, value in values.items()
+        }
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+T = TypeVar("T", bound=_EnvironmentSettings)
+
+
+class Settings(_EnvironmentSettings):
+    """Settings of the gateway. Each can be given as `GATEWAY_…`; some have an older name as well."""
+
+    model_config = SettingsConfigDict(alias_generator=lambda field: f"GATEWAY_{field.upper()}")
+
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    port: int = Field(
+        9000,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices("GATEWAY_PORT", "LLM_USVC_PORT"),
+        description="Port to listen on.",
+    )
+    upstreams: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("http://localhost:8008",),
+        validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),
+        description="URLs of the vLLM servers, separated by commas.",
+    )
+    upstream_api_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"),
+        description="Key sent to the vLLM servers; a client's own Authorization is never passed on.",
+    )
+    model: str | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_MODEL", "LLM_MODEL_NAME"),
+        description="Model of a simplified request that names none; unset: the one that the upstream serves.",
+    )
+    stream_style: Literal["openai", "repr"] = Field(
+        "openai", description="How simplified streams look; a request may say its own `stream_style`."
+    )
+    disable_streaming: bool = Field(
+        False,
+        validation_alias=AliasChoices("GATEWAY_DISABLE_STREAMING", "LLM_DISABLE_STREAMING"),
+        description="Answer every simplified request whole, whatever it asks for.",
+    )
+    system_role: Literal["system", "merge"] = Field(
+        "system", description="`merge` puts the system text before the user's, for models that refuse a system role."
+    )
+    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body, in bytes.")
+    connect_timeout: Seconds = Field(5, description="Seconds to connect to an upstream.")
+    first_token_timeout: Seconds = Field(300, description="Seconds until the first byte of a streamed answer.")
+    idle_timeout: Seconds = Field(60, description="Seconds between two reads of a streamed answer.")
+    total_timeout: Seconds = Field(1800, description="Seconds for a whole call.")
+    body_timeout: Seconds = Field(30, description="Seconds between two reads of a request's body.")
+    probe_interval: Seconds = Field(5, description="Seconds between two probes of an upstream that serves.")
+    drain_timeout: float = Field(30, ge=0, description="Seconds that running answers get to end after SIGTERM.")
+    log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO",
+        validation_alias=AliasChoices("GATEWAY_LOG_LEVEL", "OPEA_LOGGER_LEVEL"),
+        description="Lines below this level are left out.",
+    )
+
+    @field_validator("upstreams", mode="before")
+    @classmethod
+    def _split_upstreams(cls, value: Any) -> Any:
+        return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
+
+    @field_validator("upstreams")
+    @classmethod
+    def _check_upstreams(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        urls = tuple(_upstream_url(url) for url in value)
+        if len(set(urls)) != len(urls):
+            raise ValueError("each URL once")
+        return urls
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("upstream_api_key")
+    @classmethod
+    def _header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+            raise ValueError("printable ASCII characters without spaces")
+        return value
+
+
+def _upstream_url(url: str) -> str:
+    """`http://host:port[/prefix]`, without the `/v1` that some configurations carry."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("URLs like http://host:8008, separated by commas") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or port == 0:
+        raise ValueError("URLs like http://host:8008, separated by commas")
+    if parts.username or parts.password:
+        raise ValueError("URLs without a user or password; set GATEWAY_UPSTREAM_API_KEY for a key")
+    if not re.fullmatch(r"[A-Za-z0-9._:\-\[\]]+", parts.netloc) or not re.fullmatch(r"[!-~]*", parts.path):
+        raise ValueError("URLs of plain ASCII characters")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:
+    """The environment names of a field, the one that wins first."""
+    alias = settings.model_fields[field].validation_alias
+    if isinstance(alias, AliasChoices):
+        return tuple(str(choice) for choice in alias.choices)
+    return (alias,) if isinstance(alias, str) else (field,)
+
+
+def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, list[str]]:
+    """The gateway's settings and the warnings about them.
+
+    `given` comes from the command line and wins over the environment, which wins over `env_file`.
+    Raises SettingsError for a wrong value, an unknown `GATEWAY_` name or a file that cannot be read.
+    """
+    environment = _names_set(env_file)
+    _refuse_unknown(environment)
+    return build(Settings, env_file, **given), list(_differing_aliases(environment))
+
+
+def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
+    """An instance of `kind` from the command line, the environment and the file; raises SettingsError."""
+    try:
+        return kind(_env_file=env_file, **{name: value for name, value in given.items() if value is not None})  # type: ignore[call-arg]  # BaseSettings takes it, its type-checked signature does not
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentences(error, kind))) from None
+
+
+def _names_set(env_file: str | Path | None) -> dict[str, str]:
+    found: dict[str, str | None] = {}
+    if env_file is not None:
+        if not os.access(env_file, os.R_OK):
+            raise SettingsError(f"The file of settings {str(env_file)!r} cannot be read: name one that exists.")
+        found.update(dotenv_values(env_file))
+    found.update(os.environ)
+    return {name: value for name, value in found.items() if value and not _injected_by_kubernetes(name, value)}
+
+
+def _refuse_unknown(environment: Iterable[str]) -> None:
+    known = [name for field in Settings.model_fields for name in names_of(field)]
+    wrong = []
+    for name in sorted(environment):
+        if name.startswith("GATEWAY_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            wrong.append(f"{name} is not a setting of the gateway: did you mean {near[0]}?")
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+
+
+def _differing_aliases(environment: Mapping[str, str]) -> Iterable[str]:
+    for field in Settings.model_fields:
+        first, *others = names_of(field)
+        for other in others:
+            if first in environment and other in environment and environment[first] != environment[other]:
+                yield f"{first} and {other} are both set and differ: {first} is used."
+
+
+def _sentences(error: ValidationError, kind: type[BaseSettings]) -> Iterable[str]:
+    for problem in error.errors(include_url=False, include_input=True):
+        place = str(problem["loc"][0]) if problem["loc"] else ""
+        field = next((f for f in kind.model_fields if place == f or place in names_of(f, kind)), place)
+        name = next((n for n in names_of(field, kind) if n in os.environ), names_of(field, kind)[0])
+        secret = "SecretStr" in str(kind.model_fields[field].annotation)
+        value = "its value" if secret else repr(problem["input"])
+        yield f"{name} is wrong: {value}. Allowed: {_allowed(problem['type'], problem['msg'])}."
+
+
+def _allowed(kind: str, message: str) -> str:
+    if kind == "bool_parsing":
+        return "true or false"
+    if kind in ("int_parsing", "float_parsing"):
+        return "a number"
+    return message.removeprefix("Value error, ").removeprefix("Input should be ")
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Names, default and meaning of every setting, for `--help` and the README."""
+    rows = []
+    for field, info in Settings.model_fields.items():
+        default = info.default
+        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
+        rows.append((", ".join(names_of(field)), shown, info.description or ""))
+    return rows

@@ -1,0 +1,194 @@
+"""One short handler per route; the data path's are the ASGI adapter of an exchange."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import GatewayError, MethodNotAllowed, NotFound
+from gateway.exchange import ROUTES, Exchange, Route
+from gateway.headers import Header, sane_request_id
+
+_log = logging.getLogger(__name__)
+
+# An adapter's queue pauses the upstream above the one and resumes it below the other, in bytes.
+_HIGH_WATER = 64 * 1024
+_LOW_WATER = 16 * 1024
+
+# Starlette answers HEAD wherever it answers GET; the exchange asks upstream by GET, the server drops the body.
+_DATA_PATH = {(route.method, route.path) for route in ROUTES}
+_DATA_PATH |= {("HEAD", path) for method, path in _DATA_PATH if method == "GET"}
+# Asked again and again by machines: a line for each would hide the others.
+_QUIET = frozenset({"/health", "/metrics", "/v1/health_check"})
+
+
+class Relay:
+    """A data-path route as an ASGI application: drives an exchange from `receive` and `send`."""
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, until its answer is written or its client has gone."""
+        client = _AsgiClient()
+        path = scope["state"]["data_path"]
+        exchange = client.exchange = Exchange(path, client, self._route, scope["query_string"], scope["headers"])
+        reader = asyncio.create_task(self._read(exchange, client, receive))
+        try:
+            await client.write(send)
+        finally:
+            reader.cancel()
+            exchange.client_gone()
+
+    @staticmethod
+    async def _read(exchange: Exchange, client: _AsgiClient, receive: Receive) -> None:
+        """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
+        exchange.begin()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                exchange.client_gone()
+                client.abort()
+                return
+            if body := message.get("body"):
+                exchange.request_body(body)
+            if not message.get("more_body"):
+                exchange.request_end()
+
+
+class _AsgiClient:
+    """The exchange's client: queues what goes out, as `send` has to be awaited."""
+
+    exchange: Exchange
+
+    def __init__(self) -> None:
+        self._queue: deque[Message] = deque()
+        self._queued = 0
+        self._paused = False
+        self._aborted = False
+        self._wake = asyncio.Event()
+
+    def start(self, status: int, headers: list[Header]) -> None:
+        self._put({"type": "http.response.start", "status": status, "headers": headers})
+
+    def body(self, data: bytes) -> None:
+        self._queued += len(data)
+        self._put({"type": "http.response.body", "body": data, "more_body": True})
+        if self._queued > _HIGH_WATER and not self._paused:
+            self._paused = True
+            self.exchange.client_paused()
+
+    def end(self) -> None:
+        self._put({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._wake.set()
+
+    def _put(self, message: Message) -> None:
+        self._queue.append(message)
+        self._wake.set()
+
+    async def write(self, send: Send) -> None:
+        """Send what comes until the answer ends; after an abort return at once, which a server takes as a cut."""
+        ended = False
+        while not ended:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                message = self._queue.popleft()
+                await send(message)
+                self._queued -= len(message.get("body", b""))
+                ended = message.get("more_body") is False
+                if self._paused and self._queued < _LOW_WATER:
+                    self._paused = False
+                    self.exchange.client_resumed()
+            if self._aborted:
+                return
+
+
+class Outermost:
+    """Every request but the data path's: its id, its log line, its count, and an answer if its handler fails."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) in _DATA_PATH:
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = sane_request_id(scope["headers"]) or uuid.uuid4().hex
+        started, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
+            error = GatewayError("The gateway failed; its log says why under this request id.")
+            if status == 0:
+                await to_response(error, request_id)(scope, receive, send_with_id)
+        state = scope["state"]
+        route = scope["path"] if status != 404 else "unknown"
+        state["metrics"].other(route, status)
+        if route not in _QUIET or status >= 400:
+            state["request_log"].other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
+
+
+def to_response(error: GatewayError, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    """An error as a response, in OpenAI's envelope."""
+    return Response(error.envelope(request_id), error.status, headers, media_type="application/json")
+
+
+async def refused(request: Request, exception: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method on it."""
+    assert isinstance(exception, HTTPException)
+    error: GatewayError
+    path = request.scope["path"][:200]
+    if exception.status_code == 405:
+        allowed = (exception.headers or {}).get("Allow", "")
+        error = MethodNotAllowed(f"{request.method[:20]} is not allowed on {path!r}; allowed: {allowed}.")
+    else:
+        error = NotFound(f"There is no path {path!r} here.")
+    headers = dict(exception.headers) if exception.headers else None
+    return to_response(error, request.scope["request_id"], headers)
+
+
+async def health(request: Request) -> Response:
+    """This process lives; says nothing of the upstreams."""
+    return JSONResponse({"status": "ok"})
+
+
+async def health_check(request: Request) -> Response:
+    """200 only when a chat call would succeed now, else 503, with how each upstream is."""
+    prober = request.state.prober
+    await prober.probe_all()
+    upstreams = prober.report(time.monotonic())
+    serving = any(upstream["state"] == "serving" for upstream in upstreams)
+    body: dict[str, Any] = {
+        "Service Title": "vllm-gateway",
+        "Service Description": "A thin gateway in front of vLLM model servers",
+        "status": "serving" if serving else "unavailable",
+        "upstreams": upstreams,
+    }
+    return JSONResponse(body, 200 if serving else 503, None if serving else {"retry-after": "2"})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus's exposition format."""
+    return Response(request.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

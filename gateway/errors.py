@@ -1,0 +1,151 @@
+"""The error tree, OpenAI's error envelope, and how an error ends a stream that has begun."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import orjson
+
+Style = Literal["openai", "repr"]
+
+
+class GatewayError(Exception):
+    """An answer of our own that is not 200; its text is the sentence that the client reads.
+
+    `status` is the HTTP status, `type` and `code` are what the envelope says, `outcome` what the
+    log says. `param` names the request's field that is wrong; `headers` go out with the answer.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    outcome = "done"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def envelope(self, request_id: str) -> bytes:
+        """OpenAI's error object, with the request id inside, as clients' error classes show that object."""
+        return orjson.dumps(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "param": self.param,
+                    "code": self.code,
+                    "request_id": request_id,
+                }
+            }
+        )
+
+    def event(self, request_id: str) -> bytes:
+        """The error as a server-sent event and the end of the stream.
+
+        Both of today's styles end alike, as vLLM itself does: the envelope, then `[DONE]`.
+        """
+        return b"data: " + self.envelope(request_id) + b"\n\ndata: [DONE]\n\n"
+
+
+class BadRequest(GatewayError):
+    """The request cannot be understood; `param` says which field."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "bad_request"
+
+
+class NotFound(GatewayError):
+    """No such path."""
+
+    status = 404
+    type = "not_found_error"
+    code = "path_not_found"
+
+
+class ModelNotFound(NotFound):
+    """A model that no upstream serves."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    """The path is ours, the method is not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class RequestTimeout(GatewayError):
+    """The request's body stopped coming."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
+    outcome = "timeout:body"
+    headers = ((b"connection", b"close"),)
+
+
+class TooLarge(GatewayError):
+    """The request's body is larger than the limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class UnsupportedEncoding(GatewayError):
+    """The request's body is compressed."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_content_encoding"
+
+
+class UpstreamError(GatewayError):
+    """Something is wrong behind us."""
+
+    status = 502
+    outcome = "upstream_error"
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection to the upstream."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamBroken(UpstreamError):
+    """The upstream's answer broke off, or is none."""
+
+    code = "upstream_broken"
+
+
+class NoneReady(UpstreamError):
+    """No upstream is ready yet; worth another try soon."""
+
+    status = 503
+    code = "no_upstream_ready"
+    headers = ((b"retry-after", b"2"),)
+
+
+class UpstreamTimeout(UpstreamError):
+    """A time limit passed: `which` is connect, first_token, idle or total."""
+
+    status = 504
+
+    def __init__(self, which: Literal["connect", "first_token", "idle", "total"], seconds: float) -> None:
+        super().__init__(f"{_WAITED_FOR[which]} within {seconds:g} s (GATEWAY_{which.upper()}_TIMEOUT).")
+        self.code = f"{which}_timeout"
+        self.outcome = f"timeout:{which}"
+
+
+_WAITED_FOR = {
+    "connect": "The model server took no connection",
+    "first_token": "The model server sent no first token",
+    "idle": "The model server sent nothing more",
+    "total": "The model server did not finish its answer",
+}

@@ -1,0 +1,165 @@
+"""Probes of the upstreams, and whether a chat call would succeed now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import httpx
+
+from gateway.upstreams import State, Upstream, UpstreamPool
+
+_log = logging.getLogger(__name__)
+
+# Between two probes of an upstream that does not serve, and for one answer, in seconds.
+_EAGER = 1.0
+_PATIENCE = 5.0
+
+
+class Prober:
+    """Asks each upstream how it is, without ever making it generate a token."""
+
+    def __init__(
+        self,
+        pool: UpstreamPool,
+        *,
+        interval: float,
+        model: str | None,
+        system_role: Literal["system", "merge"],
+        authorization: bytes | None,
+    ) -> None:
+        """`model` is the configured one, `interval` the seconds between two probes of one that serves."""
+        self._pool = pool
+        self._interval = interval
+        self._model = model
+        self._system_role = system_role
+        # A proxy set for downloads must not catch a probe.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            timeout=_PATIENCE,
+            headers={b"authorization": authorization} if authorization else None,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        self._running: dict[Upstream, asyncio.Task[None]] = {}
+        self._template_read: set[Upstream] = set()
+
+    @contextlib.asynccontextmanager
+    async def probing(self) -> AsyncIterator[None]:
+        """Probe for as long as the context lasts."""
+        watches = [asyncio.create_task(self._watch(upstream)) for upstream in self._pool]
+        try:
+            yield
+        finally:
+            tasks = [*watches, *self._running.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.aclose()
+
+    async def _watch(self, upstream: Upstream) -> None:
+        while True:
+            await self.probe(upstream)
+            await asyncio.sleep(self._interval if upstream.state == "serving" else min(_EAGER, self._interval))
+
+    async def probe_all(self) -> None:
+        """Ask every upstream now."""
+        await asyncio.gather(*map(self.probe, self._pool))
+
+    async def probe(self, upstream: Upstream) -> None:
+        """Ask now; whoever asks while an answer is awaited shares it, so that many askers cost one probe."""
+        task = self._running.get(upstream)
+        if task is None:
+            task = self._running[upstream] = asyncio.create_task(self._probe(upstream))
+            task.add_done_callback(lambda _: self._running.pop(upstream, None))
+        await asyncio.shield(task)
+
+    async def _probe(self, upstream: Upstream) -> None:
+        try:
+            state, why = await self._ask(upstream)
+        except httpx.TimeoutException:
+            state, why = "down", f"no answer within {_PATIENCE:g} s"
+        except httpx.ConnectError as error:
+            state, why = _unconnected(upstream, str(error))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            state, why = "down", f"its answer broke off ({type(error).__name__})"
+        if state != "serving":
+            self._template_read.discard(upstream)
+        if (state, why) != (upstream.state, upstream.why):
+            level = logging.INFO if state != "down" else logging.WARNING
+            _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
+        upstream.state, upstream.why = state, why
+
+    async def _ask(self, upstream: Upstream) -> tuple[State, str]:
+        health = await self._client.get(f"{upstream.url}/health")
+        if health.status_code != 200:
+            # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
+            loading = health.status_code == 204 or (health.status_code == 503 and not upstream.ever_served)
+            return "loading" if loading else "down", f"its /health answers {health.status_code}"
+        models = await self._client.get(f"{upstream.url}/v1/models")
+        if models.status_code in (401, 403):
+            return "down", f"its /v1/models answers {models.status_code}: set GATEWAY_UPSTREAM_API_KEY to its key"
+        served = _model_ids(models)
+        if not served:
+            return "down", f"its /v1/models answers {models.status_code} and no model list"
+        upstream.models = served
+        if self._model is not None and self._model not in served:
+            return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
+        if upstream not in self._template_read:
+            why = await self._template_problem(upstream, self._model or served[0])
+            if why:
+                return "down", why
+            self._template_read.add(upstream)
+        return "serving", ""
+
+    async def _template_problem(self, upstream: Upstream, model: str) -> str:
+        """Why the model's chat template would refuse a simplified request; empty where it would not."""
+        user = {"role": "user", "content": "Hello."}
+        system = [] if self._system_role == "merge" else [{"role": "system", "content": "Be brief."}]
+        answer = await self._client.post(f"{upstream.url}/tokenize", json={"model": model, "messages": [*system, user]})
+        # Only a refusal says something of the template; a server without this path says nothing.
+        if answer.status_code != 400:
+            return ""
+        said = _error_message(answer)
+        if not system:
+            return f"its chat template refuses a user's message ({said})"
+        return (
+            f"its chat template refuses a system message ({said}): set GATEWAY_SYSTEM_ROLE=merge, "
+            "or give vLLM a --chat-template that takes one"
+        )
+
+    def report(self, now: float) -> list[dict[str, Any]]:
+        """How each upstream is; one that fails its calls is down, whatever its probes say."""
+        return [
+            {
+                "url": upstream.url,
+                "state": "down" if upstream.failing(now) else upstream.state,
+                "why": "its last calls broke; it is on trial soon" if upstream.failing(now) else upstream.why,
+                "models": upstream.models,
+                "in_flight": upstream.in_flight,
+            }
+            for upstream in self._pool
+        ]
+
+
+def _unconnected(upstream: Upstream, error: str) -> tuple[State, str]:
+    refused = "refused" in error or "All connection attempts failed" in error
+    if refused and not upstream.ever_served:
+        return "loading", "it refuses connections: it has not started yet"
+    return "down", "it refuses connections" if refused else f"it cannot be reached ({error})"
+
+
+def _model_ids(answer: httpx.Response) -> tuple[str, ...]:
+    try:
+        return tuple(str(model["id"]) for model in answer.json()["data"]) if answer.status_code == 200 else ()
+    except (ValueError, LookupError, TypeError):
+        return ()
+
+
+def _error_message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])[:200]
+    except (ValueError, LookupError, TypeError):
+        return f"status {answer.status_code}"

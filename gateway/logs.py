@@ -1,0 +1,180 @@
+"""Log lines: one a request, and those of the program, as JSON or as text."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+from gateway.exchange import Exchange
+
+Format = Literal["json", "text"]
+
+# Past this many unwritten lines new ones are dropped and counted: a stuck reader must not eat the memory.
+_PENDING = 50_000
+# Lines of this long are written together, in seconds.
+_TOGETHER = 0.02
+
+
+class LineWriter:
+    """Writes lines to a file descriptor from a thread of its own, so that a slow disk or pipe stops no request."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pending: deque[bytes] = deque()
+        self._lost = 0
+        self._closing = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: bytes) -> None:
+        """Write a line, without its end, soon."""
+        if len(self._pending) >= _PENDING:
+            self._lost += 1
+            return
+        self._pending.append(line)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self) -> None:
+        """Write what is left; wait at most 5 s for it."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            time.sleep(_TOGETHER)
+            self._wake.clear()
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        lines = [self._pending.popleft() for _ in range(len(self._pending))]
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            lines.append(b'{"level":"WARNING","message":"%d log lines were lost: their reader is too slow"}' % lost)
+        if lines:
+            self._write(b"\n".join(lines) + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        # A full disk or a closed pipe must not end the process: the gateway serves on without its log.
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _iso(record.created),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = f"{_iso(record.created)} {record.levelname:<7} {record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class _Handler(logging.Handler):
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._writer.write(self.format(record).encode(errors="backslashreplace"))
+
+
+def configure(writer: LineWriter, form: Format, level: str) -> None:
+    """Send every logger of the process through `writer`."""
+    handler = _Handler(writer)
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # httpx tells of every probe, uvicorn of every start and stop of its own.
+    for name in ("httpx", "httpcore", "uvicorn"):
+        logging.getLogger(name).setLevel("WARNING")
+
+
+class RequestLog:
+    """One line a request: never a prompt, a reply or a key."""
+
+    def __init__(self, writer: LineWriter | None, form: Format) -> None:
+        """`writer` None: no lines."""
+        self._writer = writer
+        self._form = form
+
+    def exchange(self, exchange: Exchange) -> None:
+        """The line of a data-path request that has ended."""
+        if self._writer is None:
+            return
+        started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
+        total = (ended or started) - started
+        usage = exchange.usage()
+        self._line(
+            {
+                "time": _iso(time.time() - total),
+                "request_id": exchange.request_id,
+                "method": exchange.route.method,
+                "path": exchange.route.path,
+                "form": exchange.form or None,
+                "model": exchange.model,
+                "upstream": exchange.upstream.url if exchange.upstream else None,
+                "status": exchange.status,
+                "first_token_s": None if first is None else round(first - started, 6),
+                "total_s": round(total, 6),
+                "prompt_tokens": usage[0] if usage else None,
+                "completion_tokens": usage[1] if usage else None,
+                "bytes": exchange.bytes_out,
+                "outcome": exchange.outcome,
+            }
+        )
+
+    def other(self, request_id: str, method: str, path: str, status: int, total: float) -> None:
+        """The line of a request that is not relayed; `total` in seconds."""
+        if self._writer is None:
+            return
+        self._line(
+            {
+                "time": _iso(time.time() - total),
+                "request_id": request_id,
+                "method": method,
+                "path": path,
+                "status": status,
+                "total_s": round(total, 6),
+                "outcome": "done",
+            }
+        )
+
+    def _line(self, fields: dict[str, Any]) -> None:
+        assert self._writer is not None
+        if self._form == "json":
+            self._writer.write(orjson.dumps(fields))
+        else:
+            self._writer.write(_as_text(fields).encode(errors="backslashreplace"))
+
+
+def _as_text(fields: dict[str, Any]) -> str:
+    """`time status method path`, then `name=value` for what is known; nothing in it can start a new line."""
+    head = f"{fields.pop('time')} {fields.pop('status')} {fields.pop('method')} {fields.pop('path')!r:.200}"
+    rest = (f"{name}={value!r:.200}" if isinstance(value, str) else f"{name}={value}" for name, value in fields.items())
+    return " ".join([head.replace("'", ""), *(item for item in rest if not item.endswith("=None"))]).replace("'", "")
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

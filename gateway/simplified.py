@@ -1,0 +1,292 @@
+"""The simplified form: request to chat call, reply and stream back; pure functions on values.
+
+A request of this form, with what the systems it comes from really accept:
+
+    {"messages": {"system": str?, "user": str}, "max_new_tokens": int?, "streaming": bool?, …}
+    {"messages": str, …}                  a user's text alone
+    {"query": str, …}                     the same, in their first releases
+    {"messages": [{role, content}, …], "max_new_tokens": …, "stream": …}    their last ones
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import orjson
+
+from gateway import sse
+from gateway.errors import BadRequest, Style, UpstreamBroken
+
+Json = dict[str, Any]
+
+MAX_NEW_TOKENS = 1024
+TEMPERATURE = 0.01
+TOP_P = 0.95
+
+# vLLM counts tokens in 32 bits; what fits there is for the model's own limit to judge.
+_MOST_TOKENS = 2**31 - 1
+
+# Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
+_OWN_FIELDS = frozenset(
+    {
+        "data",
+        "id",
+        "input_guardrail_params",
+        "max_completion_tokens",
+        "max_new_tokens",
+        "max_tokens",
+        "messages",
+        "model",
+        "output_guardrail_params",
+        "query",
+        "stream",
+        "stream_style",
+        "streaming",
+        "temperature",
+        "top_p",
+        "typical_p",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Simplified:
+    """A simplified request that has been checked.
+
+    `chat` is the chat call's body, still without `model` where the request names none; `prompt` is
+    the user's text; `echoed` is what the reply repeats of the request.
+    """
+
+    chat: Json
+    prompt: str
+    streaming: bool
+    style: Style
+    echoed: Json
+
+
+def is_simplified(body: Json) -> bool:
+    """Whether the body of a chat completion is in the simplified form; any other is OpenAI's."""
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return "max_new_tokens" in body or "streaming" in body
+    return isinstance(messages, dict | str) or (messages is None and "query" in body)
+
+
+def from_body(body: Json, style: Style, system_role: Literal["system", "merge"], *, whole: bool) -> Simplified:
+    """A checked request; `whole` answers every request whole. Raises BadRequest, which names the field."""
+    messages, prompt = _messages(body)
+    if system_role == "merge":
+        messages = _merged(messages)
+    streaming = _streaming(body) and not whole
+    chat = {
+        **{name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None},
+        "messages": messages,
+        "max_tokens": _max_tokens(body),
+        "temperature": _temperature(body),
+        "top_p": _top_p(body),
+        "stream": streaming,
+    }
+    if not streaming:
+        chat.pop("stream_options", None)
+    if (model := _model(body)) is not None:
+        chat["model"] = model
+    echoed = {
+        "prompt": prompt,
+        "streaming": streaming,
+        "stream": streaming,
+        "output_guardrail_params": body.get("output_guardrail_params"),
+        "data": _data(body),
+    }
+    return Simplified(chat, prompt, streaming, _style(body, style), echoed)
+
+
+def to_reply(request: Simplified, answer: bytes) -> bytes:
+    """The whole reply: vLLM's chat completion and, beside it, the text and what was asked.
+
+    Raises UpstreamBroken where the answer is no chat completion.
+    """
+    try:
+        completion = orjson.loads(answer)
+        text = completion["choices"][0]["message"]["content"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        raise UpstreamBroken("The model server's answer is not a chat completion.") from None
+    return orjson.dumps({"text": text or "", **completion, **request.echoed})
+
+
+class ReprStream:
+    """vLLM's chunks in, the stream out that callers of the replaced releases 1.2 to 1.5 parse.
+
+    Each event is Python's `repr` of a piece of text; then comes `[DONE]`. Text is never left out, not
+    even where it shares a chunk with the finish reason; what is no text has no place in this style.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = sse.Decoder(limit=1024 * 1024)
+
+    def feed(self, data: bytes) -> bytes:
+        """The events for these bytes; raises UpstreamBroken where they hold no chunks."""
+        try:
+            return b"".join(map(self._event, self._decoder.feed(data)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UpstreamBroken("The model server's stream holds something that is not a chat chunk.") from error
+
+    @staticmethod
+    def _event(data: bytes) -> bytes:
+        if data == sse.DONE:
+            return sse.encode(data)
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            return sse.encode(data)
+        text = [choice["delta"].get("content") for choice in chunk["choices"] if choice["index"] == 0]
+        return b"".join(sse.encode(repr(piece).encode()) for piece in text if piece is not None)
+
+
+def _messages(body: Json) -> tuple[list[Json], str]:
+    messages = body.get("messages")
+    if isinstance(messages, dict):
+        return _from_object(messages)
+    if isinstance(messages, list):
+        return _from_list(messages)
+    name = "query" if messages is None else "messages"
+    text = _text(body[name], name)
+    return [{"role": "user", "content": text}], text
+
+
+def _from_object(messages: Json) -> tuple[list[Json], str]:
+    user = _text(messages.get("user"), "messages.user")
+    system = messages.get("system")
+    if system is not None and not isinstance(system, str):
+        raise BadRequest(f"messages.system must be a string, but it is {kind_of(system)}.", param="messages.system")
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": user}], user
+
+
+def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest(
+                f"messages[{at}] must be an object with a role and a content, but it is {kind_of(message)}.",
+                param=f"messages[{at}]",
+            )
+    users = [message.get("content") for message in messages if message["role"] == "user"]
+    if not users:
+        raise BadRequest("messages must hold at least one message of role 'user'.", param="messages")
+    prompt = users[-1]
+    return messages, prompt if isinstance(prompt, str) else ""
+
+
+def _merged(messages: list[Json]) -> list[Json]:
+    """The same conversation without a system role: its text stands before the first user's."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [message for message in messages if message["role"] != "system"]
+    first = next((at for at, message in enumerate(rest) if message["role"] == "user"), None)
+    if not system or first is None:
+        return messages
+    texts = [*system, rest[first].get("content")]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("messages must hold strings, as this gateway merges the system text.", param="messages")
+    return [*rest[:first], {**rest[first], "content": "\n\n".join(cast(list[str], texts))}, *rest[first + 1 :]]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} must be a string that is not empty, but it is {kind_of(value)}.", param=name)
+    if not value.strip():
+        raise BadRequest(f"{name} must be a string that is not empty, but it is empty.", param=name)
+    return value
+
+
+def _max_tokens(body: Json) -> int:
+    names = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+    name, value = _one_of(body, names, MAX_NEW_TOKENS)
+    if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
+        raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {_shown(value)}.", param=name)
+    return value
+
+
+def _streaming(body: Json) -> bool:
+    name, value = _one_of(body, ("streaming", "stream"), True)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false, but it is {_shown(value)}.", param=name)
+    return value
+
+
+def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
+    """The name and value of a field that goes by several names; they may not contradict each other."""
+    sent = [(name, body[name]) for name in names if body.get(name) is not None]
+    for name, value in sent[1:]:
+        if value != sent[0][1] or type(value) is not type(sent[0][1]):
+            first, said = sent[0]
+            raise BadRequest(
+                f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
+                param=first,
+            )
+    return sent[0] if sent else (names[0], default)
+
+
+def _temperature(body: Json) -> float:
+    value = _number(body, "temperature", TEMPERATURE)
+    if value is None or value < 0:
+        raise _not_a_number(body, "temperature", "of at least 0")
+    return value
+
+
+def _top_p(body: Json) -> float:
+    value = _number(body, "top_p", TOP_P)
+    if value is None or not 0 < value <= 1:
+        raise _not_a_number(body, "top_p", "above 0 and at most 1")
+    return value
+
+
+def _number(body: Json, name: str, default: float) -> float | None:
+    """The number sent, the default where none was, None where it is no finite number."""
+    value = body.get(name)
+    if value is None:
+        return default
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def _not_a_number(body: Json, name: str, allowed: str) -> BadRequest:
+    return BadRequest(f"{name} must be a number {allowed}, but it is {_shown(body[name])}.", param=name)
+
+
+def _style(body: Json, default: Style) -> Style:
+    value = body.get("stream_style")
+    if value is None:
+        return default
+    if value not in get_args(Style):
+        allowed = " or ".join(map(repr, get_args(Style)))
+        raise BadRequest(f"stream_style must be {allowed}, but it is {_shown(value)}.", param="stream_style")
+    return cast(Style, value)
+
+
+def _model(body: Json) -> str | None:
+    value = body.get("model")
+    if value is not None and not isinstance(value, str):
+        raise BadRequest(f"model must be a string, but it is {kind_of(value)}.", param="model")
+    return value or None
+
+
+def _data(body: Json) -> Json | None:
+    value = body.get("data")
+    if value is not None and not isinstance(value, dict):
+        raise BadRequest(f"data must be an object, but it is {kind_of(value)}.", param="data")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it. Texts are never shown: they may be a prompt."""
+    if value is None:
+        return "missing"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return kinds.get(type(value), "an object")
+
+
+def _shown(value: Any) -> str:
+    """A scalar as it was sent, short; anything else by its kind."""
+    if isinstance(value, dict | list):
+        return kind_of(value)
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,62 @@
+"""Server-sent events: where they end, what they carry, how they are written.
+
+The grammar is the HTML standard's (section 9.2, "Server-sent events"): lines end with CR LF, LF or
+CR; an empty line ends an event; a colon at the start makes a comment; one space after `data:` is
+not part of the data; several data lines are joined with a line feed.
+"""
+
+from __future__ import annotations
+
+import re
+
+DONE = b"[DONE]"
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_BLANK = (b"\n\n", b"\n\r\n", b"\r\r")
+
+
+def end_of_last_event(data: bytes) -> int:
+    """How many bytes of `data` belong to whole events; 0 where none has ended.
+
+    A blank line is an end of line right after an end of line; what ends in CR LF CR LF ends in
+    LF CR LF, too.
+    """
+    if data.endswith(b"\n\n"):
+        return len(data)
+    return max((at + len(blank) for blank in _BLANK if (at := data.rfind(blank)) >= 0), default=0)
+
+
+def data_of(event: bytes) -> bytes | None:
+    """The data of one whole event; None where it has none (a comment, an empty event)."""
+    lines = []
+    for line in _LINE_END.split(event):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            lines.append(value.removeprefix(b" "))
+    return b"\n".join(lines) if lines else None
+
+
+class Decoder:
+    """Bytes in, the data of each whole event out, however the bytes were split.
+
+    `limit` is the largest event in bytes; `feed` raises ValueError past it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The data of the events that end in these bytes."""
+        data = self._rest + data
+        end = end_of_last_event(data)
+        self._rest = data[end:]
+        if len(self._rest) > self._limit:
+            raise ValueError(f"an event is larger than {self._limit} bytes")
+        return [found for event in _EVENT_END.split(data[:end]) if (found := data_of(event)) is not None]
+
+
+def encode(data: bytes) -> bytes:
+    """One event; `data` has no line ends."""
+    return b"data: " + data + b"\n\n"

@@ -1,0 +1,327 @@
+"""Connections to the upstreams: HTTP/1.1 on asyncio and httptools, and the idle ones kept for reuse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections import deque
+from typing import cast
+
+import httptools
+
+from gateway.exchange import Exchange
+from gateway.headers import Header
+from gateway.upstreams import Upstream
+
+# vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
+IDLE_FOR = 4.0
+# Of one answer's head, and of its trailers.
+HEADER_BYTES = 64 * 1024
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an upstream; serves one exchange at a time.
+
+    httptools tells of 1xx answers and trailers by the same callbacks as of everything else, has no
+    call for the end of the stream, and goes on to a second answer without a word; so framing is
+    tracked here.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_body",
+        "_complete",
+        "_exchange",
+        "_head_done",
+        "_header_bytes",
+        "_headers",
+        "_idle",
+        "_interim",
+        "_keep_alive",
+        "_new_head",
+        "_owner",
+        "_parser",
+        "_problem",
+        "_transport",
+        "_until_close",
+        "idle_since",
+        "reused",
+        "upstream",
+    )
+
+    def __init__(self, owner: ConnectionPool, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.reused = False
+        self.idle_since = 0.0
+        self._owner = owner
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._idle = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: list[Header] = []
+        self._header_bytes = 0
+        self._body: list[bytes] = []
+        self._answered = False
+        self._interim = False
+        self._head_done = False
+        self._new_head = False
+        self._until_close = False
+        self._complete = False
+        self._keep_alive = False
+        self._problem = ""
+
+    # What an exchange asks for
+
+    def lend(self, exchange: Exchange) -> None:
+        """Serve this exchange from now on."""
+        self._idle = False
+        self._exchange = exchange
+
+    def send(self, request: bytes) -> None:
+        """The whole request."""
+        if self._transport is not None:
+            self._transport.write(request)
+
+    def pause(self) -> None:
+        """Stop reading."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def release(self) -> None:
+        """To the idle ones, if the answer left the connection fit for another request."""
+        self._exchange = None
+        transport = self._transport
+        unused = not self._answered
+        fit = unused or (self._complete and self._keep_alive and not self._problem)
+        if transport is None or transport.is_closing():
+            return
+        if not fit or transport.get_write_buffer_size():
+            self.discard()
+            return
+        transport.resume_reading()
+        self.reused = self.reused or not unused
+        self._reset()
+        self._idle = True
+        self._owner.keep(self)
+
+    def discard(self) -> None:
+        """Close at once; vLLM stops generating when it sees that."""
+        self._exchange = None
+        self._idle = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What asyncio tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Not asserted: uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None:
+            # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
+            self._forget()
+            self.discard()
+            return
+        self._answered = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._problem = "it answered with a protocol that was not asked for"
+        except httptools.HttpParserError as error:
+            self._problem = self._problem or f"its answer is not HTTP ({error})"
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand on what one read brought, in order: head, body, end or problem. One read's body is one call."""
+        exchange = self._exchange
+        if exchange is not None and self._new_head:
+            self._new_head = False
+            exchange.upstream_head(self._parser.get_status_code(), self._headers)
+        if self._body:
+            body, self._body = self._body, []
+            if self._exchange is not None:
+                self._exchange.upstream_body(body[0] if len(body) == 1 else b"".join(body))
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._complete:
+            exchange.upstream_end()
+        elif self._problem:
+            self._exchange = None
+            exchange.upstream_lost(self._problem, answered=True)
+            self.discard()
+
+    def eof_received(self) -> None:
+        """Returning nothing lets asyncio close the connection; `connection_lost` follows."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._forget()
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        if self._until_close and self._head_done and exc is None:
+            exchange.upstream_end()
+            return
+        exchange.upstream_lost("it closed the connection" if exc is None else _reason(exc), answered=self._answered)
+
+    def _forget(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._owner.forget(self)
+
+    # What httptools tells
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self._problem = "it sent more than one answer"
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > HEADER_BYTES:
+            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
+            raise ValueError(self._problem)
+        if not self._head_done:
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._interim = status < 200
+        if self._interim:
+            self._headers = []
+            return
+        self._head_done = self._new_head = True
+        self._until_close = status not in (204, 304) and not any(
+            name in (b"content-length", b"transfer-encoding") for name, _ in self._headers
+        )
+
+    def on_body(self, data: bytes) -> None:
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            return
+        self._keep_alive = self._parser.should_keep_alive()
+        self._complete = True
+
+
+class ConnectionPool:
+    """Idle connections per upstream, and the dials that make new ones: the exchanges' `Transport`.
+
+    `connect_timeout` is in seconds. The event loop is the one that runs when it is made.
+    """
+
+    def __init__(self, connect_timeout: float) -> None:
+        self._connect_timeout = connect_timeout
+        self._loop = asyncio.get_running_loop()
+        self._idle: dict[Upstream, deque[UpstreamConnection]] = {}
+        self._dials: set[asyncio.Task[None]] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+        self._tls: ssl.SSLContext | None = None
+
+    def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
+        """Lend the exchange an idle connection now, or a new one when it is dialled."""
+        connection = None if fresh else self._youngest(upstream)
+        if connection is not None:
+            connection.lend(exchange)
+            exchange.upstream_connected(connection)
+            return
+        dial = self._loop.create_task(self._dial(upstream, exchange))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dials.discard)
+
+    def _youngest(self, upstream: Upstream) -> UpstreamConnection | None:
+        """The idle connection that was used last, as it will live longest; the others go unused and close."""
+        idle = self._idle.get(upstream)
+        if not idle:
+            return None
+        connection = idle.pop()
+        if self._loop.time() - connection.idle_since <= IDLE_FOR:
+            return connection
+        idle.append(connection)
+        self._drop_old()
+        return None
+
+    async def _dial(self, upstream: Upstream, exchange: Exchange) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(self, upstream),
+                    upstream.host,
+                    upstream.port,
+                    ssl=self._tls_context() if upstream.tls else None,
+                )
+        except TimeoutError:
+            exchange.upstream_unreachable("it took no connection", timed_out=self._connect_timeout)
+        except (OSError, ssl.CertificateError, UnicodeError) as error:
+            exchange.upstream_unreachable(_reason(error))
+        else:
+            connection.lend(exchange)
+            exchange.upstream_connected(connection)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        # Made when first needed: it reads every certificate of the system.
+        self._tls = self._tls or ssl.create_default_context()
+        return self._tls
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Put an idle connection by."""
+        connection.idle_since = self._loop.time()
+        self._idle.setdefault(connection.upstream, deque()).append(connection)
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(IDLE_FOR, self._drop_old)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """An idle connection that its upstream has closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._idle[connection.upstream].remove(connection)
+
+    def _drop_old(self) -> None:
+        """Close what has been idle for too long, and look again while there are idle ones."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        now = self._loop.time()
+        oldest = now
+        for idle in self._idle.values():
+            while idle and now - idle[0].idle_since >= IDLE_FOR:
+                idle.popleft().discard()
+            if idle:
+                oldest = min(oldest, idle[0].idle_since)
+        if any(self._idle.values()):
+            self._sweep = self._loop.call_later(oldest + IDLE_FOR - now, self._drop_old)
+
+    async def close(self) -> None:
+        """Give up all dials and close the idle connections."""
+        for dial in self._dials:
+            dial.cancel()
+        await asyncio.gather(*self._dials, return_exceptions=True)
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().discard()
+
+
+def _reason(error: Exception) -> str:
+    """What happened, in words that hold no address."""
+    # A host of several addresses, all of which refuse, comes as one OSError that lists them.
+    if isinstance(error, ConnectionRefusedError) or "refused" in str(error) or "Connect call failed" in str(error):
+        return "connection refused"
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return "it reset the connection"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid ({error.verify_message})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return type(error).__name__

@@ -1,0 +1,264 @@
+"""A scripted vLLM on a real socket, for what the real one cannot be made to show.
+
+Its bytes are shaped as vLLM 0.32 sends them. Each relayed request takes the next script that a test
+has queued, or the default one; a script is a list of steps: bytes to write, a `Hold` to wait at, or
+`RESET` or `CLOSE` to end the connection. Probes (/health, /v1/models, /tokenize) are answered by
+`probe_answers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import orjson
+
+RESET: Literal["reset"] = "reset"
+CLOSE: Literal["close"] = "close"
+MODEL = "demo"
+
+
+class Hold:
+    """A place where a script waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._release: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._released = False
+
+    async def wait(self) -> None:
+        """Called by the server."""
+        self._loop, self._release = asyncio.get_running_loop(), asyncio.Event()
+        self.reached.set()
+        if not self._released:
+            await self._release.wait()
+
+    def release(self) -> None:
+        """Called by the test."""
+        self._released = True
+        if self._loop is not None and self._release is not None:
+            self._loop.call_soon_threadsafe(self._release.set)
+
+
+Step = bytes | Hold | Literal["reset", "close"]
+
+
+@dataclass
+class Received:
+    """One request, as it came; `closed` is set when its connection closes before its answer's end."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    connection: int
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def header(self, name: str) -> str | None:
+        """A header's value, None where it is absent."""
+        return next((value for header, value in self.headers if header == name), None)
+
+
+def response(status: str, body: bytes, *headers: str, kind: str = "application/json") -> bytes:
+    """A whole response."""
+    lines = [f"HTTP/1.1 {status}", "date: Fri, 20 Nov 2026 23:03:18 GMT", "server: uvicorn", *headers]
+    lines += [f"content-length: {len(body)}", f"content-type: {kind}", "x-request-id: upstreams-own"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: Fri, 20 Nov 2026 23:03:18 GMT\r\nserver: uvicorn\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\nvary: Origin\r\nx-request-id: upstreams-own\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+STREAM_END = b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def event(delta: dict[str, object] | None, finish: str | None = None, **more: object) -> bytes:
+    """A chat chunk as an event; None for one without choices."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    fields = {"id": "chatcmpl-9aa45bfc53c2780e", "object": "chat.completion.chunk", "created": 1795215799}
+    choices = [] if delta is None else [choice]
+    return b"data: " + orjson.dumps({**fields, "model": MODEL, "choices": choices, **more}) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+USAGE = {"prompt_tokens": 31, "total_tokens": 35, "completion_tokens": 4}
+EVENTS = [
+    event({"role": "assistant", "content": ""}),
+    event({"content": "It's"}),
+    event({"content": ' a "q"\n'}),
+    event({"content": " end"}, "length"),
+    event(None, usage=USAGE),
+    DONE,
+]
+
+
+def stream(events: list[bytes]) -> list[Step]:
+    """A stream of these events, each a chunk of its own."""
+    return [STREAM_HEAD, *map(chunk, events), STREAM_END]
+
+
+def completion(text: str | None = "It's.", finish: str = "stop", **message: object) -> bytes:
+    """A whole chat completion's body."""
+    said = {"role": "assistant", "content": text, "reasoning": None, **message}
+    choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": finish, "stop_reason": None}
+    fields = {"id": "chatcmpl-81c4fff0c7f00d30", "object": "chat.completion", "created": 1795215798, "model": MODEL}
+    return orjson.dumps({**fields, "choices": [choice], "usage": USAGE})
+
+
+class FakeVllm:
+    """The server, in a thread and loop of its own. Use as a context manager."""
+
+    def __init__(self, port: int = 0, models: tuple[str, ...] = (MODEL,)) -> None:
+        self.port = port
+        self.received: list[Received] = []
+        self.connections = 0
+        listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
+        self.probe_answers: dict[str, bytes] = {
+            "/health": response("200 OK", b""),
+            "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
+            "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
+        }
+        self.probed: deque[Received] = deque(maxlen=1000)
+        self.changed = threading.Condition()
+        self.open: set[_Connection] = set()
+        self._scripts: deque[list[Step]] = deque()
+        self._loop = asyncio.new_event_loop()
+
+    def queue(self, *scripts: list[Step]) -> None:
+        """Scripts for the next relayed requests, in turn."""
+        self._scripts.extend(scripts)
+
+    def wait(self, ready: Callable[[], bool], seconds: float = 10) -> None:
+        """Wait until something that this server sees has come about."""
+        with self.changed:
+            assert self.changed.wait_for(ready, seconds), "the fake vLLM never saw it"
+
+    def wait_for_request(self, number: int = 1) -> Received:
+        """The relayed request of this number, counted from 1."""
+        self.wait(lambda: len(self.received) >= number)
+        return self.received[number - 1]
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> FakeVllm:
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        self._server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for connection in list(self.open):
+            connection.transport.abort()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def script_for(self, request: Received) -> list[Step]:
+        """What to answer; a request without an id is a probe, as all that is relayed has one."""
+        if request.header("x-request-id") is None and request.target in self.probe_answers:
+            self.probed.append(request)
+            return [self.probe_answers[request.target]]
+        with self.changed:
+            self.received.append(request)
+            self.changed.notify_all()
+        if self._scripts:
+            return self._scripts.popleft()
+        if request.target == "/v1/models":
+            return [self.probe_answers["/v1/models"]]
+        streamed = b'"stream":true' in request.body.replace(b" ", b"")
+        return stream(EVENTS) if streamed else [response("200 OK", completion(), "vary: Origin")]
+
+
+class _Connection(asyncio.Protocol):
+    """One connection to the fake: a request at a time."""
+
+    def __init__(self, server: FakeVllm) -> None:
+        self._server = server
+        self._buffer = b""
+        self._request: Received | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._server.connections += 1
+        self._number = self._server.connections
+        self._server.open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, blank, rest = self._buffer.partition(b"\r\n\r\n")
+        if not blank:
+            return
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, target, _ = first.split(" ")
+        headers = [(name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)]
+        length = next((int(value) for name, value in headers if name == "content-length"), 0)
+        if len(rest) < length:
+            return
+        self._buffer = rest[length:]
+        self._request = Received(method, target, headers, rest[:length], self._number)
+        script = self._server.script_for(self._request)
+        self._task = asyncio.get_running_loop().create_task(self._play(script))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.open.discard(self)
+        self._writable.set()
+        with self._server.changed:
+            if self._request is not None and self._task is not None and not self._task.done():
+                self._task.cancel()
+                self._request.closed.set()
+            self._server.changed.notify_all()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    async def _play(self, script: list[Step]) -> None:
+        for step in script:
+            if isinstance(step, Hold):
+                await step.wait()
+            elif step == "close":
+                self.transport.close()
+                return
+            elif step == "reset":
+                linger = struct.pack("ii", 1, 0)
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.transport.abort()
+                return
+            else:
+                self.transport.write(step)
+                await self._writable.wait()

@@ -1,0 +1,89 @@
+"""The gateway under a real uvicorn on a real socket, in a thread and loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+import uvloop
+
+from gateway.app import create_app
+from gateway.config import Settings
+from gateway.logs import LineWriter
+from gateway.server import listen
+
+
+@dataclass
+class Gateway:
+    """A running gateway: its address, and its log as it was written."""
+
+    host: str
+    port: int
+    _log: int
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://{self.host}:{self.port}"
+
+    def client(self, **options: Any) -> httpx.Client:
+        """An HTTP client for it."""
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=20, **options)
+
+    def connect(self) -> socket.socket:
+        """A bare connection to it."""
+        return socket.create_connection((self.host, self.port), timeout=20)
+
+    def log(self, count: int) -> list[dict[str, Any]]:
+        """The next so many request lines; waits for them."""
+        text = b""
+        while text.count(b"\n") < count:
+            text += os.read(self._log, 1)
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@contextlib.contextmanager
+def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
+    """A gateway in front of these upstreams; it is up when this returns, its upstreams have been probed once."""
+    read, write = os.pipe()
+    writer = LineWriter(write)
+    listener = listen("127.0.0.1", 0)
+    app = create_app(Settings(upstreams=upstreams, port=0, **settings), writer)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    gateway = Gateway("127.0.0.1", listener.getsockname()[1], read)
+    try:
+        with gateway.client() as client:
+            client.get("/v1/health_check")
+        yield gateway
+    finally:
+        server.should_exit = True
+        thread.join()
+        writer.close()
+        os.close(read)
+        os.close(write)
