@@ -61,15 +61,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
-        key = settings.upstream_api_key
-        authorization = b"Bearer " + key.get_secret_value().encode() if key else None
-        prober = Prober(
-            pool,
-            interval=settings.probe_interval,
-            model=settings.model,
-            system_role=settings.system_role,
-            authorization=authorization,
-        )
+        prober = create_prober(settings, pool)
         connections = ConnectionPool(settings.connect_timeout)
         metrics = Metrics(pool)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
@@ -89,7 +81,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             style=settings.stream_style,
             system_role=settings.system_role,
             whole=settings.disable_streaming,
-            authorization=authorization,
+            authorization=_authorization(settings),
         )
         async with prober.probing():
             yield {"data_path": data_path, "prober": prober, "metrics": metrics, "request_log": request_log}
@@ -109,3 +101,19 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     # A redirect would be built from the Host header, which the client chooses.
     app.router.redirect_slashes = False
     return app
+
+
+def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
+    """What probes the upstreams as these settings say."""
+    return Prober(
+        pool,
+        interval=settings.probe_interval,
+        model=settings.model,
+        system_role=settings.system_role,
+        authorization=_authorization(settings),
+    )
+
+
+def _authorization(settings: Settings) -> bytes | None:
+    key = settings.upstream_api_key
+    return b"Bearer " + key.get_secret_value().encode() if key else None

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from gateway import config
+from gateway.check import check as run_check
+from gateway.check import runs_in_container
 from gateway.server import CannotListen
 from gateway.server import serve as run_server
 
@@ -37,12 +39,28 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
 
 
 @main.command()
-def settings() -> None:
+@click.option(
+    "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
+)
+@click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
+def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
+    """Say what the settings are, what is wrong, and how the upstreams are; exit 0 if a call would succeed."""
+    try:
+        settings, warnings = config.load(env_file, upstreams=upstreams or None)
+    except config.SettingsError as error:
+        _stop(error, status=1)
+    else:
+        sys.exit(0 if run_check(settings, warnings, click.echo, in_container=runs_in_container()) else 1)
+
+
+@main.command("settings")
+def list_settings() -> None:
     """List every setting, its default and its meaning."""
     for names, default, meaning in config.table():
         click.echo(f"{names}{f' = {default}' if default else ''}\n    {meaning}")
 
 
-def _stop(error: Exception) -> None:
-    click.echo(f"vllm-gateway: {error}", err=True)
-    sys.exit(2)
+def _stop(error: Exception, *, status: int = 2) -> None:
+    for line in str(error).splitlines():
+        click.echo(f"vllm-gateway: {line}", err=True)
+    sys.exit(status)

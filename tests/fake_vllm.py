@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -135,10 +135,10 @@ class FakeVllm:
         self.probed: deque[Received] = deque(maxlen=1000)
         self.changed = threading.Condition()
         self.open: set[_Connection] = set()
-        self._scripts: deque[list[Step]] = deque()
+        self._scripts: deque[Sequence[Step]] = deque()
         self._loop = asyncio.new_event_loop()
 
-    def queue(self, *scripts: list[Step]) -> None:
+    def queue(self, *scripts: Sequence[Step]) -> None:
         """Scripts for the next relayed requests, in turn."""
         self._scripts.extend(scripts)
 
@@ -182,7 +182,7 @@ class FakeVllm:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def script_for(self, request: Received) -> list[Step]:
+    def script_for(self, request: Received) -> Sequence[Step]:
         """What to answer; a request without an id is a probe, as all that is relayed has one."""
         if request.header("x-request-id") is None and request.target in self.probe_answers:
             self.probed.append(request)
@@ -247,7 +247,7 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    async def _play(self, script: list[Step]) -> None:
+    async def _play(self, script: Sequence[Step]) -> None:
         for step in script:
             if isinstance(step, Hold):
                 await step.wait()

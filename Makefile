@@ -1,0 +1,55 @@
+# make up     a real vLLM on the CPU and the gateway in front of it
+# make test   lint, types and tests, those against the real vLLM included
+# make lock   the lock files anew, after a change of pyproject.toml
+# make clean  removes what the other targets have put into the checkout
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
+
+.PHONY: up test lint types lock clean
+.DEFAULT_GOAL := up
+
+up: $(VENV)/.installed
+	@exec $(BIN)/vllm-gateway up $(UP)
+
+test: lint types
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=95
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+lock: $(VENV)/.installed-dev
+	$(PIP) uv
+	$(COMPILE) requirements/build.in -o requirements/build.lock
+	$(COMPILE) pyproject.toml -o requirements/image.lock
+	$(COMPILE) pyproject.toml --extra dev -c requirements/image.lock -o requirements/dev.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python %d.%d is too old: install Python 3.11 or newer, or name one: make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "This Python has no venv: install it (Debian: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python requirements/build.lock requirements/image.lock pyproject.toml
+	@echo "Setting up the gateway (25 packages, about 30 MB) in $(VENV)"
+	$(PIP) --require-hashes -r requirements/build.lock -r requirements/image.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.lock
+	@echo "Setting up the development tools in $(VENV)"
+	$(PIP) --require-hashes -r requirements/dev.lock
+	@touch $@

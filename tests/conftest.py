@@ -1,0 +1,35 @@
+"""Fixtures: a scripted vLLM and a gateway in front of it, and, once a session, the real vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.fake_vllm import FakeVllm
+from tests.gateway_process import Gateway, running
+
+# The machine's own settings must not reach the tests.
+for name in list(os.environ):
+    if name.startswith(("GATEWAY_", "LLM_", "OPEA_")):
+        del os.environ[name]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeVllm]:
+    with FakeVllm() as server:
+        yield server
+
+
+@pytest.fixture
+def gateway(fake: FakeVllm) -> Iterator[Gateway]:
+    with running(fake.url) as started:
+        yield started
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[httpx.Client]:
+    with gateway.client() as started:
+        yield started
