@@ -32,7 +32,7 @@ def main() -> None:
 def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> None:
     """Serve, in front of a vLLM that already runs."""
     try:
-        settings, warnings = config.load(env_file, upstreams=upstreams or None, **given)
+        settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None, **given)
         run_server(settings, warnings)
     except (config.SettingsError, CannotListen) as error:
         _stop(error)
@@ -46,7 +46,7 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
 def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
     """Say what the settings are, what is wrong, and how the upstreams are; exit 0 if a call would succeed."""
     try:
-        settings, warnings = config.load(env_file, upstreams=upstreams or None)
+        settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None)
     except config.SettingsError as error:
         _stop(error, status=1)
     else:

@@ -189,7 +189,7 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
 def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
     """An instance of `kind` from the command line, the environment and the file; raises SettingsError."""
     try:
-        return kind(_env_file=env_file, **{name: value for name, value in given.items() if value is not None})  # type: ignore[call-arg]  # BaseSettings takes it, its type-checked signature does not
+        return kind(_env_file=env_file, **{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise SettingsError("\n".join(_sentences(error, kind))) from None
 

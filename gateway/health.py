@@ -48,9 +48,11 @@ class Prober:
 
     @contextlib.asynccontextmanager
     async def probing(self) -> AsyncIterator[None]:
-        """Probe for as long as the context lasts."""
+        """Probe for as long as the context lasts; it begins when all were asked once, or a second has passed."""
         watches = [asyncio.create_task(self._watch(upstream)) for upstream in self._pool]
         try:
+            # So that the very first call finds a model, where a model server already runs.
+            await asyncio.wait([asyncio.create_task(self.probe_all())], timeout=_EAGER)
             yield
         finally:
             tasks = [*watches, *self._running.values()]

@@ -333,8 +333,9 @@ def test_calls_are_shared_and_an_upstream_that_refuses_is_not_felt(fake: FakeVll
         other = others.enter_context(FakeVllm())
         with running(fake.url, other.url) as gateway, gateway.client() as client:
             holds = [Hold() for _ in range(4)]
-            for server, pair in ((fake, holds[:2]), (other, holds[2:])):
-                server.queue(*([hold, response("200 OK", b"{}")] for hold in pair))
+            scripts: list[list[Step]] = [[hold, response("200 OK", b"{}")] for hold in holds]
+            fake.queue(*scripts[:2])
+            other.queue(*scripts[2:])
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 calls = [pool.submit(client.post, CHAT, content=OPENAI) for _ in holds]
                 for server in (fake, other):

@@ -1,0 +1,25 @@
+"""`check` inside a container."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.check import check
+from gateway.config import Settings
+
+
+@pytest.mark.parametrize(
+    ("url", "in_container", "warned"),
+    [
+        ("http://localhost:9", True, True),
+        ("http://127.0.0.1:9", True, True),
+        ("http://localhost:9", False, False),
+        ("http://no.such.invalid:9", True, False),
+    ],
+)
+def test_an_upstream_at_localhost_inside_a_container_is_warned_of(url: str, in_container: bool, warned: bool) -> None:
+    said: list[str] = []
+
+    assert not check(Settings(upstreams=(url,)), [], said.append, in_container=in_container)
+
+    assert any("the container itself" in line for line in said) == warned
