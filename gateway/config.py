@@ -151,6 +151,43 @@ class Settings(_EnvironmentSettings):
         return value
 
 
+class ModelServerSettings(_EnvironmentSettings):
+    """Settings of the local vLLM that `up` starts; the names are those of the systems that this replaces."""
+
+    port: int = Field(8008, ge=1, le=65535, validation_alias="LLM_VLLM_PORT", description="Port of the model server.")
+    model: str | None = Field(
+        None,
+        validation_alias="LLM_VLLM_MODEL_NAME",
+        description="A hub's ORG/NAME or a folder; unset: the demo model.",
+    )
+    python: Path | None = Field(
+        None, validation_alias="LLM_VLLM_PYTHON", description="A Python that has a vLLM; unset: an environment of ours."
+    )
+    cpu_kvcache_space: int | None = Field(
+        None, ge=1, validation_alias="VLLM_CPU_KVCACHE_SPACE", description="GiB of memory for the cache on the CPU."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "half", "float"] | None = Field(
+        None, validation_alias="VLLM_DTYPE", description="Number format of the model; the demo model's is float32."
+    )
+    max_num_seqs: int | None = Field(
+        None, ge=1, validation_alias="VLLM_MAX_NUM_SEQS", description="Most answers at the same time."
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, validation_alias="VLLM_MAX_MODEL_LEN", description="Most tokens of a prompt and its answer."
+    )
+    tp_size: int | None = Field(None, ge=1, validation_alias="VLLM_TP_SIZE", description="Tensor parallel size.")
+    pp_size: int | None = Field(None, ge=1, validation_alias="VLLM_PP_SIZE", description="Pipeline parallel size.")
+    chat_template: str | None = Field(
+        None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
+    )
+    hf_token: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+        description="Token for the hub's restricted models.",
+    )
+    extra_args: str = Field("", validation_alias="EXTRA_ARGS", description="More of vLLM's options, as in a shell.")
+
+
 def _upstream_url(url: str) -> str:
     """`http://host:port[/prefix]`, without the `/v1` that some configurations carry."""
     try:

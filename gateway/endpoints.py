@@ -27,6 +27,7 @@ _LOW_WATER = 16 * 1024
 # Starlette answers HEAD wherever it answers GET; the exchange asks upstream by GET, the server drops the body.
 _DATA_PATH = {(route.method, route.path) for route in ROUTES}
 _DATA_PATH |= {("HEAD", path) for method, path in _DATA_PATH if method == "GET"}
+_FAILED = "The gateway failed; its log says why under this request id."
 # Asked again and again by machines: a line for each would hide the others.
 _QUIET = frozenset({"/health", "/metrics", "/v1/health_check"})
 
@@ -42,27 +43,29 @@ class Relay:
         client = _AsgiClient()
         path = scope["state"]["data_path"]
         exchange = client.exchange = Exchange(path, client, self._route, scope["query_string"], scope["headers"])
-        reader = asyncio.create_task(self._read(exchange, client, receive))
+        reader = asyncio.create_task(_read(exchange, client, receive))
         try:
             await client.write(send)
         finally:
             reader.cancel()
             exchange.client_gone()
 
-    @staticmethod
-    async def _read(exchange: Exchange, client: _AsgiClient, receive: Receive) -> None:
-        """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
+
+async def _read(exchange: Exchange, client: _AsgiClient, receive: Receive) -> None:
+    """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
+    try:
         exchange.begin()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                exchange.client_gone()
-                client.abort()
-                return
+        while (message := await receive())["type"] == "http.request":
             if body := message.get("body"):
                 exchange.request_body(body)
             if not message.get("more_body"):
                 exchange.request_end()
+        exchange.client_gone()
+    except Exception:
+        # A bug of ours: the client, who waits on the other task, still gets an answer.
+        _log.exception("the exchange failed (request id %s)", exchange.request_id)
+        exchange.fail(GatewayError(_FAILED))
+    client.abort()
 
 
 class _AsgiClient:
@@ -140,7 +143,7 @@ class Outermost:
             await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
-            error = GatewayError("The gateway failed; its log says why under this request id.")
+            error = GatewayError(_FAILED)
             if status == 0:
                 await to_response(error, request_id)(scope, receive, send_with_id)
         state = scope["state"]

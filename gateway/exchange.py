@@ -263,14 +263,14 @@ class Exchange:
         encoding = value_of(self._headers, b"content-encoding") or b"identity"
         length = value_of(self._headers, b"content-length") or b"0"
         if encoding.lower() != b"identity":
-            self._fail(
+            self.fail(
                 UnsupportedEncoding(
                     f"Content-Encoding must be absent or identity, but it is {encoding.decode('latin-1')[:40]!r}: "
                     "send the body uncompressed."
                 )
             )
         elif length.isdigit() and int(length) > self._path.limits.max_body:
-            self._fail(self._too_large())
+            self.fail(self._too_large())
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -279,7 +279,7 @@ class Exchange:
         self._last_read_at = self._path.clock.time()
         self._size += len(data)
         if self._size > self._path.limits.max_body:
-            self._fail(self._too_large())
+            self.fail(self._too_large())
         else:
             self._content.append(data)
 
@@ -291,7 +291,7 @@ class Exchange:
         try:
             self._content = [self._to_upstream_body(b"".join(self._content))]
         except GatewayError as error:
-            self._fail(error)
+            self.fail(error)
         else:
             self._arm(self._limit_after(self.received_at))
             self._connect(without=None)
@@ -402,11 +402,11 @@ class Exchange:
         if retry and self._connect(without=upstream):
             return
         if timed_out is not None:
-            self._fail(UpstreamTimeout("connect", timed_out))
+            self.fail(UpstreamTimeout("connect", timed_out))
         elif not upstream.ever_served:
-            self._fail(NoneReady("The model server is not up yet: it may still be loading. Try again soon."))
+            self.fail(NoneReady("The model server is not up yet: it may still be loading. Try again soon."))
         else:
-            self._fail(UpstreamUnreachable(f"The model server cannot be reached: {why}."))
+            self.fail(UpstreamUnreachable(f"The model server cannot be reached: {why}."))
 
     def upstream_head(self, status: int, headers: list[Header]) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
@@ -577,7 +577,7 @@ class Exchange:
         limits = self._path.limits
         if self._state is _State.RECEIVING:
             if now - self._last_read_at >= limits.body:
-                self._fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
+                self.fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
             else:
                 self._arm(self._last_read_at + limits.body - now)
         elif now - self.started_at >= limits.total:
@@ -622,9 +622,9 @@ class Exchange:
 
     def _upstream_failed(self, error: GatewayError) -> None:
         self._judge(broken=True)
-        self._fail(error)
+        self.fail(error)
 
-    def _fail(self, error: GatewayError) -> None:
+    def fail(self, error: GatewayError) -> None:
         """End with an error of our own: an answer, an event in a stream, or, where neither is possible, a cut."""
         if self._state is _State.ENDED:
             return

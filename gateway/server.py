@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
+from types import FrameType
 
 import uvicorn
 
@@ -26,6 +28,9 @@ class CannotListen(Exception):
 def serve(settings: Settings, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotListen."""
     listener = listen(settings.host, settings.port)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
+        signal.signal(number, _exit)
     writer = LineWriter(sys.stdout.fileno())
     configure(writer, settings.log_format, settings.log_level)
     for warning in warnings:
@@ -49,6 +54,10 @@ def serve(settings: Settings, warnings: list[str]) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         writer.close()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 def listen(host: str, port: int) -> socket.socket:

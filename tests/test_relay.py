@@ -354,3 +354,22 @@ def test_64_clients_at_once(gateway: Gateway, fake: FakeVllm) -> None:
             assert {stream.result().content for stream in streams} == {b"".join(EVENTS)}
         assert metric(client, "gateway_in_flight ") == 0
         assert metric(client, "gateway_upstream_in_flight") == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "method", "path"),
+    [("gateway.exchange.simplified.from_body", "POST", CHAT), ("gateway.metrics.Metrics.text", "GET", "/metrics")],
+)
+def test_a_bug_of_ours_is_answered_and_logged(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, broken: str, method: str, path: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(broken, fail)
+    with gateway.client() as client:
+        got = client.request(method, path, json=SIMPLIFIED)
+
+    assert (got.status_code, got.json()["error"]["code"]) == (500, "internal_error")
+    assert "a bug" not in got.text
+    assert gateway.log(1)[0]["status"] == 500
