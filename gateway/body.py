@@ -36,7 +36,8 @@ def _not_json(body: bytes, error: orjson.JSONDecodeError) -> BadRequest:
     where = f"line {error.lineno}, column {error.colno}"
     found = _FIELD_BEFORE.search(text[max(0, error.pos - 300) : error.pos])
     field = found.group(1) if found else None
-    if number := _NOT_JSON_NUMBER.match(text, error.pos):
+    # The parser stops behind the sign.
+    if number := _NOT_JSON_NUMBER.match(text, error.pos - text[: error.pos].endswith("-")):
         return BadRequest(
             f"{field or 'A value'} must be a finite number, but it is {number.group()} ({where}).", param=field
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
@@ -23,22 +23,29 @@ class SettingsError(Exception):
 
 
 def _injected_by_kubernetes(name: str, value: str | None) -> bool:
-    return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and (value or "").startswith("tcp://"))
+    return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and bool(re.match(r"\w+://", value or "")))
+
+
+def _usable(found: Mapping[str, str | None]) -> dict[str, str]:
+    """What counts: values without the quotes that `docker run --env-file` keeps; an empty one is no value."""
+    unquoted = {
+        name: re.sub(r"""^(["'])(.*)\1$""", r"\2", value, flags=re.DOTALL) for name, value in found.items() if value
+    }
+    return {name: value for name, value in unquoted.items() if value and not _injected_by_kubernetes(name, value)}
 
 
 class _Environment(EnvSettingsSource):
-    """The process's environment without what Kubernetes injects for a Service named gateway."""
+    """The process's environment, of which only what is usable."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        found = super()._load_env_vars()
-        return {name: value for name, value in found.items() if not _injected_by_kubernetes(name, value)}
+        return _usable(super()._load_env_vars())
 
 
 class _EnvironmentSettings(BaseSettings):
-    """What all our settings share: exact names, quotes stripped, an empty value is no value."""
+    """What all our settings share: they go by their exact names in the environment alone."""
 
     model_config = SettingsConfigDict(
-        case_sensitive=True, env_ignore_empty=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True
+        case_sensitive=True, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
     )
 
     @classmethod
@@ -52,19 +59,6 @@ class _EnvironmentSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The command line beats the environment, the environment beats the file."""
         return init_settings, _Environment(settings_cls), dotenv_settings
-
-    @model_validator(mode="before")
-    @classmethod
-    def _strip_quotes(cls, values: Any) -> Any:
-        # `docker run --env-file` keeps the quotes that Compose and shells take off.
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value[1:-1]
-            if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-            else value
-            for name, value in values.items()
-        }
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -117,9 +111,11 @@ class Settings(_EnvironmentSettings):
     total_timeout: Seconds = Field(1800, description="Seconds for a whole call.")
     body_timeout: Seconds = Field(30, description="Seconds between two reads of a request's body.")
     probe_interval: Seconds = Field(5, description="Seconds between two probes of an upstream that serves.")
-    drain_timeout: float = Field(30, ge=0, description="Seconds that running answers get to end after SIGTERM.")
+    drain_timeout: float = Field(
+        30, ge=0, allow_inf_nan=False, description="Seconds that running answers get to end after SIGTERM."
+    )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO",
         validation_alias=AliasChoices("GATEWAY_LOG_LEVEL", "OPEA_LOGGER_LEVEL"),
         description="Lines below this level are left out.",
@@ -140,8 +136,8 @@ class Settings(_EnvironmentSettings):
 
     @field_validator("log_level", mode="before")
     @classmethod
-    def _upper(cls, value: Any) -> Any:
-        return value.upper() if isinstance(value, str) else value
+    def _level(cls, value: Any) -> Any:
+        return {"WARN": "WARNING"}.get(value.upper(), value.upper()) if isinstance(value, str) else value
 
     @field_validator("upstream_api_key")
     @classmethod
@@ -212,33 +208,48 @@ def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, 
     return (alias,) if isinstance(alias, str) else (field,)
 
 
+_Sources = tuple[Mapping[str, str], ...]
+
+
 def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, list[str]]:
     """The gateway's settings and the warnings about them.
 
     `given` comes from the command line and wins over the environment, which wins over `env_file`.
     Raises SettingsError for a wrong value, an unknown `GATEWAY_` name or a file that cannot be read.
     """
-    environment = _names_set(env_file)
-    _refuse_unknown(environment)
-    return build(Settings, env_file, **given), list(_differing_aliases(environment))
+    sources = _sources(env_file)
+    _refuse_unknown({name for source in sources for name in source})
+    return build(Settings, env_file, **given), list(_differing_names(sources))
 
 
 def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
     """An instance of `kind` from the command line, the environment and the file; raises SettingsError."""
+    sources = _sources(env_file)
+    overriding = {names_of(field, kind)[0]: value for field, value in given.items() if value is not None}
     try:
-        return kind(_env_file=env_file, **{name: value for name, value in given.items() if value is not None})
+        return kind(_env_file=env_file, **overriding)
     except ValidationError as error:
-        raise SettingsError("\n".join(_sentences(error, kind))) from None
+        raise SettingsError("\n".join(_sentences(error, kind, (overriding, *sources)))) from None
 
 
-def _names_set(env_file: str | Path | None) -> dict[str, str]:
-    found: dict[str, str | None] = {}
-    if env_file is not None:
-        if not os.access(env_file, os.R_OK):
-            raise SettingsError(f"The file of settings {str(env_file)!r} cannot be read: name one that exists.")
-        found.update(dotenv_values(env_file))
-    found.update(os.environ)
-    return {name: value for name, value in found.items() if value and not _injected_by_kubernetes(name, value)}
+def _sources(env_file: str | Path | None) -> _Sources:
+    """The environment, and the file; the earlier beats the later."""
+    environment = _usable(os.environ)
+    if env_file is None:
+        return (environment,)
+    try:
+        with open(env_file, encoding="utf-8") as file:
+            return environment, _usable(dotenv_values(stream=file))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(
+            f"The file of settings {str(env_file)!r} cannot be read ({why}): name one that can."
+        ) from None
+
+
+def _found(names: Iterable[str], sources: Iterable[Mapping[str, Any]]) -> tuple[str, Any] | None:
+    """The name and value that count: of the first source that has any of the names, by the first of them."""
+    return next(((name, source[name]) for source in sources for name in names if name in source), None)
 
 
 def _refuse_unknown(environment: Iterable[str]) -> None:
@@ -252,20 +263,23 @@ def _refuse_unknown(environment: Iterable[str]) -> None:
         raise SettingsError("\n".join(wrong))
 
 
-def _differing_aliases(environment: Mapping[str, str]) -> Iterable[str]:
+def _differing_names(sources: _Sources) -> Iterable[str]:
     for field in Settings.model_fields:
-        first, *others = names_of(field)
-        for other in others:
-            if first in environment and other in environment and environment[first] != environment[other]:
-                yield f"{first} and {other} are both set and differ: {first} is used."
+        names = names_of(field)
+        used = _found(names, sources)
+        for other in names:
+            found = _found([other], sources)
+            if used and found and found[1] != used[1]:
+                yield f"{used[0]} and {other} are both set and differ: {used[0]} is used."
 
 
-def _sentences(error: ValidationError, kind: type[BaseSettings]) -> Iterable[str]:
+def _sentences(error: ValidationError, kind: type[BaseSettings], sources: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     for problem in error.errors(include_url=False, include_input=True):
-        place = str(problem["loc"][0]) if problem["loc"] else ""
-        field = next((f for f in kind.model_fields if place == f or place in names_of(f, kind)), place)
-        name = next((n for n in names_of(field, kind) if n in os.environ), names_of(field, kind)[0])
-        secret = "SecretStr" in str(kind.model_fields[field].annotation)
+        place = str(problem["loc"][0])
+        field = next(field for field in kind.model_fields if place in (field, *names_of(field, kind)))
+        name, _ = _found(names_of(field, kind), sources) or (names_of(field, kind)[0], None)
+        # What holds an @ may hold a password.
+        secret = "SecretStr" in str(kind.model_fields[field].annotation) or "@" in str(problem["input"])
         value = "its value" if secret else repr(problem["input"])
         yield f"{name} is wrong: {value}. Allowed: {_allowed(problem['type'], problem['msg'])}."
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Literal, Protocol
 
-import orjson
-
 from gateway import simplified, sse
 from gateway.body import to_object
 from gateway.errors import (
@@ -327,8 +325,8 @@ class Exchange:
         request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
         self._simplified = request
         self.streaming = request.streaming
-        self.model = request.chat["model"] = self._served(request.chat.get("model") or path.model)
-        return orjson.dumps(request.chat)
+        self.model = self._served(request.model or path.model)
+        return simplified.to_chat_call(request, self.model)
 
     def _served(self, model: str | None) -> str:
         served = self._path.pool.models

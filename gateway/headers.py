@@ -24,7 +24,16 @@ HOP_BY_HOP = frozenset(
 )
 
 # Ours to write (host, length, id), answered here (expect), or the client's secret and not the upstream's.
-_NOT_UPSTREAM = HOP_BY_HOP | {b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"}
+_NOT_UPSTREAM = HOP_BY_HOP | {
+    b"api-key",
+    b"authorization",
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"x-api-key",
+    b"x-request-id",
+}
 
 # Written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is none.
 _NOT_TO_CLIENT = HOP_BY_HOP | {b"date", b"server", b"x-request-id"}

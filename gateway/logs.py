@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -28,6 +30,7 @@ class LineWriter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        os.set_blocking(fd, True)
         self._pending: deque[bytes] = deque()
         self._lost = 0
         self._closing = False
@@ -83,12 +86,15 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line).decode()
+        # Not orjson, which refuses the lone surrogates of an environment that is not UTF-8.
+        return json.dumps(line)
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{_iso(record.created)} {record.levelname:<7} {record.getMessage()}"
+        # What an upstream said may stand in a message, and must not start a line of its own.
+        message = record.getMessage().replace("\n", "\\n")
+        text = f"{_iso(record.created)} {record.levelname:<7} {message}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -133,7 +139,7 @@ class RequestLog:
                 "method": exchange.route.method,
                 "path": exchange.route.path,
                 "form": exchange.form or None,
-                "model": exchange.model,
+                "model": exchange.model and exchange.model[:200],
                 "upstream": exchange.upstream.url if exchange.upstream else None,
                 "status": exchange.status,
                 "first_token_s": None if first is None else round(first - started, 6),
@@ -170,10 +176,15 @@ class RequestLog:
 
 
 def _as_text(fields: dict[str, Any]) -> str:
-    """`time status method path`, then `name=value` for what is known; nothing in it can start a new line."""
-    head = f"{fields.pop('time')} {fields.pop('status')} {fields.pop('method')} {fields.pop('path')!r:.200}"
-    rest = (f"{name}={value!r:.200}" if isinstance(value, str) else f"{name}={value}" for name, value in fields.items())
-    return " ".join([head.replace("'", ""), *(item for item in rest if not item.endswith("=None"))]).replace("'", "")
+    """`time status method path`, then `name=value` for what is known."""
+    head = f"{fields.pop('time')} {fields.pop('status')} {fields.pop('method')} {_word(fields.pop('path'))}"
+    return " ".join([head, *(f"{name}={_word(value)}" for name, value in fields.items() if value is not None)])
+
+
+def _word(value: Any) -> str:
+    """As it is where that is plain, else quoted and escaped, so that nothing can forge a field or a line."""
+    text = str(value)[:200]
+    return text if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text) else json.dumps(text)
 
 
 def _iso(seconds: float) -> str:

@@ -55,12 +55,12 @@ _OWN_FIELDS = frozenset(
 class Simplified:
     """A simplified request that has been checked.
 
-    `chat` is the chat call's body, still without `model` where the request names none; `prompt` is
-    the user's text; `echoed` is what the reply repeats of the request.
+    `chat` is the chat call's body without its model, `model` what the request names, if anything;
+    `echoed` is what the reply repeats of the request.
     """
 
     chat: Json
-    prompt: str
+    model: str | None
     streaming: bool
     style: Style
     echoed: Json
@@ -90,8 +90,6 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     }
     if not streaming:
         chat.pop("stream_options", None)
-    if (model := _model(body)) is not None:
-        chat["model"] = model
     echoed = {
         "prompt": prompt,
         "streaming": streaming,
@@ -99,7 +97,13 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
         "output_guardrail_params": body.get("output_guardrail_params"),
         "data": _data(body),
     }
-    return Simplified(chat, prompt, streaming, _style(body, style), echoed)
+    _dumped(echoed)
+    return Simplified(chat, _model(body), streaming, _style(body, style), echoed)
+
+
+def to_chat_call(request: Simplified, model: str) -> bytes:
+    """The chat call's body; raises BadRequest for what cannot be written."""
+    return _dumped({"model": model, **request.chat})
 
 
 def to_reply(request: Simplified, answer: bytes) -> bytes:
@@ -109,10 +113,12 @@ def to_reply(request: Simplified, answer: bytes) -> bytes:
     """
     try:
         completion = orjson.loads(answer)
-        text = completion["choices"][0]["message"]["content"]
+        text = completion["choices"][0]["message"]["content"] or ""
+        if not isinstance(text, str):
+            raise TypeError(text)
+        return orjson.dumps({"text": text, **completion, **request.echoed})
     except (orjson.JSONDecodeError, LookupError, TypeError):
         raise UpstreamBroken("The model server's answer is not a chat completion.") from None
-    return orjson.dumps({"text": text or "", **completion, **request.echoed})
 
 
 class ReprStream:
@@ -138,9 +144,27 @@ class ReprStream:
             return sse.encode(data)
         chunk = orjson.loads(data)
         if "error" in chunk:
-            return sse.encode(data)
+            return sse.encode(orjson.dumps(chunk))
         text = [choice["delta"].get("content") for choice in chunk["choices"] if choice["index"] == 0]
         return b"".join(sse.encode(repr(piece).encode()) for piece in text if piece is not None)
+
+
+def _dumped(fields: Json) -> bytes:
+    try:
+        return orjson.dumps(fields)
+    except TypeError:
+        # orjson reads four times the depth that it writes.
+        name = next(name for name, value in fields.items() if not _can_be_written(value))
+        raise BadRequest(f"{name} is nested too deeply.", param=name) from None
+
+
+def _can_be_written(value: Any) -> bool:
+    try:
+        # One level deeper, as it will be.
+        orjson.dumps([value])
+    except TypeError:
+        return False
+    return True
 
 
 def _messages(body: Json) -> tuple[list[Json], str]:
@@ -165,10 +189,14 @@ def _from_object(messages: Json) -> tuple[list[Json], str]:
 
 def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
     for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        name = f"messages[{at}]"
+        if not isinstance(message, dict):
             raise BadRequest(
-                f"messages[{at}] must be an object with a role and a content, but it is {kind_of(message)}.",
-                param=f"messages[{at}]",
+                f"{name} must be an object with a role and a content, but it is {kind_of(message)}.", param=name
+            )
+        if not isinstance(message.get("role"), str):
+            raise BadRequest(
+                f"{name}.role must be a string, but it is {kind_of(message.get('role'))}.", param=f"{name}.role"
             )
     users = [message.get("content") for message in messages if message["role"] == "user"]
     if not users:
@@ -179,7 +207,7 @@ def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
 
 def _merged(messages: list[Json]) -> list[Json]:
     """The same conversation without a system role: its text stands before the first user's."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
+    system = [message.get("content") for message in messages if message["role"] == "system"]
     rest = [message for message in messages if message["role"] != "system"]
     first = next((at for at, message in enumerate(rest) if message["role"] == "user"), None)
     if not system or first is None:

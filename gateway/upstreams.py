@@ -31,6 +31,7 @@ class Upstream:
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
     in_flight: int = 0
+    chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
 
@@ -66,7 +67,7 @@ class UpstreamPool:
 
     def __init__(self, upstreams: tuple[Upstream, ...]) -> None:
         self._upstreams = upstreams
-        self._next = 0
+        self._turn = 0
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams)
@@ -79,17 +80,19 @@ class UpstreamPool:
     def choose(self, model: str | None, now: float, *, without: Upstream | None = None) -> Upstream | None:
         """The upstream with the fewest calls in flight among the best that serve `model`.
 
-        None only where `without` was the only one. A model that none serves is for any of them to
+        None only where `without` is the only one of them. A model that none serves is for any to
         refuse. Ties go round.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
             return None if upstreams[0] is without else upstreams[0]
         able = [upstream for upstream in upstreams if model in upstream.models] or upstreams
-        left = [upstream for upstream in able if upstream is not without]
-        self._next += 1
-        turned = [left[(self._next + at) % len(left)] for at in range(len(left))]
-        return min(turned, key=lambda upstream: (_rank(upstream, now), upstream.in_flight), default=None)
+        left = (upstream for upstream in able if upstream is not without)
+        best = min(left, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at), default=None)
+        if best is not None:
+            self._turn += 1
+            best.chosen_at = self._turn
+        return best
 
 
 def _rank(upstream: Upstream, now: float) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 # Inside a JSON string every quote is escaped, so a model that writes this text is not mistaken for vLLM.
-_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_COMPLETION = re.compile(rb'"completion_tokens":\s*(\d+)')
+_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d{1,18})\b')
+_COMPLETION = re.compile(rb'"completion_tokens":\s*(\d{1,18})\b')
 
 
 def usage_in(tail: bytes) -> tuple[int, int] | None:

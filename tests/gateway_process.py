@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from gateway.app import create_app
-from gateway.config import Settings
+from gateway.config import Settings, names_of
 from gateway.logs import LineWriter
 from gateway.server import listen
 
@@ -57,7 +57,8 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     read, write = os.pipe()
     writer = LineWriter(write)
     listener = listen("127.0.0.1", 0)
-    app = create_app(Settings(upstreams=upstreams, port=0, **settings), writer)
+    given = {"upstreams": upstreams, "port": 0, **settings}
+    app = create_app(Settings(**{names_of(field)[0]: value for field, value in given.items()}), writer)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

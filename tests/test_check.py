@@ -20,6 +20,6 @@ from gateway.config import Settings
 def test_an_upstream_at_localhost_inside_a_container_is_warned_of(url: str, in_container: bool, warned: bool) -> None:
     said: list[str] = []
 
-    assert not check(Settings(upstreams=(url,)), [], said.append, in_container=in_container)
+    assert not check(Settings(GATEWAY_UPSTREAMS=(url,)), [], said.append, in_container=in_container)
 
     assert any("the container itself" in line for line in said) == warned

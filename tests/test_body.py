@@ -1,0 +1,108 @@
+"""A request's body: an object, or a sentence that says what is wrong and where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gateway.body import to_object
+from gateway.errors import BadRequest
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_any_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
+    assert to_object(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+@given(st.binary(max_size=40) | st.text('{}[]",:\\ -+.0e1aNInfty\n\u00e9').map(str.encode))
+@example(b"[" * 5000)
+@example(b'{"a":' * 5000)
+@example(b'{"a":1e999}')
+@settings(deadline=None, max_examples=50)
+def test_any_bytes_are_an_object_or_a_bad_request(body: bytes) -> None:
+    with contextlib.suppress(BadRequest):
+        assert isinstance(to_object(body), dict)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"[]", "an array"),
+        (b'"x"', "a string"),
+        (b"true", "a boolean"),
+        (b"null", "null"),
+        (b"7", "a number"),
+        (b"7.5", "a number"),
+        (b"", "empty"),
+        (b" \n", "empty"),
+    ],
+)
+def test_json_that_is_no_object_is_called_by_its_kind(body: bytes, kind: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        to_object(body)
+    assert raised.value.message == f"The request's body must be a JSON object, but it is {kind}."
+    assert raised.value.param is None
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "number"),
+    [
+        (b'{"temperature": NaN}', "temperature", "NaN"),
+        (b'{"a": 1, "top_p":Infinity}', "top_p", "Infinity"),
+        (b'{"a": {"b": nan}}', "b", "nan"),
+        (b'{"temperature": -Infinity}', "temperature", "-Infinity"),
+    ],
+)
+def test_a_number_that_json_has_not_is_shown_with_its_field(body: bytes, field: str, number: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        to_object(body)
+    assert raised.value.param == field
+    assert raised.value.message.startswith(f"{field} must be a finite number, but it is {number} (line 1, column ")
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "field"),
+    [
+        (b'{"messages": tru}', "line 1, column 14", "messages"),
+        (b'{"a": 1,\n "max_new_tokens": 1 2}', "line 2, column 22", "max_new_tokens"),
+        (b'{"a": 1,\n "top_k": 01}', "line 2, column 11", "top_k"),
+        (b'{"a" 1}', "line 1, column 6", None),
+        (b"{", "line 1, column 2", None),
+        ('{"é": "ü", "b": x}'.encode(), "line 1, column 17", "b"),
+    ],
+)
+def test_broken_json_is_told_with_its_place_and_field(body: bytes, where: str, field: str | None) -> None:
+    with pytest.raises(BadRequest) as raised:
+        to_object(body)
+    assert raised.value.param == field
+    assert where in raised.value.message
+    assert (f"in the value of {field}" in raised.value.message) == (field is not None)
+
+
+def test_a_body_that_is_not_utf8_is_told_by_the_byte() -> None:
+    with pytest.raises(BadRequest, match="must be UTF-8, but byte 7 is not"):
+        to_object(b'{"a":"x\xff"}')
+
+
+@given(st.text(st.characters(codec="utf-8", categories=["L", "N"]), min_size=12, max_size=40))
+@settings(deadline=None, max_examples=50)
+def test_what_the_prompt_said_is_never_in_the_sentence(prompt: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        to_object(json.dumps({"messages": prompt}, ensure_ascii=False)[:-2].encode())
+    assert prompt not in raised.value.message

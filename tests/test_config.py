@@ -1,0 +1,211 @@
+"""Settings: every name and alias, what beats what, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.config import Settings, SettingsError, load, names_of, table
+
+VALUES: list[tuple[str, str, Any]] = [
+    ("host", "127.0.0.1", "127.0.0.1"),
+    ("port", "9100", 9100),
+    ("upstreams", "http://a:1, http://b:2/v1/", ("http://a:1", "http://b:2")),
+    ("upstream_api_key", "sk-1", "sk-1"),
+    ("model", "org/name", "org/name"),
+    ("stream_style", "repr", "repr"),
+    ("disable_streaming", "True", True),
+    ("system_role", "merge", "merge"),
+    ("max_body_bytes", "2048", 2048),
+    ("connect_timeout", "0.5", 0.5),
+    ("first_token_timeout", "7", 7),
+    ("idle_timeout", "8", 8),
+    ("total_timeout", "9", 9),
+    ("body_timeout", "10", 10),
+    ("probe_interval", "11", 11),
+    ("drain_timeout", "0", 0),
+    ("log_format", "text", "text"),
+    ("log_level", "debug", "DEBUG"),
+]
+ALIASES = {
+    "LLM_USVC_PORT": "port",
+    "LLM_MODEL_SERVER_ENDPOINT": "upstreams",
+    "LLM_VLLM_API_KEY": "upstream_api_key",
+    "LLM_MODEL_NAME": "model",
+    "LLM_DISABLE_STREAMING": "disable_streaming",
+    "OPEA_LOGGER_LEVEL": "log_level",
+}
+RAW = {field: raw for field, raw, _ in VALUES}
+READ = {field: value for field, _, value in VALUES}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("GATEWAY_", "LLM_", "OPEA_")):
+            monkeypatch.delenv(name)
+
+
+def value_of(settings: Settings, field: str) -> Any:
+    value = getattr(settings, field)
+    return value.get_secret_value() if field == "upstream_api_key" and value is not None else value
+
+
+def wrong(env_file: Path | None = None, **given: Any) -> str:
+    with pytest.raises(SettingsError) as raised:
+        load(env_file, **given)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("field", "raw", "value"), VALUES)
+def test_a_setting_is_read_by_its_name(field: str, raw: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert value_of(Settings(), field) != value
+    monkeypatch.setenv(f"GATEWAY_{field.upper()}", raw)
+    settings, warnings = load()
+    assert value_of(settings, field) == value
+    assert warnings == []
+
+
+def test_every_setting_and_alias_stands_in_these_tables() -> None:
+    assert set(Settings.model_fields) == set(RAW)
+    assert {name for field in RAW for name in names_of(field)[1:]} == set(ALIASES)
+    assert {name.split(", ")[0] for name, _, _ in table()} == {f"GATEWAY_{field.upper()}" for field in RAW}
+
+
+def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
+    rows = {name: (default, meaning) for name, default, meaning in table()}
+    assert rows["GATEWAY_PORT, LLM_USVC_PORT"] == ("9000", "Port to listen on.")
+    assert rows["GATEWAY_UPSTREAMS, LLM_MODEL_SERVER_ENDPOINT"][0] == "http://localhost:8008"
+    assert all(meaning.endswith(".") for _, meaning in rows.values())
+
+
+@pytest.mark.parametrize(("alias", "field"), ALIASES.items())
+def test_a_setting_is_read_by_its_older_name(alias: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(alias, RAW[field])
+    settings, warnings = load()
+    assert value_of(settings, field) == READ[field]
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("alias", "field"), ALIASES.items())
+def test_the_name_beats_its_alias_with_a_warning_if_they_differ(
+    alias: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"GATEWAY_{field.upper()}"
+    monkeypatch.setenv(alias, "1")
+    monkeypatch.setenv(name, RAW[field])
+    settings, (warning,) = load()
+    assert value_of(settings, field) == READ[field]
+    assert warning == f"{name} and {alias} are both set and differ: {name} is used."
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_a_name_and_an_alias_that_agree_are_no_cause_to_warn(quote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MODEL", f"{quote}m{quote}")
+    monkeypatch.setenv("LLM_MODEL_NAME", "m")
+    assert load()[1] == []
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize("field", ["port", "upstreams", "disable_streaming", "model"])
+def test_quotes_around_a_value_are_taken_off(field: str, quote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"GATEWAY_{field.upper()}", quote + RAW[field] + quote)
+    assert value_of(load()[0], field) == READ[field]
+
+
+@pytest.mark.parametrize("value", ["m'", '"', "'m\"", "a'm'"])
+def test_quotes_that_are_no_pair_around_it_belong_to_the_value(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MODEL", value)
+    assert load()[0].model == value
+
+
+@pytest.mark.parametrize("field", RAW)
+@pytest.mark.parametrize("empty", ["", '""'])
+def test_an_empty_value_is_none_at_all(field: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = value_of(Settings(), field)
+    monkeypatch.setenv(f"GATEWAY_{field.upper()}", empty)
+    settings, warnings = load()
+    assert value_of(settings, field) == default
+    assert warnings == []
+
+
+@pytest.mark.parametrize("empty", ["", '""'])
+def test_an_empty_value_lets_the_alias_speak(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MODEL", empty)
+    monkeypatch.setenv("LLM_MODEL_NAME", "m")
+    settings, warnings = load()
+    assert (settings.model, warnings) == ("m", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("GATEWAY_UPSTREAM", "GATEWAY_UPSTREAMS"),
+        ("GATEWAY_PROT", "GATEWAY_PORT"),
+        ("GATEWAY_IDLE_TIME_OUT", "GATEWAY_IDLE_TIMEOUT"),
+        ("GATEWAY_PORTS", "GATEWAY_PORT"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_one(
+    name: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    assert wrong() == f"{name} is not a setting of the gateway: did you mean {nearest}?"
+
+
+@pytest.mark.parametrize("name", ["port", "host", "model", "upstreams", "gateway_port", "LLM_OTHER", "HOST", "PORT"])
+def test_a_name_that_is_not_ours_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Settings().model_dump()
+    monkeypatch.setenv(name, "7")
+    assert load()[0].model_dump() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GATEWAY_SERVICE_HOST", "10.0.0.1"),
+        ("GATEWAY_SERVICE_PORT", "9000"),
+        ("GATEWAY_SERVICE_PORT_HTTP", "9000"),
+        ("GATEWAY_PORT", "tcp://10.0.0.1:9000"),
+        ("GATEWAY_PORT_9000_TCP", "tcp://10.0.0.1:9000"),
+        ("GATEWAY_PORT_9000_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_what_kubernetes_injects_is_ignored_and_an_alias_still_honoured(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert load()[0].port == 9000
+    monkeypatch.setenv("LLM_USVC_PORT", "9100")
+    settings, warnings = load()
+    assert (settings.port, warnings) == (9100, [])
+
+
+def test_an_environment_of_kubernetes_does_not_hide_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "env").write_text("GATEWAY_PORT=9200\n")
+    monkeypatch.setenv("GATEWAY_PORT", "tcp://10.0.0.1:9000")
+    assert load(tmp_path / "env")[0].port == 9200
+
+
+@pytest.mark.parametrize("set_name", names_of("model"))
+@pytest.mark.parametrize("file_name", names_of("model"))
+def test_the_command_line_beats_the_environment_and_that_the_file(
+    set_name: str, file_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "env").write_text(f'{file_name}="from the file"\nGATEWAY_HOST=::1\n')
+    assert load(tmp_path / "env")[0].model == "from the file"
+    monkeypatch.setenv(set_name, "from the environment")
+    settings, _ = load(tmp_path / "env")
+    assert (settings.model, settings.host) == ("from the environment", "::1")
+    assert load(tmp_path / "env", model="given", host=None)[0].model == "given"
+
+
+def test_a_warning_names_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "env").write_text("GATEWAY_MODEL=from-the-file\n")
+    monkeypatch.setenv("LLM_MODEL_NAME", "from-the-environment")
+    settings, (warning,) = load(tmp_path / "env")
+    used = "LLM_MODEL_NAME" if settings.model == "from-the-environment" else "GATEWAY_MODEL"
+    assert warning.endswith(f"{used} is used.")

@@ -1,0 +1,162 @@
+"""A wrong setting stops the start: with its name, its value and what is allowed, and never a secret."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.config import Settings, SettingsError, load
+
+URLS = "URLs like http://host:8008, separated by commas"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("GATEWAY_", "LLM_", "OPEA_")):
+            monkeypatch.delenv(name)
+
+
+def wrong(env_file: Path | None = None, **given: Any) -> str:
+    with pytest.raises(SettingsError) as raised:
+        load(env_file, **given)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("GATEWAY_PORT", "abc", "a number"),
+        ("GATEWAY_PORT", "9000.5", "a number"),
+        ("GATEWAY_PORT", "65536", "less than or equal to 65535"),
+        ("GATEWAY_PORT", "-1", "greater than or equal to 0"),
+        ("LLM_USVC_PORT", "abc", "a number"),
+        ("GATEWAY_DISABLE_STREAMING", "maybe", "true or false"),
+        ("LLM_DISABLE_STREAMING", "maybe", "true or false"),
+        ("GATEWAY_STREAM_STYLE", "xml", "'openai' or 'repr'"),
+        ("GATEWAY_SYSTEM_ROLE", "user", "'system' or 'merge'"),
+        ("GATEWAY_LOG_FORMAT", "xml", "'json' or 'text'"),
+        ("OPEA_LOGGER_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
+        ("GATEWAY_MAX_BODY_BYTES", "10", "greater than or equal to 1024"),
+        ("GATEWAY_IDLE_TIMEOUT", "0", "greater than 0"),
+        ("GATEWAY_IDLE_TIMEOUT", "soon", "a number"),
+        ("GATEWAY_IDLE_TIMEOUT", "inf", "a finite number"),
+        ("GATEWAY_CONNECT_TIMEOUT", "nan", "a finite number"),
+        ("GATEWAY_DRAIN_TIMEOUT", "inf", "a finite number"),
+        ("GATEWAY_DRAIN_TIMEOUT", "-1", "greater than or equal to 0"),
+        ("GATEWAY_UPSTREAMS", "vllm:8008", URLS),
+        ("GATEWAY_UPSTREAMS", "ftp://vllm", URLS),
+        ("GATEWAY_UPSTREAMS", "http://", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a:0", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a:99999", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a:8o", URLS),
+        ("GATEWAY_UPSTREAMS", "http://[::1", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a?b=1", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a,b", URLS),
+        ("LLM_MODEL_SERVER_ENDPOINT", ",", URLS),
+        ("GATEWAY_UPSTREAMS", "http://a,http://a/v1", "each URL once"),
+        ("GATEWAY_UPSTREAMS", "http://a\x7fb", "URLs of plain ASCII characters"),
+    ],
+)
+def test_a_wrong_value_is_shown_with_its_name_and_what_is_allowed(
+    name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert wrong() == f"{name} is wrong: {value!r}. Allowed: {allowed}."
+
+
+@pytest.mark.parametrize(
+    ("url", "read"),
+    [
+        ("http://vllm:8008/v1", "http://vllm:8008"),
+        ("http://vllm:8008/v1/", "http://vllm:8008"),
+        ("https://vllm/some/prefix/", "https://vllm/some/prefix"),
+        ("HTTP://10.0.0.7", "http://10.0.0.7"),
+        ("http://[::1]:8008", "http://[::1]:8008"),
+    ],
+)
+def test_a_url_is_read_in_every_usual_form(url: str, read: str) -> None:
+    assert load(upstreams=url)[0].upstreams == (read,)
+
+
+@pytest.mark.parametrize("upstreams", ["http://a,http://b", "http://a http://b", " http://a ,\n http://b, "])
+def test_upstreams_are_separated_by_commas_or_blanks(upstreams: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_UPSTREAMS", upstreams)
+    assert load()[0].upstreams == ("http://a", "http://b")
+
+
+def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", "abc")
+    monkeypatch.setenv("GATEWAY_LOG_FORMAT", "xml")
+    assert [line.split()[0] for line in wrong().splitlines()] == ["GATEWAY_PORT", "GATEWAY_LOG_FORMAT"]
+
+
+@pytest.mark.parametrize("other", ["", "tcp://10.0.0.1:9000"])
+def test_the_alias_is_blamed_where_the_name_gave_no_value(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", other)
+    monkeypatch.setenv("LLM_USVC_PORT", "abc")
+    assert wrong() == "LLM_USVC_PORT is wrong: 'abc'. Allowed: a number."
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_PORT", "LLM_USVC_PORT"])
+def test_a_wrong_value_in_the_file_is_shown_with_its_name_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "env").write_text(f"{name}=abc\n")
+    assert wrong(tmp_path / "env") == f"{name} is wrong: 'abc'. Allowed: a number."
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("GATEWAY_UPSTREAM=http://a\n")
+    assert wrong(tmp_path / "env").endswith("did you mean GATEWAY_UPSTREAMS?")
+
+
+def test_a_wrong_value_of_the_command_line_is_not_blamed_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_USVC_PORT", "9000")
+    assert "LLM_USVC_PORT" not in wrong(port="abc")
+
+
+def test_a_file_that_is_missing_or_no_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        assert str(path) in wrong(path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "env").write_bytes(b"GATEWAY_MODEL=\xff\xfe\n")
+    assert str(tmp_path / "env") in wrong(tmp_path / "env")
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"])
+@pytest.mark.parametrize("key", ["hidden key", "hidden\u00e9", "hidden\r\nx: y"])
+def test_a_wrong_api_key_is_not_in_the_error(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, key)
+    assert wrong() == f"{name} is wrong: its value. Allowed: printable ASCII characters without spaces."
+
+
+def test_the_api_key_is_neither_shown_by_the_settings_nor_by_an_error_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GATEWAY_UPSTREAM_API_KEY", "hidden")
+    settings, _ = load()
+    assert settings.upstream_api_key is not None
+    assert settings.upstream_api_key.get_secret_value() == "hidden"
+    assert "hidden" not in repr(settings) + str(settings) + str(settings.model_dump()) + settings.model_dump_json()
+    monkeypatch.setenv("GATEWAY_PORT", "abc")
+    assert "hidden" not in wrong()
+
+
+def test_a_password_in_a_url_is_refused_and_not_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_UPSTREAMS", "http://user:hidden@vllm:8008")
+    error = wrong()
+    assert "GATEWAY_UPSTREAM_API_KEY" in error
+    assert "hidden" not in error
+
+
+def test_settings_of_no_environment_are_the_documented_defaults() -> None:
+    settings, warnings = load()
+    assert warnings == []
+    assert settings == Settings()
+    assert (settings.host, settings.port, settings.upstreams) == ("0.0.0.0", 9000, ("http://localhost:8008",))
+    limits = (settings.connect_timeout, settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
+    assert limits == (5, 300, 60, 1800)

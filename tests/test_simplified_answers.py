@@ -1,0 +1,144 @@
+"""The simplified replies: whole, and as the stream of Python reprs that callers of releases 1.2 to 1.5 parse."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gateway.errors import UpstreamBroken
+from gateway.simplified import ReprStream, Simplified, from_body, to_reply
+from gateway.sse import DONE, Decoder, encode
+
+ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}
+PIECES = st.lists(st.text() | st.text("'\"\\\n\r\t\x00\x1b\x85\u2028\ufeff\U0001f600\u0301{}", max_size=6), max_size=4)
+
+
+def read(body: dict[str, Any]) -> Simplified:
+    return from_body(body, "openai", "system", whole=False)
+
+
+def test_a_whole_reply_is_the_completion_with_its_text_and_what_was_asked() -> None:
+    request = read({"messages": "Hi.", "streaming": False, "data": {"a": 1}, "output_guardrail_params": {"b": 2}})
+    assert json.loads(to_reply(request, orjson.dumps(ANSWER))) == {
+        **ANSWER,
+        "text": "Hello.",
+        "prompt": "Hi.",
+        "streaming": False,
+        "stream": False,
+        "output_guardrail_params": {"b": 2},
+        "data": {"a": 1},
+    }
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_an_answer_without_text_has_an_empty_one(content: str | None) -> None:
+    answer = {"choices": [{"message": {"content": content, "tool_calls": [1]}}]}
+    reply = json.loads(to_reply(read({"messages": "Hi."}), orjson.dumps(answer)))
+    assert reply["text"] == ""
+    assert reply["choices"] == answer["choices"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b'{"choices":[]}',
+        b'{"choices":[{}]}',
+        b'{"choices":null}',
+        b'{"choices":[{"message":"x"}]}',
+        b'{"choices":[{"message":{"content":5}}]}',
+        b'{"choices":[{"message":{"content":"x"}}],"x":' + b"[" * 300 + b"]" * 300 + b"}",
+    ],
+)
+def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: bytes) -> None:
+    with pytest.raises(UpstreamBroken):
+        to_reply(read({"messages": "Hi."}), answer)
+
+
+def chunk(content: str | None, **choice: Any) -> bytes:
+    return encode(json.dumps({"choices": [{"index": 0, "delta": {"content": content}, **choice}]}).encode())
+
+
+def events(stream: bytes) -> list[bytes]:
+    return Decoder(limit=1_000_000).feed(stream)
+
+
+@given(PIECES)
+@example(["It's", ' a "q"\n', "'\"", "\U0001f600", "\r\n\r\ndata: x\n\n", ""])
+@settings(deadline=None)
+def test_callers_read_back_the_text_whatever_it_holds(pieces: list[str]) -> None:
+    stream = ReprStream().feed(b"".join(map(chunk, pieces)) + encode(DONE))
+    *texts, end = events(stream)
+    assert [ast.literal_eval(text.decode()) for text in texts] == pieces
+    assert end == b"[DONE]"
+
+
+@given(st.lists(st.text(max_size=4), max_size=3))
+@settings(deadline=None)
+def test_every_split_point_of_the_upstreams_stream_gives_the_same_stream(pieces: list[str]) -> None:
+    upstream = b"".join(map(chunk, pieces)) + encode(DONE)
+    whole = ReprStream().feed(upstream)
+    for at in range(len(upstream) + 1):
+        stream = ReprStream()
+        assert stream.feed(upstream[:at]) + stream.feed(upstream[at:]) == whole
+
+
+@pytest.mark.parametrize(
+    ("sent", "written"),
+    [
+        (chunk("", role="assistant"), b"data: ''\n\n"),
+        (chunk("It's"), b'data: "It\'s"\n\n'),
+        (chunk("\n"), b"data: '\\n'\n\n"),
+        (chunk("end", finish_reason="stop"), b"data: 'end'\n\n"),
+        (chunk("cut", finish_reason="length"), b"data: 'cut'\n\n"),
+        (chunk(None), b""),
+        (encode(b'{"choices":[{"index":0,"delta":{"reasoning":"x"}}]}'), b""),
+        (encode(b'{"choices":[],"usage":{"prompt_tokens":1}}'), b""),
+        (encode(b'{"choices":[{"index":1,"delta":{"content":"x"}}]}'), b""),
+        (encode(b'{"error":{"message":"x"}}'), b'data: {"error":{"message":"x"}}\n\n'),
+        (b": ping\n\n", b""),
+        (encode(DONE), b"data: [DONE]\n\n"),
+    ],
+)
+def test_only_text_errors_and_the_end_are_in_the_stream(sent: bytes, written: bytes) -> None:
+    assert ReprStream().feed(sent) == written
+
+
+def test_an_error_sent_on_several_data_lines_stays_one_event() -> None:
+    stream = ReprStream().feed(b'data: {"error":\ndata: {"message":"x"}}\n\n')
+    assert [json.loads(event) for event in events(stream)] == [{"error": {"message": "x"}}]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        b"{}",
+        b"[]",
+        b"5",
+        b'{"choices":5}',
+        b'{"choices":[{}]}',
+        b'{"choices":[{"index":0}]}',
+        b'{"choices":[{"index":0,"delta":null}]}',
+        b'{"choices":[{"index":0,"delta":{"content":"\\ud800"}}]}',
+        b"[" * 2000,
+    ],
+)
+def test_what_is_no_chat_chunk_is_the_upstreams_fault(data: bytes) -> None:
+    with pytest.raises(UpstreamBroken):
+        ReprStream().feed(encode(data))
+
+
+def test_an_event_without_end_is_the_upstreams_fault() -> None:
+    with pytest.raises(UpstreamBroken):
+        ReprStream().feed(b"x" * 2 * 1024 * 1024)

@@ -1,0 +1,157 @@
+"""Which upstream takes the next call."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.upstreams import State, Upstream, UpstreamPool
+
+STATES: list[State] = ["serving", "loading", "down"]
+
+
+def upstream(
+    name: str = "a", state: State = "serving", models: tuple[str, ...] = ("m",), in_flight: int = 0
+) -> Upstream:
+    made = Upstream.from_url(f"http://{name}:8008")
+    made.state, made.models, made.in_flight = state, models, in_flight
+    return made
+
+
+def broken(made: Upstream, times: int, now: float = 0.0) -> Upstream:
+    for _ in range(times):
+        made.broke(now)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "tls", "prefix", "authority"),
+    [
+        ("http://vllm:8008", "vllm", 8008, False, "", b"vllm:8008"),
+        ("http://vllm", "vllm", 80, False, "", b"vllm"),
+        ("https://vllm", "vllm", 443, True, "", b"vllm"),
+        ("https://vllm:8443/pre/fix", "vllm", 8443, True, "/pre/fix", b"vllm:8443"),
+        ("http://[::1]:8008", "::1", 8008, False, "", b"[::1]:8008"),
+        ("http://10.0.0.7:1", "10.0.0.7", 1, False, "", b"10.0.0.7:1"),
+    ],
+)
+def test_a_url_says_where_an_upstream_is(
+    url: str, host: str, port: int, tls: bool, prefix: str, authority: bytes
+) -> None:
+    made = Upstream.from_url(url)
+    assert (made.url, made.host, made.port, made.tls) == (url, host, port, tls)
+    assert (made.prefix, made.authority) == (prefix, authority)
+
+
+def test_an_upstream_that_was_not_asked_yet_is_loading_and_never_served() -> None:
+    made = Upstream.from_url("http://vllm")
+    assert made.state == "loading"
+    assert not made.ever_served
+    assert not made.failing(0)
+
+
+@pytest.mark.parametrize(
+    ("times", "later", "failing"), [(2, 0, False), (3, 0, True), (3, 14.9, True), (3, 15, False), (4, 14.9, True)]
+)
+def test_three_broken_calls_in_a_row_make_an_upstream_fail_for_fifteen_seconds(
+    times: int, later: float, failing: bool
+) -> None:
+    assert broken(upstream(), times, now=100).failing(100 + later) is failing
+
+
+def test_a_success_ends_the_row_of_broken_calls() -> None:
+    made = broken(upstream(), 3)
+    made.succeeded()
+    broken(made, 2)
+    assert not made.failing(0)
+
+
+def test_a_trial_that_breaks_makes_it_fail_again_at_once() -> None:
+    made = broken(upstream(), 3, now=0)
+    made.broke(20)
+    assert made.failing(20)
+
+
+def test_the_upstream_with_the_fewest_calls_in_flight_is_chosen() -> None:
+    few = upstream("few", in_flight=1)
+    pool = UpstreamPool((upstream("many", in_flight=2), few, upstream("more", in_flight=3)))
+    assert all(pool.choose("m", 0) is few for _ in range(6))
+
+
+def test_ties_go_round() -> None:
+    pool = UpstreamPool((upstream("a"), upstream("b"), upstream("c")))
+    chosen = Counter(one.host for _ in range(9) if (one := pool.choose("m", 0)))
+    assert chosen == {"a": 3, "b": 3, "c": 3}
+
+
+def test_ties_go_round_for_each_model_however_the_models_alternate() -> None:
+    pool = UpstreamPool((upstream("a1", models=("a",)), upstream("a2", models=("a",)), upstream("b", models=("b",))))
+    chosen = Counter(one.host for at in range(12) if (one := pool.choose("ab"[at % 2], 0)))
+    assert chosen == {"a1": 3, "a2": 3, "b": 6}
+
+
+@pytest.mark.parametrize("model", ["other", None])
+def test_a_model_that_none_serves_is_for_any_of_them_to_refuse(model: str | None) -> None:
+    pool = UpstreamPool((upstream("a"), upstream("b")))
+    assert {one.host for _ in range(4) if (one := pool.choose(model, 0))} == {"a", "b"}
+
+
+def test_only_an_upstream_that_serves_the_model_is_chosen() -> None:
+    right = upstream("right", state="down", models=("other", "m"), in_flight=9)
+    assert UpstreamPool((upstream("wrong", models=("other",)), right)).choose("m", 0) is right
+
+
+def test_one_that_serves_goes_before_one_that_fails_and_that_before_one_that_is_not_there() -> None:
+    serving = upstream("serving", in_flight=9)
+    failing = broken(upstream("failing", in_flight=5), 3)
+    loading, down = upstream("loading", "loading", in_flight=1), upstream("down", "down", in_flight=2)
+    pool = UpstreamPool((down, failing, loading, serving))
+    assert pool.choose("m", 0) is serving
+    assert pool.choose("m", 0, without=serving) is failing
+    assert UpstreamPool((down, loading)).choose("m", 0) is loading
+
+
+def test_one_that_failed_is_tried_again_in_its_turn_when_its_time_has_come() -> None:
+    failed = broken(upstream("failed"), 3, now=0)
+    pool = UpstreamPool((failed, upstream("busy", in_flight=1)))
+    assert pool.choose("m", 14.9) is not failed
+    assert pool.choose("m", 15) is failed
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_only_upstream_is_chosen_however_it_is(state: State) -> None:
+    only = broken(upstream(state=state, models=()), 3)
+    assert UpstreamPool((only,)).choose("m", 0) is only
+    assert UpstreamPool((only,)).choose("m", 0, without=only) is None
+
+
+def test_no_second_upstream_is_left_where_the_first_alone_serves_the_model() -> None:
+    first = upstream("first")
+    assert UpstreamPool((first, upstream("second", models=("x",)))).choose("m", 0, without=first) is None
+
+
+UPSTREAMS = st.builds(
+    upstream,
+    st.sampled_from("abcd"),
+    st.sampled_from(STATES),
+    st.sampled_from([(), ("m",), ("n",), ("m", "n")]),
+    st.integers(0, 3),
+)
+
+
+@given(st.lists(UPSTREAMS, min_size=1, max_size=5), st.sampled_from(["m", "n", "x", None]))
+@settings(deadline=None, max_examples=50)
+def test_some_upstream_is_always_chosen_and_never_the_one_left_out(many: list[Upstream], model: str | None) -> None:
+    pool = UpstreamPool(tuple(many))
+    first = pool.choose(model, 0)
+    assert first in many
+    assert pool.choose(model, 0, without=first) is not first
+
+
+def test_the_pools_models_are_each_named_once_in_the_upstreams_order() -> None:
+    pool = UpstreamPool((upstream(models=("b", "a")), upstream(models=()), upstream(models=("c", "b"))))
+    assert pool.models == ("b", "a", "c")
+    assert len(list(pool)) == 3

@@ -1,0 +1,57 @@
+"""Token counts, found in the end of an answer without parsing it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.usage import usage_in
+
+REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":22}'
+
+
+@pytest.mark.parametrize(
+    ("tail", "usage"),
+    [
+        (b"", None),
+        (b"data: [DONE]\n\n", None),
+        (b'{"usage":null}', None),
+        (b'{"usage":{}}', None),
+        (b'{"usage":{"prompt_tokens":3}}', None),
+        (b'{"usage":{"completion_tokens":3}}', None),
+        (b'{"prompt_tokens":1,"completion_tokens":2}', None),
+        (b"{" + REPORTED + b"}", (31, 22)),
+        (b'{"usage": {"completion_tokens": 2,\n "prompt_tokens": 1}}', (1, 2)),
+        (b'ge":{"prompt_tokens":8,"completion_tokens":9}}\n\ndata: {' + REPORTED + b"}\n\ndata: [DONE]\n\n", (31, 22)),
+        (b'{"usage":{"prompt_tokens":8,"completion_tokens":9}}\n\ndata: {' + REPORTED + b"}\n\n", (31, 22)),
+        (b'{"usage":{"prompt_tokens":0,"completion_tokens":0,"prompt_tokens_details":null}}', (0, 0)),
+        (b'{"usage":{"prompt_tokens_details":{"cached_tokens":5},"prompt_tokens":7,"completion_tokens":1}}', (7, 1)),
+    ],
+)
+def test_the_last_usage_that_vllm_reported_is_found(tail: bytes, usage: tuple[int, int] | None) -> None:
+    assert usage_in(tail) == usage
+
+
+@given(
+    st.sampled_from(['"usage":', '{"usage":{"prompt_tokens":9,"completion_tokens":9}}', ""]), st.text(), st.booleans()
+)
+@settings(deadline=None, max_examples=50)
+def test_a_model_that_writes_of_usage_is_not_mistaken_for_vllm(written: str, more: str, after: bool) -> None:
+    text = b'"content":' + json.dumps(written + more).encode()
+    assert usage_in(b"{" + text + b"}") is None
+    assert usage_in(b"{" + (REPORTED + b"," + text if after else text + b"," + REPORTED) + b"}") == (31, 22)
+
+
+@given(st.integers(min_value=0, max_value=2**40), st.integers(min_value=0, max_value=2**40))
+@settings(deadline=None, max_examples=50)
+def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
+    usage = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
+    assert usage_in(json.dumps(usage).encode()) == (prompt, completion)
+
+
+def test_a_number_of_absurd_length_does_not_raise() -> None:
+    # Python refuses to read an integer of more than 4,300 digits.
+    assert usage_in(b'{"usage":{"prompt_tokens":' + b"1" * 5000 + b',"completion_tokens":2}}') is None
