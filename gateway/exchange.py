@@ -257,7 +257,7 @@ class Exchange:
     def begin(self) -> None:
         """The request's head is there."""
         self._path.observer.started(self)
-        self._arm(self._path.limits.body)
+        self._arm(min(self._path.limits.body, self._path.limits.total))
         encoding = value_of(self._headers, b"content-encoding") or b"identity"
         length = value_of(self._headers, b"content-length") or b"0"
         if encoding.lower() != b"identity":
@@ -363,6 +363,8 @@ class Exchange:
         self._state = _State.WAITING
         self._connection = connection
         self.sent_at = self._path.clock.time()
+        if self._paused:
+            connection.pause()
         connection.send(self._request_head() + self._content[0])
 
     def _request_head(self) -> bytes:
@@ -487,8 +489,10 @@ class Exchange:
                 self._cut_event = self._cut_event and not data
         elif self._cut_event:
             self._cut_event = False
-        if not data:
-            return
+        if data:
+            self._send_events(data)
+
+    def _send_events(self, data: bytes) -> None:
         self.events += data.count(b"\n\n")
         self._before_last, self._last = self._last, data
         if self._repr is not None:
@@ -515,13 +519,15 @@ class Exchange:
             self._headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(reply))]
             self._send(reply)
         elif self._sse:
-            if self._held and self._repr is None:
-                self._last, self._cut_event = self._held, True
-                self._send(self._held)
-            if self.status == 200 and b"[DONE]" not in self._last:
+            if sse.has_done(self._held):
+                # The last event lacks its blank line, but nothing else.
+                self._send_events(self._held if self._repr is None else self._held + b"\n\n")
+            if self.status == 200 and not sse.has_done(self._before_last + self._last):
                 raise UpstreamBroken("The model server ended its stream without [DONE].")
         if not self._started:
             self._start()
+        if self._state is _State.ENDED:  # the client has left while it was written to
+            return
         failed = self.status >= 500 or (self._sse and b'data: {"error"' in self._before_last + self._last)
         self._judge(broken=failed)
         self._finish("upstream_error" if failed else "done")
@@ -536,6 +542,9 @@ class Exchange:
     def _start(self) -> None:
         self._started = True
         headers = to_client(self._headers)
+        if self._sse:
+            # An error event may have to be added, so no length can be promised.
+            headers = [header for header in headers if header[0] != b"content-length"]
         if self._repr is not None:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-request-id", self.request_id.encode()))
@@ -576,8 +585,10 @@ class Exchange:
         if self._state is _State.RECEIVING:
             if now - self._last_read_at >= limits.body:
                 self.fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
+            elif now - self.started_at >= limits.total:
+                self.fail(RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT)."))
             else:
-                self._arm(self._last_read_at + limits.body - now)
+                self._arm(min(self._last_read_at + limits.body, self.started_at + limits.total) - now)
         elif now - self.started_at >= limits.total:
             self._upstream_failed(UpstreamTimeout("total", limits.total))
         elif self.streaming and (late := self._late(now)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 DONE = b"[DONE]"
+_DONE_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\](?:[\r\n]|$)")
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
@@ -25,6 +26,11 @@ def end_of_last_event(data: bytes) -> int:
     if data.endswith(b"\n\n"):
         return len(data)
     return max((at + len(blank) for blank in _BLANK if (at := data.rfind(blank)) >= 0), default=0)
+
+
+def has_done(data: bytes) -> bool:
+    """Whether the event that ends a stream is in `data`; inside JSON a line cannot begin with it."""
+    return _DONE_EVENT.search(data) is not None
 
 
 def data_of(event: bytes) -> bytes | None:

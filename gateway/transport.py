@@ -16,7 +16,7 @@ from gateway.upstreams import Upstream
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
 IDLE_FOR = 4.0
-# Of one answer's head, and of its trailers.
+# Most that an answer may send before its head is complete, or after that without any of its body.
 HEADER_BYTES = 64 * 1024
 
 
@@ -40,9 +40,11 @@ class UpstreamConnection(asyncio.Protocol):
         "_interim",
         "_keep_alive",
         "_new_head",
+        "_overhead",
         "_owner",
         "_parser",
         "_problem",
+        "_status",
         "_transport",
         "_until_close",
         "idle_since",
@@ -64,6 +66,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[Header] = []
         self._header_bytes = 0
+        self._overhead = 0
+        self._status = 0
         self._body: list[bytes] = []
         self._answered = False
         self._interim = False
@@ -108,7 +112,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.discard()
             return
         transport.resume_reading()
-        self.reused = self.reused or not unused
+        self.reused = True
         self._reset()
         self._idle = True
         self._owner.keep(self)
@@ -139,6 +143,9 @@ class UpstreamConnection(asyncio.Protocol):
             self._problem = "it answered with a protocol that was not asked for"
         except httptools.HttpParserError as error:
             self._problem = self._problem or f"its answer is not HTTP ({error})"
+        self._overhead = 0 if self._body or self._new_head else self._overhead + len(data)
+        if self._overhead > HEADER_BYTES:
+            self._problem = self._problem or f"its headers are larger than {HEADER_BYTES} bytes"
         self._deliver()
 
     def _deliver(self) -> None:
@@ -146,7 +153,7 @@ class UpstreamConnection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is not None and self._new_head:
             self._new_head = False
-            exchange.upstream_head(self._parser.get_status_code(), self._headers)
+            exchange.upstream_head(self._status, self._headers)
         if self._body:
             body, self._body = self._body, []
             if self._exchange is not None:
@@ -184,18 +191,24 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._complete:
-            self._problem = "it sent more than one answer"
+            self._stop("it sent more than one answer")
+
+    def _stop(self, problem: str) -> None:
+        """Take nothing more of this read: the parser hands an exception on."""
+        self._problem = problem
+        raise ValueError(problem)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value) + 4
         if self._header_bytes > HEADER_BYTES:
-            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
-            raise ValueError(self._problem)
+            self._stop(f"its headers are larger than {HEADER_BYTES} bytes")
         if not self._head_done:
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
+        status = self._status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            self._stop(f"its status {status} does not exist")
         self._interim = status < 200
         if self._interim:
             self._headers = []
@@ -227,6 +240,7 @@ class ConnectionPool:
         self._idle: dict[Upstream, deque[UpstreamConnection]] = {}
         self._dials: set[asyncio.Task[None]] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._closed = False
         self._tls: ssl.SSLContext | None = None
 
     def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
@@ -276,6 +290,9 @@ class ConnectionPool:
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Put an idle connection by."""
+        if self._closed:
+            connection.discard()
+            return
         connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.upstream, deque()).append(connection)
         if self._sweep is None:
@@ -302,7 +319,8 @@ class ConnectionPool:
             self._sweep = self._loop.call_later(oldest + IDLE_FOR - now, self._drop_old)
 
     async def close(self) -> None:
-        """Give up all dials and close the idle connections."""
+        """Give up all dials and close the idle connections; what is released later is closed, too."""
+        self._closed = True
         for dial in self._dials:
             dial.cancel()
         await asyncio.gather(*self._dials, return_exceptions=True)
