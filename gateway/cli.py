@@ -1,8 +1,9 @@
-"""The command `vllm-gateway`: serve, up, demo-model, check."""
+"""The command `vllm-gateway`: serve, up, demo-model, check, settings."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,10 +11,18 @@ import click
 from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
+from gateway.environment import write_demo_model
+from gateway.preflight import CannotStart
 from gateway.server import CannotListen
 from gateway.server import serve as run_server
+from gateway.up import up as run_both
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
+
+_env_file = click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
+_upstreams = click.option(
+    "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
@@ -23,12 +32,10 @@ def main() -> None:
 
 
 @main.command(epilog=_EPILOG)
-@click.option(
-    "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
-)
+@_upstreams
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", help="Port to listen on.")
-@click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
+@_env_file
 def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> None:
     """Serve, in front of a vLLM that already runs."""
     try:
@@ -38,13 +45,42 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
         _stop(error)
 
 
+@main.command(epilog=_EPILOG)
+@click.option("--model", metavar="ORG/NAME|FOLDER", help="The model to serve; without it a tiny demo model.")
+@click.option("--vllm-python", "python", metavar="PATH", help="A Python that has a vLLM, for whatever device it is.")
+@_env_file
+def up(model: str | None, python: str | None, env_file: str | None) -> None:
+    """Serve, with a local vLLM that starts and ends with the gateway.
+
+    Without --vllm-python that is vLLM for the CPU, installed once into the user's cache.
+    """
+    try:
+        environ = config.environment(env_file)
+        # What is tried out on a laptop is not for its whole network.
+        environ.setdefault("GATEWAY_HOST", "127.0.0.1")
+        model_server = config.build(config.ModelServerSettings, env_file, model=model, python=python)
+        settings, _ = config.load(env_file, host=environ["GATEWAY_HOST"])
+    except config.SettingsError as error:
+        _stop(error)
+    else:
+        sys.exit(run_both(model_server, settings, environ))
+
+
+@main.command("demo-model")
+@click.argument("folder", type=click.Path(path_type=Path))
+def demo_model(folder: Path) -> None:
+    """Write the demo model to FOLDER, readable by all."""
+    try:
+        write_demo_model(folder, config.environment())
+    except CannotStart as error:
+        _stop(error, status=1)
+
+
 @main.command()
-@click.option(
-    "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
-)
-@click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
+@_upstreams
+@_env_file
 def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
-    """Say what the settings are, what is wrong, and how the upstreams are; exit 0 if a call would succeed."""
+    """Show the settings, what is wrong and how the upstreams are; exit 0 if a call would succeed."""
     try:
         settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None)
     except config.SettingsError as error:
@@ -56,8 +92,10 @@ def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
 @main.command("settings")
 def list_settings() -> None:
     """List every setting, its default and its meaning."""
-    for names, default, meaning in config.table():
-        click.echo(f"{names}{f' = {default}' if default else ''}\n    {meaning}")
+    for kind, title in ((config.Settings, "The gateway:"), (config.ModelServerSettings, "The model server of `up`:")):
+        click.echo(title)
+        for names, default, meaning in config.table(kind):
+            click.echo(f"  {names}{f' = {default}' if default else ''}\n      {meaning}")
 
 
 def _stop(error: Exception, *, status: int = 2) -> None:

@@ -222,6 +222,12 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     return build(Settings, env_file, **given), list(_differing_names(sources))
 
 
+def environment(env_file: str | Path | None = None) -> dict[str, str]:
+    """What a child process gets: the environment, over what the file of settings says."""
+    _, *file = _sources(env_file)
+    return {**(file[0] if file else {}), **os.environ}
+
+
 def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
     """An instance of `kind` from the command line, the environment and the file; raises SettingsError."""
     sources = _sources(env_file)
@@ -292,11 +298,11 @@ def _allowed(kind: str, message: str) -> str:
     return message.removeprefix("Value error, ").removeprefix("Input should be ")
 
 
-def table() -> list[tuple[str, str, str]]:
-    """Names, default and meaning of every setting, for `--help` and the README."""
+def table(kind: type[BaseSettings] = Settings) -> list[tuple[str, str, str]]:
+    """Names, default and meaning of every setting of a kind, for `vllm-gateway settings` and the README."""
     rows = []
-    for field, info in Settings.model_fields.items():
+    for field, info in kind.model_fields.items():
         default = info.default
         shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
-        rows.append((", ".join(names_of(field)), shown, info.description or ""))
+        rows.append((", ".join(names_of(field, kind)), shown, info.description or ""))
     return rows

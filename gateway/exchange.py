@@ -378,17 +378,18 @@ class Exchange:
         ]
         if self._path.authorization:
             lines.append(b"authorization: " + self._path.authorization)
+        dropped = set()
         if route.method == "POST":
             lines.append(b"content-length: %d" % len(self._content[0]))
-        # An answer that is rewritten here must not come compressed.
-        rewritten = self._simplified is not None
-        lines += [
-            name + b": " + value
-            for name, value in to_upstream(self._headers)
-            if not (rewritten and name in (b"accept-encoding", b"content-type"))
-        ]
-        if rewritten:
-            lines.append(b"content-type: application/json")
+            # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
+            kind = value_of(self._headers, b"content-type") or b""
+            if not kind.lower().startswith(b"application/json"):
+                lines.append(b"content-type: application/json")
+                dropped.add(b"content-type")
+        if self._simplified is not None:
+            # An answer that is rewritten here must not come compressed.
+            dropped.add(b"accept-encoding")
+        lines += [name + b": " + value for name, value in to_upstream(self._headers) if name not in dropped]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import Gateway, running
+from tests.stack import Stack, started
 
 # The machine's own settings must not reach the tests.
 for name in list(os.environ):
@@ -33,3 +34,9 @@ def gateway(fake: FakeVllm) -> Iterator[Gateway]:
 def client(gateway: Gateway) -> Iterator[httpx.Client]:
     with gateway.client() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    with started() as everything:
+        yield everything

@@ -37,7 +37,7 @@ class Gateway:
 
     def client(self, **options: Any) -> httpx.Client:
         """An HTTP client for it."""
-        return httpx.Client(base_url=self.url, trust_env=False, timeout=20, **options)
+        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, **options})
 
     def connect(self) -> socket.socket:
         """A bare connection to it."""

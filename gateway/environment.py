@@ -1,0 +1,288 @@
+"""The model server's own Python environment and the demo model, both kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gateway import preflight
+from gateway.child import dies_with_parent, last_lines
+from gateway.preflight import GIB, CannotStart
+from gateway.progress import Display, Update
+
+_HERE = Path(__file__).parent
+_TORCH_LOCK = _HERE / "modelserver-torch-cpu.lock"
+_LOCK = _HERE / "modelserver-cpu.lock"
+_CUDA_LOCK = _HERE / "modelserver-cpu-cuda-libs.lock"
+_DEMO_SCRIPT = _HERE / "demomodel.py"
+
+# Measured: with the CPU build of torch, and with the package index's, which brings CUDA's libraries.
+_SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip finds only CUDA's build of torch"
+_CUDA_SIZES = "about 2 GB to download and 3 GB on disk"
+_NEEDED, _CUDA_NEEDED = 4 * GIB, 4 * GIB
+
+_MARKER = "complete.json"
+_STAMP = "demo-model.json"
+# Threads of torch that spin while they wait take six times as long where another program has a core.
+_QUIET = {"OMP_WAIT_POLICY": "passive"}
+_TICK = 0.5
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Where all that `up` keeps lies: `vllm-gateway` in XDG_CACHE_HOME or ~/.cache."""
+    base = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "vllm-gateway"
+
+
+def ensure_environment(environ: Mapping[str, str], display: Display | None = None) -> Path:
+    """The Python of the model server's environment, which is installed first if there is none.
+
+    Raises CannotStart.
+    """
+    cache, display = cache_folder(environ), display or Display()
+    folder = environment_folder(cache)
+    python = folder / "bin" / "python"
+    _make_folder(cache)
+    with _alone(cache / "install.lock", display):
+        if not (folder / _MARKER).is_file() or not python.exists():
+            _check_can_install(cache)
+            _install(folder, python, _Runner(environ, cache / "install.log"), display)
+            _remove_others(folder, "env-*")
+    return python
+
+
+def environment_folder(cache: Path) -> Path:
+    """Its folder, named after all that decides what is in it: another lock or Python is another environment."""
+    found = hashlib.sha256(f"{sys.implementation.cache_tag} {platform.machine()}".encode())
+    for lock in (_TORCH_LOCK, _LOCK, _CUDA_LOCK):
+        found.update(lock.read_bytes())
+    return cache / f"env-{found.hexdigest()[:16]}"
+
+
+def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, display: Display | None = None) -> Path:
+    """The demo model's folder; `python`, the model server's, builds it first if there is none of this recipe.
+
+    Raises CannotStart.
+    """
+    cache, display = cache_folder(environ), display or Display()
+    folder = cache / f"demo-model-{hashlib.sha256(_DEMO_SCRIPT.read_bytes()).hexdigest()[:16]}"
+    _make_folder(cache)
+    with _alone(cache / "demo-model.lock", display):
+        if not (folder / _STAMP).is_file():
+            python = python or ensure_environment(environ, display)
+            _build_demo_model(folder, python, _Runner(environ, cache / "demo-model.log"), display)
+            _remove_others(folder, "demo-model-*")
+    return folder
+
+
+def write_demo_model(
+    folder: Path, environ: Mapping[str, str], *, python: Path | None = None, display: Display | None = None
+) -> None:
+    """Put a copy of the demo model at `folder`, readable by all. Raises CannotStart."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CannotStart(f"{folder} exists and is not an empty folder: name a new one.")
+    source = ensure_demo_model(environ, python, display)
+    try:
+        # The modes are copied too: the source's, which let everybody read.
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise CannotStart(f"The demo model cannot be written to {folder}: {error.strerror or error}.") from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotStart(
+            f"The cache folder {folder} cannot be made ({error.strerror}): name another with XDG_CACHE_HOME."
+        ) from None
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, display: Display) -> Iterator[None]:
+    """One process at a time; another `up` waits here until the first has installed."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            display.say("Waiting for another vllm-gateway that is installing …")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_can_install(cache: Path) -> None:
+    machine = platform.machine()
+    preflight.check_python(sys.version_info[:3])
+    preflight.check_venv(importlib.util.find_spec("ensurepip") is not None)
+    preflight.check_wheel(platform.system(), machine, platform.libc_ver())
+    preflight.check_cpu(machine, Path("/proc/cpuinfo").read_text())
+    preflight.check_libraries(ctypes.CDLL)
+    preflight.check_disk(shutil.disk_usage(cache).free, _NEEDED, cache)
+
+
+def _install(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+    display.say(f"Installing the model server, vLLM for the CPU, once: {_SIZES}.")
+    shutil.rmtree(folder, ignore_errors=True)  # an install that was interrupted
+    with display.task("Installing vLLM") as update:
+        run([sys.executable, "-I", "-m", "venv", str(folder)], "The virtual environment cannot be made")
+        # No index may have the CPU build of torch; then the lock's own torch is taken.
+        with contextlib.suppress(CannotStart):
+            _pip(python, run, _TORCH_LOCK)
+        _pip(python, run, _LOCK, update)
+        _add_cuda_libraries(folder, python, run, display)
+    (folder / _MARKER).write_text(json.dumps({"python": platform.python_version()}) + "\n", encoding="utf-8")
+
+
+def _add_cuda_libraries(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+    """The package index's torch for Linux is built with CUDA and loads CUDA's libraries even on the CPU."""
+    check = [str(python), "-I", "-c", "import torch"]
+    try:
+        run(check, "torch cannot be imported")
+    except CannotStart as error:
+        if not re.search(r"lib\w+\.so[.\d]*: cannot open shared object", str(error)):
+            raise
+        display.say(f"This torch is built with CUDA and loads its libraries even on the CPU: {_CUDA_SIZES}.")
+        preflight.check_disk(shutil.disk_usage(folder).free, _CUDA_NEEDED, folder)
+        _pip(python, run, _CUDA_LOCK)
+        run(check, "torch cannot be imported")
+
+
+def _pip(python: Path, run: _Runner, lock: Path, update: Update | None = None) -> None:
+    # The lock is complete, so no dependency is asked for: neither torch's of CUDA nor the packages it leaves out.
+    # Compiling everything takes longer than what vLLM imports of it takes at its first start.
+    argv = [str(python), "-I", "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
+    argv += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--requirement", str(lock)]
+    run(argv, "The model server cannot be installed", _PipProgress(lock, python.parent.parent, update))
+
+
+class _PipProgress:
+    """Reads how far pip is: from its lines while it downloads, from the folder while it installs."""
+
+    def __init__(self, lock: Path, folder: Path, update: Update | None) -> None:
+        self._total = len(re.findall(r"^[\w.-]+==", lock.read_text(), re.MULTILINE))
+        self._folder = folder
+        self._update = update
+        self._found = 0
+        self._installing = False
+
+    def __call__(self, line: str) -> None:
+        """Take a line, or an empty one for the passing of time."""
+        note = ""
+        if line.startswith("Ignoring "):
+            self._total -= 1
+        elif line.startswith(("Collecting ", "Requirement already satisfied")):
+            self._found += 1
+        elif line.startswith("  Downloading "):
+            note = line.strip()
+        elif line.startswith("Installing collected packages"):
+            self._installing = True
+        elif line:
+            return
+        if self._update:
+            self._update(self._share(), note)
+
+    def _share(self) -> float:
+        if not self._installing:
+            return min(0.5, 0.5 * self._found / self._total)
+        installed = sum(1 for _ in self._folder.glob("lib/python*/site-packages/*.dist-info"))
+        return min(1.0, 0.5 + 0.5 * installed / self._total)
+
+
+def _build_demo_model(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+    display.say("Building the demo model, once: 3 MB on disk, one to two minutes on two cores.")
+    with display.task("Building the demo model") as update:
+
+        def watch(line: str) -> None:
+            found = re.match(r"step (\d+) of (\d+) (.*)", line)
+            if found:
+                update(int(found[1]) / int(found[2]), found[3])
+
+        # -P: the script's own folder holds modules whose names others use too.
+        argv = [str(python), "-P", str(_DEMO_SCRIPT), str(folder)]
+        run(argv, "The demo model cannot be built", watch)
+
+
+class _Runner:
+    """Runs programs to their end, what they say into one log, which begins anew."""
+
+    def __init__(self, environ: Mapping[str, str], log: Path) -> None:
+        # PYTHONPATH and its like are for our Python, not for the one of the new environment.
+        clean = {name: value for name, value in environ.items() if not name.startswith("PYTHON")}
+        self._environment = {**_QUIET, **clean, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        self._log = log
+        log.unlink(missing_ok=True)
+
+    def __call__(self, argv: Sequence[str], failure: str, watch: Callable[[str], None] | None = None) -> None:
+        """Run one, each of its lines shown to `watch`; whatever interrupts us ends it too. Raises CannotStart."""
+        process = subprocess.Popen(
+            argv,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(),
+        )
+        try:
+            with self._log.open("a", encoding="utf-8", buffering=1) as file:
+                for line in _lines(process):
+                    if line:
+                        file.write(line + "\n")
+                    if watch:
+                        watch(line)
+            code = process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+        if code:
+            raise CannotStart(f"{failure}: {_reason(last_lines(self._log, 30))} All that was said is in {self._log}.")
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Its lines as they come, and an empty one each time that a while has passed without."""
+    assert process.stdout is not None
+    output, rest = process.stdout.fileno(), b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(_TICK):
+                yield ""
+                continue
+            read = os.read(output, 65536)
+            if not read:
+                break
+            *lines, rest = (rest + read).split(b"\n")
+            yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def _reason(output: str) -> str:
+    """The line that says why: pip's own, else the last."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing."]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return (errors[0] if errors else lines[-1]).removeprefix("ERROR: ").rstrip(".") + "."
+
+
+def _remove_others(kept: Path, pattern: str) -> None:
+    """What an older version of us made. A server that still runs from it keeps the files it has open."""
+    for other in kept.parent.glob(pattern):
+        if other != kept and other.is_dir():
+            shutil.rmtree(other, ignore_errors=True)

@@ -1,0 +1,148 @@
+"""Starts and watches a local vLLM."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import httpx
+
+from gateway.child import Child, last_lines
+from gateway.config import ModelServerSettings
+from gateway.preflight import CannotStart
+
+DEMO_NAME = "demo-model"
+
+_DEMO_POSITIONS = 4096
+_GRACE = 20
+_TICK = 0.25
+
+# The person's own environment wins over each of these.
+_ENVIRONMENT = {
+    # Left to itself vLLM binds its threads to cores that a container may not have.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+# So small a model gains nothing from threads that spin while they wait, and they slow whatever else runs.
+_DEMO_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+_LOCAL_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
+
+
+class Launch(NamedTuple):
+    """What is started: the command line and the whole environment."""
+
+    argv: list[str]
+    environment: dict[str, str]
+
+
+def launch(
+    settings: ModelServerSettings,
+    python: Path,
+    model: str,
+    environ: Mapping[str, str],
+    *,
+    demo: bool = False,
+    local: bool = False,
+) -> Launch:
+    """Turn the settings into vLLM's command line and environment. Raises CannotStart for odd EXTRA_ARGS."""
+    argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    argv += ["--host", "127.0.0.1", "--port", str(settings.port), "--enable-request-id-headers"]
+    # In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
+    options = {
+        "--served-model-name": DEMO_NAME if demo else None,
+        "--dtype": settings.dtype or ("float32" if demo else None),
+        "--max-model-len": settings.max_model_len or (_DEMO_POSITIONS if demo else None),
+        "--max-num-seqs": settings.max_num_seqs,
+        "--tensor-parallel-size": settings.tp_size,
+        "--pipeline-parallel-size": settings.pp_size,
+        "--chat-template": settings.chat_template,
+    }
+    for name, value in options.items():
+        argv += [name, str(value)] if value is not None else []
+    argv += ["--enforce-eager"] if demo else []
+    # Last, so that the person's word is the one that counts.
+    argv += _split(settings.extra_args)
+    return Launch(argv, _environment(settings, environ, demo=demo, local=local))
+
+
+def _environment(
+    settings: ModelServerSettings, environ: Mapping[str, str], *, demo: bool, local: bool
+) -> dict[str, str]:
+    found = _ENVIRONMENT | (_DEMO_ENVIRONMENT if demo else {}) | (_LOCAL_ENVIRONMENT if local else {}) | dict(environ)
+    # Read by our settings under these names; vLLM does not know them and would warn.
+    for ours in ("VLLM_DTYPE", "VLLM_MAX_NUM_SEQS", "VLLM_MAX_MODEL_LEN", "VLLM_TP_SIZE", "VLLM_PP_SIZE"):
+        found.pop(ours, None)
+    found.pop("VLLM_CHAT_TEMPLATE", None)
+    space = settings.cpu_kvcache_space or (1 if demo else None)
+    if space is not None:
+        found["VLLM_CPU_KVCACHE_SPACE"] = str(space)
+    if settings.hf_token is not None:
+        found["HF_TOKEN"] = settings.hf_token.get_secret_value()
+    return found
+
+
+def _split(extra: str) -> list[str]:
+    try:
+        return shlex.split(extra)
+    except ValueError as error:
+        raise CannotStart(f"EXTRA_ARGS cannot be split as a shell would ({error}): {extra!r}.") from None
+
+
+class ModelServer:
+    """A vLLM on the loopback address, with its log in a file.
+
+    with ModelServer(launch(settings, python, model, os.environ), settings.port, log) as server:
+        server.wait_ready()
+    """
+
+    def __init__(self, command: Launch, port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._child = Child(command.argv, command.environment, log=log, grace=_GRACE)
+        self.exit_code: Callable[[], int | None] = self._child.exit_code
+
+    def start(self) -> None:
+        """Start it; it answers only later, see `wait_ready`. Raises CannotStart."""
+        try:
+            self._child.start()
+        except OSError as error:
+            raise CannotStart(f"The model server cannot be started: {error}.") from None
+
+    def is_ready(self) -> bool:
+        """Whether it answers that it is healthy."""
+        try:
+            return httpx.get(f"{self.url}/health", trust_env=False, timeout=2).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, pause: Callable[[float], object] = time.sleep) -> None:
+        """Return when it serves. Raises CannotStart if it dies first; `pause` is called between looks."""
+        while not self.is_ready():
+            self.check_alive()
+            pause(_TICK)
+
+    def check_alive(self) -> None:
+        """Raises CannotStart, with the end of its log, if it has died."""
+        code = self.exit_code()
+        if code is not None:
+            raise CannotStart(
+                f"The model server ended with {code}. The end of its log, {self.log}:\n{last_lines(self.log)}"
+            )
+
+    def stop(self) -> None:
+        """End it with all its processes; may be called again."""
+        self._child.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,57 @@
+"""Progress of what takes long: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Update(Protocol):
+    """Tells how far a task is, from 0 to 1, and what it does now."""
+
+    def __call__(self, share: float, note: str = "") -> None: ...
+
+
+class Display:
+    """What `up` says to the person who started it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        """Print a line, at once even into a pipe."""
+        self._console.print(text, markup=False)
+        self._console.file.flush()
+
+    @contextlib.contextmanager
+    def task(self, label: str) -> Iterator[Update]:
+        """Show the progress of one task; the terminal is clean again after it, however it ended."""
+        if not self._console.is_terminal:
+            yield self._lines(label)
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True) as progress:
+            task = progress.add_task(label, total=1.0, note="")
+
+            def update(share: float, note: str = "") -> None:
+                room = max(0, self._console.width - len(label) - 60)
+                progress.update(task, completed=share, note=note[:room].replace("[", "("))
+
+            yield update
+
+    def _lines(self, label: str) -> Update:
+        """A line for each quarter of the way: enough for a log, and a sign of life."""
+        said = -1
+
+        def update(share: float, note: str = "") -> None:
+            nonlocal said
+            quarter = int(share * 4)
+            if quarter > said:
+                said = quarter
+                self.say(f"{label}: {quarter * 25} %")
+
+        return update

@@ -1,0 +1,226 @@
+"""A local vLLM and the gateway in front of it, started, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import httpx
+
+from gateway import environment, models, preflight
+from gateway.child import Child, last_lines
+from gateway.config import ModelServerSettings, Settings
+from gateway.modelserver import DEMO_NAME, ModelServer, launch
+from gateway.preflight import GIB, CannotStart
+from gateway.progress import Display
+
+_TICK = 0.2
+# Seconds that a start takes on two cores; only the progress display believes it.
+_USUAL_START = 45
+_GATEWAY_START = 30
+# Python, torch and vLLM without a model, measured; the cache and the model come on top.
+_MEMORY = 2 * GIB
+_DRAIN = 5
+
+
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Served(NamedTuple):
+    """What the model server is started with."""
+
+    python: Path
+    model: str
+    demo: bool
+    local: bool
+
+
+def up(
+    model_server: ModelServerSettings,
+    gateway: Settings,
+    environ: Mapping[str, str],
+    *,
+    display: Display | None = None,
+) -> int:
+    """Run both until a signal or until one of them dies; the result is the exit status.
+
+    `environ` is the environment of both, from `config.environment`.
+    """
+    display = display or Display()
+    try:
+        with _signals():
+            return _run(model_server, gateway, environ, display)
+    except CannotStart as error:
+        sys.stderr.write(f"vllm-gateway: {error}\n")
+        return 1
+    except Stopped as stopped:
+        display.say("Stopped.")
+        return 128 + stopped.number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turn the signals that end a program into an exception, so that every `finally` runs."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, stop) for number in ours]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ours, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str, str], display: Display) -> int:
+    _check(settings, gateway)
+    served = _prepare(settings, environ, display)
+    log = environment.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
+    command = launch(settings, served.python, served.model, environ, demo=served.demo, local=served.local)
+    with ModelServer(command, settings.port, log) as server:
+        _wait_for(server, served, display)
+        with Child(
+            [sys.executable, "-m", "gateway", "serve"], _gateway_environment(settings, environ), grace=_DRAIN + 5
+        ) as front:
+            _wait_for_gateway(server, front, _url(gateway))
+            for line in _what_to_try(gateway, served, log):
+                display.say(line)
+            _watch(server, front)
+    return 1
+
+
+def _check(settings: ModelServerSettings, gateway: Settings) -> None:
+    """What is quickly told comes before anything is installed."""
+    preflight.check_port(gateway.host, gateway.port, "GATEWAY_PORT")
+    preflight.check_port("127.0.0.1", settings.port, "LLM_VLLM_PORT")
+    if settings.port == gateway.port:
+        raise CannotStart(f"The gateway and the model server cannot both have port {gateway.port}: set LLM_VLLM_PORT.")
+    meminfo = Path("/proc/meminfo")
+    if settings.python is None and meminfo.exists():
+        preflight.check_memory(meminfo.read_text(), _MEMORY + (settings.cpu_kvcache_space or 1) * GIB)
+
+
+def _prepare(settings: ModelServerSettings, environ: Mapping[str, str], display: Display) -> Served:
+    """The model is looked for before the environment is installed, which takes minutes."""
+    demo = settings.model in (None, DEMO_NAME)
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    found = None if demo or settings.model is None else models.find_model(settings.model, environ, token)
+    if settings.python is not None:
+        _check_has_vllm(settings.python)
+    python = settings.python or environment.ensure_environment(environ, display)
+    if found is None:
+        return Served(python, str(environment.ensure_demo_model(environ, python, display)), demo=True, local=True)
+    return Served(python, found.name, demo=False, local=found.local)
+
+
+def _check_has_vllm(python: Path) -> None:
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        missing = subprocess.run([python, "-c", look], check=False, capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotStart(f"--vllm-python {python} cannot be run ({error}): name a Python that has vLLM.") from None
+    if missing:
+        raise CannotStart(f"The Python {python} has no vLLM: name one that has, or leave --vllm-python out.")
+
+
+def _wait_for(server: ModelServer, served: Served, display: Display) -> None:
+    display.say(f"Starting vLLM with {DEMO_NAME if served.demo else served.model}; its log: {server.log}")
+    began = time.monotonic()
+    with display.task("Starting vLLM") as update:
+
+        def pause(seconds: float) -> None:
+            share = (time.monotonic() - began) / _USUAL_START
+            update(min(share, 0.95), last_lines(server.log, 1))
+            time.sleep(seconds)
+
+        server.wait_ready(pause)
+        update(1.0)
+
+
+def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, str]) -> dict[str, str]:
+    ours = {"GATEWAY_LOG_FORMAT": "text", "GATEWAY_DRAIN_TIMEOUT": str(_DRAIN)}
+    found = ours | dict(environ) | {"GATEWAY_UPSTREAMS": f"http://127.0.0.1:{settings.port}"}
+    # The alias of what we have just set; two that differ would be warned of.
+    found.pop("LLM_MODEL_SERVER_ENDPOINT", None)
+    found.pop("HF_TOKEN", None)
+    return found
+
+
+def _wait_for_gateway(server: ModelServer, front: Child, url: str) -> None:
+    until = time.monotonic() + _GATEWAY_START
+    while not _answers(f"{url}/v1/health_check"):
+        server.check_alive()
+        _check_front(front)
+        if time.monotonic() > until:
+            raise CannotStart(f"The gateway on {url} is not ready after {_GATEWAY_START} s; its lines are above.")
+        time.sleep(_TICK)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False, timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _watch(server: ModelServer, front: Child) -> None:
+    """Returns never: one of the two ends, or a signal comes."""
+    while True:
+        server.check_alive()
+        _check_front(front)
+        time.sleep(_TICK)
+
+
+def _check_front(front: Child) -> None:
+    code = front.exit_code()
+    if code is not None:
+        raise CannotStart(f"The gateway ended with {code}; its lines are above.")
+
+
+def _url(gateway: Settings) -> str:
+    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
+    return f"http://[{host}]:{gateway.port}" if ":" in host else f"http://{host}:{gateway.port}"
+
+
+def _what_to_try(gateway: Settings, served: Served, log: Path) -> Iterator[str]:
+    url = _url(gateway)
+    model = DEMO_NAME if served.demo else served.model
+    simplified = {"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}}
+    openai = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
+    yield f"\nReady: the gateway on {url}, in front of vLLM with {model}. Try:\n"
+    yield _curl(url, simplified | {"streaming": False})
+    yield _curl(url, openai)
+    yield f"\nvLLM's log: {log}\nStop both with Ctrl-C."
+    yield from _devices()
+
+
+def _curl(url: str, body: Mapping[str, object]) -> str:
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def _devices(
+    find: Callable[[str], str | None] = shutil.which, exists: Callable[[Path], bool] = Path.exists
+) -> Iterator[str]:
+    """Where this machine has an accelerator, how to use it."""
+    command = "vllm-gateway up --model ORG/NAME --vllm-python PATH, with a Python that has a vLLM for"
+    if find("nvidia-smi") or exists(Path("/dev/nvidia0")):
+        yield f"\nThis machine has an NVIDIA GPU. To use it: {command} CUDA."
+    if find("hl-smi") or exists(Path("/dev/accel/accel0")):
+        yield f"\nThis machine has an Intel Gaudi. To use it: {command} Gaudi."

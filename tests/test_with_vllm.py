@@ -1,0 +1,283 @@
+"""Against the real vLLM, started by `vllm-gateway up` with the demo model."""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.environment import ensure_environment
+from tests.gateway_process import running
+from tests.stack import MODEL, Stack
+from tests.tee import Tee
+
+pytestmark = pytest.mark.vllm
+
+CHAT = "/v1/chat/completions"
+README = (Path(__file__).parent.parent / "README.md").read_text()
+RAG = "### You are a helpful assistant. Answer from the search results. ### Search results: \n\n"
+DEEP_LEARNING = {"messages": {"system": RAG, "user": "### Question: What is Deep Learning? \n\n"}}
+GREEDY: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is vLLM?"}],
+    "temperature": 0,
+    "max_tokens": 60,
+}
+# Goes on for some thousand tokens, whatever the model thinks of it.
+ENDLESS: dict[str, Any] = {**GREEDY, "ignore_eos": True, "max_tokens": 4000}
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.gateway() as client:
+        yield client
+
+
+def chunks(body: str) -> list[dict[str, Any]]:
+    events = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def text_of(stream: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"].get("content") or "" for chunk in stream for choice in chunk["choices"])
+
+
+def test_up_says_what_to_try(stack: Stack) -> None:
+    assert f"Ready: the gateway on {stack.gateway_url}, in front of vLLM with {MODEL}" in stack.said
+    assert stack.said.count(f"curl {stack.gateway_url}{CHAT}") == 2
+
+
+def test_a_gateway_started_before_vllm_says_loading_and_works_once_it_is_up(stack: Stack) -> None:
+    call, health = stack.too_early
+    with stack.early.client() as client:
+        later = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False})
+
+    assert call.status_code == 503
+    assert int(call.headers["retry-after"]) > 0
+    assert (health.status_code, health.json()["upstreams"][0]["state"]) == (503, "loading")
+    assert later.status_code == 200
+
+
+def test_health_check_serves(client: httpx.Client) -> None:
+    got = client.get("/v1/health_check")
+
+    assert got.status_code == 200
+    assert got.json()["upstreams"][0]["models"] == [MODEL]
+
+
+def test_a_simplified_call_is_answered_whole(client: httpx.Client) -> None:
+    got = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False}).json()
+
+    assert got["text"].startswith("Deep learning is a branch of machine learning")
+    assert got["text"] == got["choices"][0]["message"]["content"]
+    assert got["choices"][0]["finish_reason"] == "stop"
+    assert got["usage"]["completion_tokens"] > 10
+    assert got["prompt"] == DEEP_LEARNING["messages"]["user"]
+    assert (got["streaming"], got["stream"], got["data"], got["output_guardrail_params"]) == (False, False, None, None)
+
+
+@pytest.mark.parametrize(("limit", "finish"), [(5, "length"), (200, "stop")])
+def test_a_simplified_stream_loses_no_text_and_keeps_the_finish_reason(
+    client: httpx.Client, limit: int, finish: str
+) -> None:
+    call = {**DEEP_LEARNING, "max_new_tokens": limit}
+    whole = client.post(CHAT, json={**call, "streaming": False}).json()
+    stream = chunks(client.post(CHAT, json=call).text)
+    styled = client.post(CHAT, json={**call, "stream_style": "repr"}).text.split("\n\n")
+    pieces = [ast.literal_eval(event.removeprefix("data: ")) for event in styled if event not in ("", "data: [DONE]")]
+
+    assert whole["choices"][0]["finish_reason"] == finish
+    assert text_of(stream) == whole["text"] == "".join(pieces)
+    assert [choice["finish_reason"] for choice in stream[-1]["choices"]] == [finish]
+    if finish == "length":
+        assert stream[-1]["choices"][0]["delta"]["content"]
+
+
+def test_usage_is_streamed_where_it_is_asked_for(client: httpx.Client) -> None:
+    stream = chunks(client.post(CHAT, json={**DEEP_LEARNING, "stream_options": {"include_usage": True}}).text)
+
+    assert stream[-1]["usage"]["completion_tokens"] > 10
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, GREEDY),
+        (CHAT, {**GREEDY, "stream": True}),
+        (CHAT, {**GREEDY, "stream": True, "logprobs": True, "top_logprobs": 2}),
+        (CHAT, {**GREEDY, "stream": True, "n": 2, "temperature": 0.01}),
+        (CHAT, {**GREEDY, "model": "nope"}),
+        (CHAT, {**GREEDY, "temperature": -1}),
+        (CHAT, {**GREEDY, "max_tokens": 100_000}),
+        ("/v1/completions", {"model": MODEL, "prompt": "What is Deep Learning?", "max_tokens": 32, "temperature": 0}),
+        ("/v1/completions", {"model": MODEL, "prompt": "Hello", "max_tokens": 9, "temperature": 0, "stream": True}),
+    ],
+)
+def test_what_vllm_sends_is_what_the_client_gets(stack: Stack, path: str, body: dict[str, Any]) -> None:
+    with (
+        Tee(int(stack.vllm_url.rsplit(":", 1)[1])) as tee,
+        running(tee.url) as gateway,
+        gateway.client(timeout=60) as client,
+    ):
+        got = client.post(path, json=body)
+        sent = next(answer for answer in tee.answers if ("x-request-id", got.headers["x-request-id"]) in answer.headers)
+
+    ours = {"date", "transfer-encoding", "x-request-id"}
+    assert (got.status_code, got.content) == (sent.status, sent.body)
+    assert [header for header in got.headers.multi_items() if header[0] not in ours] == [
+        header for header in sent.headers if header[0] not in ours | {"server"}
+    ]
+
+
+def test_a_greedy_stream_reads_as_vllms_own(stack: Stack) -> None:
+    call = {**GREEDY, "stream": True}
+    with stack.gateway() as gateway, stack.vllm() as vllm:
+        ours, its = chunks(gateway.post(CHAT, json=call).text), chunks(vllm.post(CHAT, json=call).text)
+
+    assert text_of(ours) == text_of(its)
+    assert ours[-1]["choices"][0]["finish_reason"] == its[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_models_are_vllms(stack: Stack) -> None:
+    with stack.gateway() as gateway, stack.vllm() as vllm:
+        ours, its = gateway.get("/v1/models").json(), vllm.get("/v1/models").json()
+
+    assert ours["data"][0]["id"] == its["data"][0]["id"] == MODEL
+
+
+@pytest.mark.parametrize("form", ["openai", "simplified"])
+def test_a_named_tool_choice_passes(client: httpx.Client, form: str) -> None:
+    function = {"name": "weather", "strict": True, "parameters": {"enum": ["Rome"]}}
+    tools = [{"type": "function", "function": function}]
+    messages = GREEDY["messages"] if form == "openai" else {"user": "What is vLLM?"}
+    call = {"messages": messages, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+
+    got = client.post(CHAT, json={**call, "stream": False, "max_tokens": 60, "temperature": 0}).json()
+
+    called = got["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert called["name"] == "weather"
+    assert json.loads(called["arguments"]) == "Rome"
+    assert got.get("text", "") == ""
+
+
+def test_logprobs_pass_in_the_simplified_form(client: httpx.Client) -> None:
+    got = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False, "logprobs": True}).json()
+
+    assert len(got["choices"][0]["logprobs"]["content"]) == got["usage"]["completion_tokens"]
+
+
+def test_64_clients_at_once(client: httpx.Client) -> None:
+    expected = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False}).json()["text"]
+
+    def ask(number: int) -> str:
+        with httpx.Client(base_url=client.base_url, trust_env=False, timeout=120) as own:
+            return text_of(chunks(own.post(CHAT, json=DEEP_LEARNING).text))
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        assert set(pool.map(ask, range(64))) == {expected}
+
+
+def wait_for_running(stack: Stack, count: int) -> None:
+    until = time.monotonic() + 20
+    while (running := stack.running_requests()) != count:
+        assert time.monotonic() < until, f"vLLM works on {running} requests, not on {count}"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_stops_the_generation(stack: Stack, streamed: bool) -> None:
+    with stack.gateway() as client:
+        body = json.dumps({**ENDLESS, "stream": streamed}).encode()
+        if streamed:
+            with client.stream("POST", CHAT, content=body) as got:
+                assert got.status_code == 200
+                pieces = got.iter_raw()  # kept, as httpx closes the answer with its iterator
+                assert b'"content":' in next(pieces)
+                wait_for_running(stack, 1)
+        else:
+            with contextlib.suppress(httpx.ReadTimeout):
+                client.post(CHAT, content=body, timeout=2)
+    left = time.monotonic()
+
+    wait_for_running(stack, 0)
+
+    assert time.monotonic() - left < 3, "vLLM went on for a client that had left"
+
+
+OPENAI = """
+import sys
+from openai import OpenAI, NotFoundError, BadRequestError
+client = OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", max_retries=0)
+ask = [{"role": "user", "content": "Who are you?"}]
+whole = client.chat.completions.create(model="demo-model", messages=ask, temperature=0)
+stream = client.chat.completions.create(model="demo-model", messages=ask, temperature=0, stream=True)
+pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 5
+assert [model.id for model in client.models.list()] == ["demo-model"]
+try:
+    client.chat.completions.create(model="nope", messages=ask)
+except NotFoundError as error:
+    assert "nope" in error.message
+try:
+    client.chat.completions.create(model="demo-model", messages="", extra_body={"max_new_tokens": 0})
+except BadRequestError as error:
+    print(error.body["request_id"], error.param)
+print(whole.choices[0].message.content)
+"""
+
+
+def test_openais_own_client_works_whole_and_streamed(stack: Stack) -> None:
+    python = ensure_environment(os.environ)  # the model server's, which has the client
+
+    ended = subprocess.run(
+        [python, "-c", OPENAI, stack.gateway_url], capture_output=True, text=True, timeout=120, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "My name is Demo" in ended.stdout
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_requests_get_the_answers_that_it_shows(stack: Stack) -> None:
+    requests = [block for block in blocks("sh") if block.startswith("curl ")]
+    answers = blocks("json")[:1] + blocks("text") + blocks("json")[1:]
+    assert len(requests) == len(answers) == 4
+
+    for request, answer in zip(requests, answers, strict=True):
+        command = request.replace("http://localhost:9000", stack.gateway_url)
+        command = command.replace("http://localhost:8008", stack.vllm_url)
+        got = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True).stdout
+        got = got.replace(stack.vllm_url, "http://localhost:8008")
+        if answer.startswith("{"):
+            assert json.loads(without_ids_and_version(got)) == json.loads(without_ids_and_version(answer))
+        else:
+            assert got.strip() == answer.strip()
+
+
+def without_ids_and_version(body: str) -> str:
+    return re.sub(r'"(id|system_fingerprint)": ?"[^"]*"|"created": ?\d+', r'"":0', body)
+
+
+def test_the_readmes_python_runs(stack: Stack) -> None:
+    script = blocks("python")[0].replace("http://localhost:9000", stack.gateway_url)
+
+    ended = subprocess.run(
+        [ensure_environment(os.environ), "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("vLLM is ")
