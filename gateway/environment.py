@@ -84,6 +84,7 @@ def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, di
     with _alone(cache / "demo-model.lock", display):
         if not (folder / _STAMP).is_file():
             python = python or ensure_environment(environ, display)
+            shutil.rmtree(folder, ignore_errors=True)  # what somebody has left of an older one
             _build_demo_model(folder, python, _Runner(environ, cache / "demo-model.log"), display)
             _remove_others(folder, "demo-model-*")
     return folder

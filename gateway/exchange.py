@@ -520,15 +520,15 @@ class Exchange:
             self._headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(reply))]
             self._send(reply)
         elif self._sse:
-            if sse.has_done(self._held):
+            if self._held and (self.status != 200 or sse.has_done(self._held)):
                 # The last event lacks its blank line, but nothing else.
                 self._send_events(self._held if self._repr is None else self._held + b"\n\n")
             if self.status == 200 and not sse.has_done(self._before_last + self._last):
                 raise UpstreamBroken("The model server ended its stream without [DONE].")
+        if self._state is _State.ENDED:  # the client has left while it was written to, or what it got was an error
+            return
         if not self._started:
             self._start()
-        if self._state is _State.ENDED:  # the client has left while it was written to
-            return
         failed = self.status >= 500 or (self._sse and b'data: {"error"' in self._before_last + self._last)
         self._judge(broken=failed)
         self._finish("upstream_error" if failed else "done")

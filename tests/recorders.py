@@ -1,0 +1,274 @@
+"""Stand-ins for everything around an exchange: they record what it does, and hold it to its contract as it acts."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from gateway.exchange import ROUTES, DataPath, Exchange, Limits, Route
+from gateway.headers import Header
+from gateway.upstreams import Upstream, UpstreamPool
+
+CHAT, COMPLETIONS, MODELS = ROUTES
+# No limit is a multiple of another, so that none is kept by chance.
+LIMITS = Limits(max_body=100_000, first_token=32, idle=5, total=103, body=11)
+
+
+class FakeClock:
+    """Time that passes only when a test says so, and the timers that run meanwhile."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._waiting: list[tuple[float, int, FakeTimer]] = []
+        self._numbers = itertools.count()
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> FakeTimer:
+        assert delay >= 0
+        timer = FakeTimer(callback)
+        heapq.heappush(self._waiting, (self.now + delay, next(self._numbers), timer))
+        return timer
+
+    @property
+    def timers(self) -> list[FakeTimer]:
+        """Those that would still run."""
+        return [timer for _, _, timer in self._waiting if timer.callback is not None]
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; each timer runs when it is due."""
+        end = self.now + seconds
+        while self._waiting and self._waiting[0][0] <= end:
+            due, _, timer = heapq.heappop(self._waiting)
+            self.now = max(self.now, due)
+            timer.run()
+        self.now = end
+
+
+class FakeTimer:
+    """One timer of the clock."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+    def run(self) -> None:
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback()
+
+
+class ClientRecorder:
+    """The client: what it got. `during_body` is called inside each `body`, as a write may call back at once."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[Header] = []
+        self.pieces: list[bytes] = []
+        self.ending = ""
+        self.gone = False
+        self.during_body: Callable[[], None] | None = None
+
+    def start(self, status: int, headers: list[Header]) -> None:
+        assert not self.status, "the answer started twice"
+        self._still_there()
+        self.status, self.headers = status, headers
+
+    def body(self, data: bytes) -> None:
+        assert self.status, "a body before the head"
+        assert data, "an empty piece, which is the end of a chunked body"
+        self._still_there()
+        self.pieces.append(data)
+        if self.during_body is not None:
+            self.during_body()
+
+    def end(self) -> None:
+        assert self.status, "an end before the head"
+        self._still_there()
+        self.ending = "end"
+
+    def abort(self) -> None:
+        self._still_there()
+        self.ending = "abort"
+
+    def _still_there(self) -> None:
+        assert not self.ending, f"something after the {self.ending}"
+        assert not self.gone, "something for a client that has gone"
+
+    @property
+    def content(self) -> bytes:
+        """The body so far."""
+        return b"".join(self.pieces)
+
+    @property
+    def error(self) -> Any:
+        """The error object of a whole answer."""
+        return orjson.loads(self.content)["error"]
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header that may stand there once."""
+        values = [value for header, value in self.headers if header == name]
+        assert len(values) <= 1, f"{name!r} stands there more than once"
+        return values[0] if values else None
+
+
+class ConnectionRecorder:
+    """A connection to an upstream: what was sent, and how it was given back."""
+
+    def __init__(self, *, reused: bool = False) -> None:
+        self.reused = reused
+        self.sent = b""
+        self.paused = False
+        self.given_back = ""
+        self.is_lost = False
+
+    def send(self, request: bytes) -> None:
+        self._still_lent()
+        assert not self.sent, "a second request on one connection"
+        self.sent = request
+
+    def pause(self) -> None:
+        self._still_lent()
+        self.paused = True
+
+    def resume(self) -> None:
+        self._still_lent()
+        self.paused = False
+
+    def release(self) -> None:
+        self._still_lent()
+        self.given_back = "released"
+
+    def discard(self) -> None:
+        self._still_lent()
+        self.given_back = "discarded"
+
+    def _still_lent(self) -> None:
+        assert not self.given_back, f"something for a connection that was {self.given_back}"
+        assert not self.is_lost, "something for a connection that is lost"
+
+    @property
+    def request_line(self) -> bytes:
+        """The first line of what was sent."""
+        return self.sent.split(b"\r\n", 1)[0]
+
+    @property
+    def request_headers(self) -> list[Header]:
+        """The headers of what was sent."""
+        head = self.sent.split(b"\r\n\r\n", 1)[0]
+        pairs = [line.partition(b": ") for line in head.split(b"\r\n")[1:]]
+        return [(name, value) for name, _, value in pairs]
+
+    @property
+    def request_body(self) -> bytes:
+        """The body of what was sent."""
+        return self.sent.split(b"\r\n\r\n", 1)[1]
+
+
+class TransportRecorder:
+    """Where connections come from: what was asked for; a test answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Upstream, bool]] = []
+
+    def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
+        self.asked.append((upstream, fresh))
+
+
+class ObserverRecorder:
+    """Who counts and logs."""
+
+    def __init__(self) -> None:
+        self.started_ones: list[Exchange] = []
+        self.finished_ones: list[Exchange] = []
+
+    def started(self, exchange: Exchange) -> None:
+        assert exchange not in self.started_ones, "started twice"
+        self.started_ones.append(exchange)
+
+    def finished(self, exchange: Exchange) -> None:
+        assert exchange in self.started_ones, "finished before it started"
+        assert exchange not in self.finished_ones, "finished twice"
+        self.finished_ones.append(exchange)
+
+
+class Conversation:
+    """An exchange among recorders. `settings` are the data path's; the upstreams serve `models`."""
+
+    def __init__(
+        self,
+        *,
+        upstreams: int = 1,
+        models: tuple[str, ...] = ("demo",),
+        route: Route = CHAT,
+        query: bytes = b"",
+        headers: tuple[Header, ...] = (),
+        limits: Limits = LIMITS,
+        **settings: Any,
+    ) -> None:
+        self.upstreams = [Upstream.from_url(f"http://vllm-{number}:8008") for number in range(upstreams)]
+        for upstream in self.upstreams:
+            upstream.models = models
+            upstream.state = "serving" if models else "loading"
+        self.clock = FakeClock()
+        self.client = ClientRecorder()
+        self.transport = TransportRecorder()
+        self.observer = ObserverRecorder()
+        self.connections: list[ConnectionRecorder] = []
+        defaults: dict[str, Any] = {
+            "model": None,
+            "style": "openai",
+            "system_role": "system",
+            "whole": False,
+            "authorization": None,
+        }
+        self.path = DataPath(
+            pool=UpstreamPool(tuple(self.upstreams)),
+            transport=self.transport,
+            clock=self.clock,
+            observer=self.observer,
+            limits=limits,
+            **{**defaults, **settings},
+        )
+        self.exchange = Exchange(self.path, self.client, route, query, list(headers))
+
+    def ask(self, body: object) -> None:
+        """The client sends its whole request; what is not bytes goes as JSON."""
+        self.exchange.begin()
+        content = body if isinstance(body, bytes) else orjson.dumps(body)
+        if content:
+            self.exchange.request_body(content)
+        self.exchange.request_end()
+
+    def connect(self, *, reused: bool = False) -> ConnectionRecorder:
+        """A connection is there."""
+        connection = ConnectionRecorder(reused=reused)
+        self.connections.append(connection)
+        self.exchange.upstream_connected(connection)
+        return connection
+
+    def lose(self, *, answered: bool, why: str = "it closed the connection") -> None:
+        """The newest connection breaks."""
+        self.connections[-1].is_lost = True
+        self.exchange.upstream_lost(why, answered=answered)
+
+    def leave(self) -> None:
+        """The client goes."""
+        self.client.gone = True
+        self.exchange.client_gone()
+
+    def assert_settled(self) -> None:
+        """Nothing is left of the exchange, whatever happened."""
+        assert self.client.ending or self.client.gone
+        assert self.exchange.outcome
+        assert self.observer.started_ones == self.observer.finished_ones == [self.exchange]
+        assert [upstream.in_flight for upstream in self.upstreams] == [0] * len(self.upstreams)
+        assert self.clock.timers == []
+        assert all(connection.given_back or connection.is_lost for connection in self.connections)
