@@ -54,6 +54,12 @@ def text_of(stream: list[dict[str, Any]]) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in stream for choice in chunk["choices"])
 
 
+def repr_text(body: str) -> str:
+    events = [event.removeprefix("data: ") for event in body.strip().split("\n\n")]
+    assert events[-1] == "[DONE]"
+    return "".join(map(ast.literal_eval, events[:-1]))
+
+
 def test_up_says_what_to_try(stack: Stack) -> None:
     assert f"Ready: the gateway on {stack.gateway_url}, in front of vLLM with {MODEL}" in stack.said
     assert stack.said.count(f"curl {stack.gateway_url}{CHAT}") == 2
@@ -95,11 +101,10 @@ def test_a_simplified_stream_loses_no_text_and_keeps_the_finish_reason(
     call = {**DEEP_LEARNING, "max_new_tokens": limit}
     whole = client.post(CHAT, json={**call, "streaming": False}).json()
     stream = chunks(client.post(CHAT, json=call).text)
-    styled = client.post(CHAT, json={**call, "stream_style": "repr"}).text.split("\n\n")
-    pieces = [ast.literal_eval(event.removeprefix("data: ")) for event in styled if event not in ("", "data: [DONE]")]
+    styled = client.post(CHAT, json={**call, "stream_style": "repr"}).text
 
     assert whole["choices"][0]["finish_reason"] == finish
-    assert text_of(stream) == whole["text"] == "".join(pieces)
+    assert text_of(stream) == whole["text"] == repr_text(styled)
     assert [choice["finish_reason"] for choice in stream[-1]["choices"]] == [finish]
     if finish == "length":
         assert stream[-1]["choices"][0]["delta"]["content"]
@@ -265,7 +270,8 @@ def test_the_readmes_requests_get_the_answers_that_it_shows(stack: Stack) -> Non
         if answer.startswith("{"):
             assert json.loads(without_ids_and_version(got)) == json.loads(without_ids_and_version(answer))
         else:
-            assert got.strip() == answer.strip()
+            # vLLM may put two tokens into one event where it is slow; the text is the same.
+            assert repr_text(got) == repr_text(answer)
 
 
 def without_ids_and_version(body: str) -> str:

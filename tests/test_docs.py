@@ -1,0 +1,46 @@
+"""The README says what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gateway import config
+from gateway.exchange import ROUTES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_settings_is_made_from_the_settings() -> None:
+    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
+    for names, default, meaning in config.table():
+        shown = ", ".join(f"`{name}`" for name in names.split(", "))
+        rows.append(f"| {shown} | {f'`{default}`' if default else ''} | {meaning} |")
+    table = "\n".join(rows)
+
+    assert table in README, f"put this into the README:\n{table}"
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) < 150
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_relayed_path_is_in_the_readme() -> None:
+    for route in ROUTES:
+        assert f"`{route.method} {route.path}`" in README
+
+
+def test_no_file_names_a_package_registry() -> None:
+    locks = [*ROOT.glob("requirements/*"), *ROOT.glob("gateway/*.lock"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    for file in locks:
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", file.read_text()), file
+
+
+def test_every_locked_package_has_a_hash() -> None:
+    for file in [*ROOT.glob("requirements/*.lock"), *ROOT.glob("gateway/*.lock")]:
+        for entry in re.split(r"\n(?=[a-z0-9])", file.read_text()):
+            if "==" in entry.partition("\n")[0]:
+                assert "--hash=sha256:" in entry, f"{file.name}: {entry[:80]}"
