@@ -252,6 +252,8 @@ class _Runner:
             process.wait()
             if process.stdout:
                 process.stdout.close()
+        if code < 0:
+            raise CannotStart(f"{failure}: it was ended by {signal.Signals(-code).name}; start again.")
         if code:
             raise CannotStart(f"{failure}: {_reason(last_lines(self._log, 30))} All that was said is in {self._log}.")
 

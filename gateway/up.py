@@ -108,6 +108,8 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
 
 def _check(settings: ModelServerSettings, gateway: Settings) -> None:
     """What is quickly told comes before anything is installed."""
+    if gateway.port == 0:
+        raise CannotStart("GATEWAY_PORT must be a port of your choice for `up`, but it is 0: take 9000, say.")
     preflight.check_port(gateway.host, gateway.port, "GATEWAY_PORT")
     preflight.check_port("127.0.0.1", settings.port, "LLM_VLLM_PORT")
     if settings.port == gateway.port:
@@ -159,7 +161,8 @@ def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, st
     found = ours | dict(environ) | {"GATEWAY_UPSTREAMS": f"http://127.0.0.1:{settings.port}"}
     # The alias of what we have just set; two that differ would be warned of.
     found.pop("LLM_MODEL_SERVER_ENDPOINT", None)
-    found.pop("HF_TOKEN", None)
+    for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        found.pop(token, None)
     return found
 
 

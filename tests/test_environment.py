@@ -109,6 +109,12 @@ def test_a_demo_model_that_cannot_be_built_is_told_with_the_last_line(tmp_path: 
         environment.ensure_demo_model(at(tmp_path), build, quiet())
 
 
+def test_a_build_that_was_killed_is_told_with_the_signal(tmp_path: Path) -> None:
+    build = stand_in(tmp_path, "kill -9 $$")
+    with pytest.raises(CannotStart, match="The demo model cannot be built: it was ended by SIGKILL"):
+        environment.ensure_demo_model(at(tmp_path), build, quiet())
+
+
 def test_a_demo_model_is_written_to_a_new_folder_alone(tmp_path: Path) -> None:
     build = stand_in(
         tmp_path, 'mkdir -p "$3" && echo "{}" > "$3/demo-model.json"; chmod 755 "$3"; chmod 644 "$3/demo-model.json"'

@@ -149,6 +149,7 @@ def test_a_model_server_that_does_not_come_up_is_told_with_its_last_lines(tmp_pa
         ("LLM_VLLM_PYTHON", "/no/such/python", "--vllm-python /no/such/python cannot be run"),
         ("PYTHONPATH", os.pathsep.join(sys.path), "has no vLLM"),
         ("EXTRA_ARGS", "'", "EXTRA_ARGS cannot be split"),
+        ("GATEWAY_PORT", "0", "GATEWAY_PORT must be a port of your choice"),
     ],
 )
 def test_what_stops_it_before_the_start(tmp_path: Path, name: str, value: str, sentence: str) -> None:
