@@ -258,9 +258,10 @@ class Exchange:
         """The request's head is there."""
         self._path.observer.started(self)
         self._arm(min(self._path.limits.body, self._path.limits.total))
-        encoding = value_of(self._headers, b"content-encoding") or b"identity"
+        encodings = [value for name, value in self._headers if name == b"content-encoding"]
+        encoding = next((value for value in encodings if value.lower() != b"identity"), None)
         length = value_of(self._headers, b"content-length") or b"0"
-        if encoding.lower() != b"identity":
+        if encoding is not None:
             self.fail(
                 UnsupportedEncoding(
                     f"Content-Encoding must be absent or identity, but it is {encoding.decode('latin-1')[:40]!r}: "

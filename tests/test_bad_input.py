@@ -111,8 +111,11 @@ def test_any_content_type_is_read_and_sent_as_json(
     assert [value for name, value in fake.received[0].headers if name == "content-type"] == ["application/json"]
 
 
-def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
-    got = client.post(CHAT, content=gzip.compress(body()), headers={"content-encoding": "gzip"})
+@pytest.mark.parametrize("encodings", [["gzip"], ["gzip", "gzip"], ["identity", "gzip"]])
+def test_a_compressed_body_is_refused(client: httpx.Client, encodings: list[str]) -> None:
+    headers = [("content-encoding", encoding) for encoding in encodings]
+
+    got = client.post(CHAT, content=gzip.compress(body()), headers=headers)
 
     assert got.status_code == 415
     assert "Content-Encoding must be absent or identity, but it is 'gzip'" in got.json()["error"]["message"]
