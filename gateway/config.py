@@ -114,6 +114,9 @@ class Settings(_EnvironmentSettings):
     drain_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="Seconds that running answers get to end after SIGTERM."
     )
+    shortcut: bool = Field(
+        True, description="Serve the data path past ASGI, at less than half the cost; off, all goes through the app."
+    )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO",

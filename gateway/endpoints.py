@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.exchange import ROUTES, Exchange, Route
+from gateway.exchange import FAILED, ROUTES, Exchange, Route
 from gateway.headers import Header, sane_request_id
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _LOW_WATER = 16 * 1024
 # Starlette answers HEAD wherever it answers GET; the exchange asks upstream by GET, the server drops the body.
 _DATA_PATH = {(route.method, route.path) for route in ROUTES}
 _DATA_PATH |= {("HEAD", path) for method, path in _DATA_PATH if method == "GET"}
-_FAILED = "The gateway failed; its log says why under this request id."
 # Asked again and again by machines: a line for each would hide the others.
 _QUIET = frozenset({"/health", "/metrics", "/v1/health_check"})
 
@@ -64,7 +63,7 @@ async def _read(exchange: Exchange, client: _AsgiClient, receive: Receive) -> No
     except Exception:
         # A bug of ours: the client, who waits on the other task, still gets an answer.
         _log.exception("the exchange failed (request id %s)", exchange.request_id)
-        exchange.fail(GatewayError(_FAILED))
+        exchange.fail(GatewayError(FAILED))
     client.abort()
 
 
@@ -143,7 +142,7 @@ class Outermost:
             await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
-            error = GatewayError(_FAILED)
+            error = GatewayError(FAILED)
             if status == 0:
                 await to_response(error, request_id)(scope, receive, send_with_id)
         state = scope["state"]

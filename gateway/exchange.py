@@ -43,6 +43,8 @@ STALE_WITHIN = 0.1
 
 CLIENT_LEFT = 499  # as nginx logs it; never sent
 
+FAILED = "The gateway failed; its log says why under this request id."
+
 
 class Client(Protocol):
     """The side that asked; each adapter does its own framing."""

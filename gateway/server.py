@@ -1,7 +1,8 @@
-"""uvicorn, run plainly with uvloop and httptools."""
+"""uvicorn with uvloop, httptools and the shortcut."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -9,10 +10,13 @@ import sys
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
 from gateway.config import Settings
 from gateway.logs import LineWriter, configure
+from gateway.shortcut import Protocol, Shortcut, missing_in
 
 _log = logging.getLogger(__name__)
 
@@ -36,24 +40,49 @@ def serve(settings: Settings, warnings: list[str]) -> None:
     for warning in warnings:
         _log.warning(warning)
     try:
-        config = uvicorn.Config(
-            create_app(settings, writer),
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=round(settings.drain_timeout),
-        )
+        server = create_server(settings, create_app(settings, writer))
         host, port = listener.getsockname()[:2]
         _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         writer.close()
+
+
+def create_server(settings: Settings, app: Starlette) -> uvicorn.Server:
+    """A server of `app` on both ways in, or, as `settings` say, through the app alone."""
+    protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else Protocol
+    if missing := missing_in(HttpToolsProtocol):
+        _log.warning(
+            "uvicorn %s is not the one that the shortcut was made for (it lacks %s): every request goes through the "
+            "app; install the version that pyproject.toml names.",
+            uvicorn.__version__,
+            ", ".join(missing),
+        )
+        protocol = HttpToolsProtocol
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=round(settings.drain_timeout),
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # uvicorn has cancelled its tasks; the shortcut has none.
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol):
+                connection.cut()
+        await asyncio.sleep(0)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

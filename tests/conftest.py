@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests import gateway_process
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import Gateway, running
 from tests.stack import Stack, started
@@ -22,6 +23,12 @@ for name in list(os.environ):
 def fake() -> Iterator[FakeVllm]:
     with FakeVllm() as server:
         yield server
+
+
+@pytest.fixture(params=["shortcut", "app"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gateway of the test serves the data path in this way."""
+    monkeypatch.setattr(gateway_process, "SHORTCUT", request.param == "shortcut")
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 import uvloop
 
 from gateway.app import create_app
 from gateway.config import Settings, names_of
 from gateway.logs import LineWriter
-from gateway.server import listen
+from gateway.server import create_server, listen
+
+# Which way in a gateway takes unless its settings say; the `way` fixture sets it.
+SHORTCUT = True
 
 
 @dataclass
@@ -57,19 +59,9 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     read, write = os.pipe()
     writer = LineWriter(write)
     listener = listen("127.0.0.1", 0)
-    given = {"upstreams": upstreams, "port": 0, **settings}
-    app = create_app(Settings(**{names_of(field)[0]: value for field, value in given.items()}), writer)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-    )
+    given = {"upstreams": upstreams, "port": 0, "drain_timeout": 2, "shortcut": SHORTCUT, **settings}
+    chosen = Settings(**{names_of(field)[0]: value for field, value in given.items()})
+    server = create_server(chosen, create_app(chosen, writer))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

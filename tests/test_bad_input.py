@@ -12,6 +12,8 @@ import pytest
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import Gateway, running
 
+pytestmark = pytest.mark.usefixtures("way")
+
 CHAT = "/v1/chat/completions"
 USER = '"messages":{"user":"Hi"}'
 

@@ -27,6 +27,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("body_timeout", "10", 10),
     ("probe_interval", "11", 11),
     ("drain_timeout", "0", 0),
+    ("shortcut", "off", False),
     ("log_format", "text", "text"),
     ("log_level", "debug", "DEBUG"),
 ]

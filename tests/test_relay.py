@@ -17,6 +17,8 @@ from tests import fake_vllm
 from tests.fake_vllm import CLOSE, DONE, EVENTS, RESET, STREAM_END, STREAM_HEAD, FakeVllm, Hold, Step, chunk, response
 from tests.gateway_process import Gateway, running
 
+pytestmark = pytest.mark.usefixtures("way")
+
 CHAT = "/v1/chat/completions"
 OPENAI = b'{ "messages": [{"role":"user","content":"caf\\u00e9"}],  "model":"demo" }'
 OPENAI_STREAM = b'{"messages": [{"role":"user","content":"Hi"}],"stream":true}'
