@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections import deque
 from typing import Any
 
@@ -15,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.exchange import FAILED, ROUTES, Exchange, Route
-from gateway.headers import Header, sane_request_id
+from gateway.exchange import FAILED, ROUTES, Exchange, Route, request_id_of
+from gateway.headers import Header, sort_request
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ class Outermost:
         if scope["type"] != "http" or (scope["method"], scope["path"]) in _DATA_PATH:
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = sane_request_id(scope["headers"]) or uuid.uuid4().hex
+        request_id = scope["request_id"] = request_id_of(sort_request(scope["headers"])[0])
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

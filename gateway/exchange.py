@@ -9,10 +9,9 @@ call back at once.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
+from random import getrandbits
 from typing import Any, Literal, Protocol
 
 from gateway import simplified, sse
@@ -30,7 +29,7 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.headers import Header, sane_request_id, to_client, to_upstream, value_of
+from gateway.headers import Header, sane_request_id, sort_answer, sort_request
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.usage import usage_in
 
@@ -156,12 +155,17 @@ ROUTES = (
 )
 
 
-class _State(Enum):
-    RECEIVING = auto()  # the request comes in
-    CONNECTING = auto()  # a connection is awaited
-    WAITING = auto()  # the request is sent, no answer yet
-    ANSWERING = auto()  # the answer's head is there
-    ENDED = auto()
+# An exchange's state. No Enum: its members cost as much to look up as a call.
+_RECEIVING = 0  # the request comes in
+_CONNECTING = 1  # a connection is awaited
+_WAITING = 2  # the request is sent, no answer yet
+_ANSWERING = 3  # the answer's head is there
+_ENDED = 4
+
+
+def request_id_of(headers: dict[bytes, bytes]) -> str:
+    """The client's request id if it is sane, else a new one; unique, but no secret."""
+    return sane_request_id(headers.get(b"x-request-id")) or f"{getrandbits(128):032x}"
 
 
 class Exchange:
@@ -169,7 +173,7 @@ class Exchange:
 
     Times are the clock's seconds, None for what has not happened. `form` is `simplified`, `openai`
     or, where it is not known, empty. `outcome` is `done`, `client_left`, `upstream_error` or
-    `timeout:<which>`.
+    `timeout:<which>`. `usage` is prompt and completion tokens, where vLLM reported them.
     """
 
     __slots__ = (
@@ -179,6 +183,7 @@ class Exchange:
         "_connection",
         "_content",
         "_cut_event",
+        "_due",
         "_headers",
         "_held",
         "_last",
@@ -189,6 +194,7 @@ class Exchange:
         "_query",
         "_repr",
         "_retried",
+        "_sent",
         "_simplified",
         "_size",
         "_sse",
@@ -211,12 +217,14 @@ class Exchange:
         "streaming",
         "upstream",
         "upstream_ended_at",
+        "usage",
     )
 
     def __init__(self, path: DataPath, client: Client, route: Route, query: bytes, headers: list[Header]) -> None:
         """`headers` are the request's, names in lower case; the list is not kept nor changed."""
         self.route = route
-        self.request_id = sane_request_id(headers) or uuid.uuid4().hex
+        self._sent, self._headers = sort_request(headers)
+        self.request_id = request_id_of(self._sent)
         self.form = ""
         self.model: str | None = None
         self.upstream: Upstream | None = None
@@ -231,11 +239,11 @@ class Exchange:
         self.first_byte_at: float | None = None
         self.upstream_ended_at: float | None = None
         self.ended_at: float | None = None
+        self.usage: tuple[int, int] | None = None
         self._path = path
         self._client = client
         self._query = query
-        self._headers = list(headers)
-        self._state = _State.RECEIVING
+        self._state = _RECEIVING
         self._content: list[bytes] = []
         self._size = 0
         self._simplified: simplified.Simplified | None = None
@@ -253,29 +261,30 @@ class Exchange:
         self._before_last = b""
         self._last_read_at = self.started_at
         self._timer: Timer | None = None
+        self._due = 0.0
 
     # The request
 
     def begin(self) -> None:
         """The request's head is there."""
         self._path.observer.started(self)
-        self._arm(min(self._path.limits.body, self._path.limits.total))
-        encodings = [value for name, value in self._headers if name == b"content-encoding"]
-        encoding = next((value for value in encodings if value.lower() != b"identity"), None)
-        length = value_of(self._headers, b"content-length") or b"0"
-        if encoding is not None:
+        limits, sent = self._path.limits, self._sent
+        self._arm(min(limits.body, limits.total), self.started_at)
+        encoding = sent.get(b"content-encoding")
+        length = sent.get(b"content-length", b"0")
+        if encoding is not None and encoding.lower() != b"identity":
             self.fail(
                 UnsupportedEncoding(
                     f"Content-Encoding must be absent or identity, but it is {encoding.decode('latin-1')[:40]!r}: "
                     "send the body uncompressed."
                 )
             )
-        elif length.isdigit() and int(length) > self._path.limits.max_body:
+        elif length.isdigit() and int(length) > limits.max_body:
             self.fail(self._too_large())
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
-        if self._state is not _State.RECEIVING:
+        if self._state is not _RECEIVING:
             return
         self._last_read_at = self._path.clock.time()
         self._size += len(data)
@@ -286,7 +295,7 @@ class Exchange:
 
     def request_end(self) -> None:
         """The request is complete."""
-        if self._state is not _State.RECEIVING:
+        if self._state is not _RECEIVING:
             return
         self.received_at = self._path.clock.time()
         try:
@@ -294,7 +303,7 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
         else:
-            self._arm(self._limit_after(self.received_at))
+            self._arm(self._limit_after(self.received_at), self.received_at)
             self._connect(without=None)
 
     def _too_large(self) -> TooLarge:
@@ -349,7 +358,7 @@ class Exchange:
         upstream = self.upstream if fresh else path.pool.choose(self.model, path.clock.time(), without=without)
         if upstream is None:
             return False
-        self._state = _State.CONNECTING
+        self._state = _CONNECTING
         if upstream is not self.upstream:
             if self.upstream is not None:
                 self.upstream.in_flight -= 1
@@ -360,10 +369,10 @@ class Exchange:
 
     def upstream_connected(self, connection: Connection) -> None:
         """A connection is there; one that comes too late goes to the idle ones."""
-        if self._state is not _State.CONNECTING:
+        if self._state is not _CONNECTING:
             connection.release()
             return
-        self._state = _State.WAITING
+        self._state = _WAITING
         self._connection = connection
         self.sent_at = self._path.clock.time()
         if self._paused:
@@ -371,33 +380,33 @@ class Exchange:
         connection.send(self._request_head() + self._content[0])
 
     def _request_head(self) -> bytes:
-        route, upstream = self.route, self.upstream
+        route, upstream, headers = self.route, self.upstream, self._headers
         assert upstream is not None
-        query = b"?" + self._query if self._query else b""
-        lines = [
-            b"%b %b%b%b HTTP/1.1" % (route.method.encode(), upstream.prefix.encode(), route.path.encode(), query),
-            b"host: " + upstream.authority,
-            b"x-request-id: " + self.request_id.encode(),
-        ]
+        target = f"{route.method} {upstream.prefix}{route.path}".encode()
+        if self._query:
+            target += b"?" + self._query
+        head = b"%b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (
+            target,
+            upstream.authority,
+            self.request_id.encode(),
+        )
         if self._path.authorization:
-            lines.append(b"authorization: " + self._path.authorization)
-        dropped = set()
+            head += b"authorization: %b\r\n" % self._path.authorization
         if route.method == "POST":
-            lines.append(b"content-length: %d" % len(self._content[0]))
+            head += b"content-length: %d\r\n" % len(self._content[0])
             # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
-            kind = value_of(self._headers, b"content-type") or b""
-            if not kind.lower().startswith(b"application/json"):
-                lines.append(b"content-type: application/json")
-                dropped.add(b"content-type")
+            kind = self._sent.get(b"content-type", b"")
+            if kind[:16].lower() != b"application/json":
+                head += b"content-type: application/json\r\n"
+                headers = [header for header in headers if header[0] != b"content-type"]
         if self._simplified is not None:
             # An answer that is rewritten here must not come compressed.
-            dropped.add(b"accept-encoding")
-        lines += [name + b": " + value for name, value in to_upstream(self._headers) if name not in dropped]
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+            headers = [header for header in headers if header[0] != b"accept-encoding"]
+        return head + b"".join([b"%b: %b\r\n" % header for header in headers]) + b"\r\n"
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
-        if self._state is not _State.CONNECTING:
+        if self._state is not _CONNECTING:
             return
         upstream = self.upstream
         assert upstream is not None
@@ -414,16 +423,16 @@ class Exchange:
 
     def upstream_head(self, status: int, headers: list[Header]) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
-        if self._state is not _State.WAITING:
+        if self._state is not _WAITING:
             return
-        self._state = _State.ANSWERING
+        self._state = _ANSWERING
         self._content = []
         self._size = 0
         self.status = status
-        self._headers = headers
-        kind = value_of(headers, b"content-type") or b""
+        known, self._headers = sort_answer(headers)
         # What is compressed cannot be read, and is relayed as the bytes that it is.
-        self._sse = kind.lower().startswith(b"text/event-stream") and not value_of(headers, b"content-encoding")
+        kind = known.get(b"content-type", b"")[:17].lower()
+        self._sse = kind == b"text/event-stream" and not known.get(b"content-encoding")
         rewritten = self._simplified if status == 200 else None
         if rewritten is None or (self._sse and rewritten.style == "openai"):
             self._on_body = self._relay_events if self._sse else self._relay
@@ -444,7 +453,7 @@ class Exchange:
 
     def upstream_end(self) -> None:
         """The answer is complete."""
-        if self._state is not _State.ANSWERING:
+        if self._state is not _ANSWERING:
             return
         connection, self._connection = self._connection, None
         self.upstream_ended_at = self._path.clock.time()
@@ -457,7 +466,7 @@ class Exchange:
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         """The connection is gone before the answer's end; `answered` once any byte of it had come."""
-        if self._state not in (_State.WAITING, _State.ANSWERING):
+        if self._state not in (_WAITING, _ANSWERING):
             return
         connection, self._connection = self._connection, None
         now = self._path.clock.time()
@@ -491,10 +500,11 @@ class Exchange:
             else:
                 data, self._held = data[:end], data[end:]
                 self._cut_event = self._cut_event and not data
+            if not data:
+                return
         elif self._cut_event:
             self._cut_event = False
-        if data:
-            self._send_events(data)
+        self._send_events(data)
 
     def _send_events(self, data: bytes) -> None:
         self.events += data.count(b"\n\n")
@@ -505,8 +515,9 @@ class Exchange:
             except GatewayError as error:
                 self._upstream_failed(error)
                 return
-        if data:
-            self._send(data)
+            if not data:
+                return
+        self._send(data)
 
     def _collect(self, data: bytes) -> None:
         self._collected.append(data)
@@ -528,7 +539,7 @@ class Exchange:
                 self._send_events(self._held if self._repr is None else self._held + b"\n\n")
             if self.status == 200 and not sse.has_done(self._before_last + self._last):
                 raise UpstreamBroken("The model server ended its stream without [DONE].")
-        if self._state is _State.ENDED:  # the client has left while it was written to, or what it got was an error
+        if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
             return
         if not self._started:
             self._start()
@@ -545,14 +556,13 @@ class Exchange:
 
     def _start(self) -> None:
         self._started = True
-        headers = to_client(self._headers)
+        headers = self._headers
         if self._sse:
             # An error event may have to be added, so no length can be promised.
             headers = [header for header in headers if header[0] != b"content-length"]
         if self._repr is not None:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        headers.append((b"x-request-id", self.request_id.encode()))
-        self._client.start(self.status, headers)
+        self._client.start(self.status, [*headers, (b"x-request-id", self.request_id.encode())])
 
     # The client
 
@@ -571,7 +581,7 @@ class Exchange:
 
     def client_gone(self) -> None:
         """The client has left; the upstream is told at once, by a closed connection."""
-        if self._state is _State.ENDED:
+        if self._state is _ENDED:
             return
         self._drop_connection()
         if not self._started:
@@ -582,23 +592,24 @@ class Exchange:
 
     def timer(self) -> None:
         """The timer has run: a limit has passed, or the next one is waited for."""
-        if self._state is _State.ENDED:
+        self._timer = None
+        if self._state is _ENDED:
             return
         now = self._path.clock.time()
         limits = self._path.limits
-        if self._state is _State.RECEIVING:
+        if self._state is _RECEIVING:
             if now - self._last_read_at >= limits.body:
                 self.fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
             elif now - self.started_at >= limits.total:
                 self.fail(RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT)."))
             else:
-                self._arm(min(self._last_read_at + limits.body, self.started_at + limits.total) - now)
+                self._arm(min(self._last_read_at + limits.body, self.started_at + limits.total) - now, now)
         elif now - self.started_at >= limits.total:
             self._upstream_failed(UpstreamTimeout("total", limits.total))
         elif self.streaming and (late := self._late(now)):
             self._upstream_failed(late)
         else:
-            self._arm(self._limit_after(now))
+            self._arm(self._limit_after(now), now)
 
     def _late(self, now: float) -> UpstreamTimeout | None:
         limits = self._path.limits
@@ -619,10 +630,15 @@ class Exchange:
             return min(left, limits.idle, limits.first_token - waited)
         return min(left, limits.idle if self._paused else self._last_read_at + limits.idle - now)
 
-    def _arm(self, seconds: float) -> None:
+    def _arm(self, seconds: float, now: float) -> None:
+        """Have the timer run by then. One that runs earlier is left, as it looks again: new ones are dear."""
+        due = now + max(seconds, 0.001)
         if self._timer is not None:
+            if self._due <= due:
+                return
             self._timer.cancel()
-        self._timer = self._path.clock.call_later(max(seconds, 0.001), self.timer)
+        self._due = due
+        self._timer = self._path.clock.call_later(due - now, self.timer)
 
     # The end
 
@@ -639,7 +655,7 @@ class Exchange:
 
     def fail(self, error: GatewayError) -> None:
         """End with an error of our own: an answer, an event in a stream, or, where neither is possible, a cut."""
-        if self._state is _State.ENDED:
+        if self._state is _ENDED:
             return
         self._drop_connection()
         client = self._client
@@ -666,7 +682,7 @@ class Exchange:
             connection.discard()
 
     def _finish(self, outcome: str) -> None:
-        self._state = _State.ENDED
+        self._state = _ENDED
         self._on_body = None
         self.outcome = outcome
         self.ended_at = self._path.clock.time()
@@ -675,8 +691,5 @@ class Exchange:
             self._timer = None
         if self.upstream is not None:
             self.upstream.in_flight -= 1
+        self.usage = usage_in(self._before_last + self._last)
         self._path.observer.finished(self)
-
-    def usage(self) -> tuple[int, int] | None:
-        """Prompt and completion tokens, where vLLM reported them."""
-        return usage_in(self._before_last + self._last)

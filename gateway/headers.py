@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 Header = tuple[bytes, bytes]
 
@@ -23,51 +22,62 @@ HOP_BY_HOP = frozenset(
     }
 )
 
+# What is done with a header by its name: True, it is read here and goes on; False, it goes no further; others
+# just go on.
+_OF_REQUESTS = dict.fromkeys(HOP_BY_HOP, False)
 # Ours to write (host, length, id), answered here (expect), or the client's secret and not the upstream's.
-_NOT_UPSTREAM = HOP_BY_HOP | {
-    b"api-key",
-    b"authorization",
-    b"content-length",
-    b"cookie",
-    b"expect",
-    b"host",
-    b"x-api-key",
-    b"x-request-id",
+_OF_REQUESTS |= {
+    b"api-key": False,
+    b"authorization": False,
+    b"content-encoding": True,
+    b"content-length": False,
+    b"content-type": True,
+    b"cookie": False,
+    b"expect": False,
+    b"host": False,
+    b"x-api-key": False,
+    b"x-request-id": False,
 }
 
+_OF_ANSWERS = dict.fromkeys(HOP_BY_HOP, False)
 # Written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is none.
-_NOT_TO_CLIENT = HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+_OF_ANSWERS |= {b"date": False, b"server": False, b"x-request-id": False}
+_OF_ANSWERS |= {b"content-type": True, b"content-encoding": True}
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
-
-def _named_in_connection(headers: Iterable[Header]) -> frozenset[bytes]:
-    return frozenset(
-        token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")
-    )
+Sorted = tuple[dict[bytes, bytes], list[Header]]
 
 
-def to_upstream(headers: Iterable[Header]) -> list[Header]:
-    """The client's headers that go on to the upstream; names are lower-case."""
-    headers = list(headers)
-    dropped = _NOT_UPSTREAM | _named_in_connection(headers)
-    return [header for header in headers if header[0] not in dropped]
+def sort_request(headers: list[Header]) -> Sorted:
+    """The client's headers: those read here, by name, and those that go on to the upstream.
+
+    Names are lower-case; of one that is repeated the values are joined by commas, as RFC 9110, 5.3 has it.
+    """
+    return _sort(headers, _OF_REQUESTS)
 
 
-def to_client(headers: Iterable[Header]) -> list[Header]:
-    """The upstream's headers that go on to the client; names are lower-case."""
-    headers = list(headers)
-    dropped = _NOT_TO_CLIENT | _named_in_connection(headers)
-    return [header for header in headers if header[0] not in dropped]
+def sort_answer(headers: list[Header]) -> Sorted:
+    """The upstream's headers: those read here, by name, and those that go on to the client; else as above."""
+    return _sort(headers, _OF_ANSWERS)
 
 
-def value_of(headers: Iterable[Header], name: bytes) -> bytes | None:
-    """The value of a header that may stand there once; None where it is absent or repeated."""
-    values = [value for header, value in headers if header == name]
-    return values[0] if len(values) == 1 else None
+def _sort(headers: list[Header], rules: dict[bytes, bool]) -> Sorted:
+    known: dict[bytes, bytes] = {}
+    passed = []
+    for header in headers:
+        name, value = header
+        goes_on = rules.get(name)
+        if goes_on is not None:
+            known[name] = known[name] + b"," + value if name in known else value
+        if goes_on is not False:
+            passed.append(header)
+    if b"connection" in known:
+        named = {token.strip().lower() for token in known[b"connection"].split(b",")}
+        passed = [header for header in passed if header[0] not in named]
+    return known, passed
 
 
-def sane_request_id(headers: Iterable[Header]) -> str | None:
+def sane_request_id(value: bytes | None) -> str | None:
     """The client's request id where it cannot harm a log line, a header or a metric, else None."""
-    value = value_of(headers, b"x-request-id")
     return value.decode() if value is not None and _SANE_REQUEST_ID.fullmatch(value) else None

@@ -1,75 +1,62 @@
-"""Counters and histograms for Prometheus, updated once a request."""
+"""Counters and histograms for Prometheus: plain numbers, updated once a request, made into text when asked for."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from bisect import bisect_left
+from collections import Counter
+from itertools import accumulate
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.exchange import Exchange
 from gateway.upstreams import UpstreamPool
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-_FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
-class Metrics:
-    """All metrics of one gateway, in a registry of their own."""
+class Metrics(Collector):
+    """All metrics of one gateway.
+
+    Kept as plain numbers of one thread: prometheus_client's own children, with a lock each, cost
+    more than the rest of a request's bookkeeping.
+    """
 
     def __init__(self, pool: UpstreamPool) -> None:
-        # A `_created` series beside each counter doubles the page and tells nothing that is asked for.
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves this one unannotated
         self._pool = pool
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "gateway_requests",
-            "Requests that have ended, by the status that was sent (499: the client had left before).",
-            ("route", "form", "model", "status"),
-            registry=self._registry,
-        )
-        self._in_flight = Gauge("gateway_in_flight", "Relayed requests in flight.", registry=self._registry)
-        self._first_token = self._histogram(
+        self._registry.register(self)
+        self._requests: Counter[tuple[str, str, str, int]] = Counter()
+        self._in_flight = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._first_token = _Histogram(
             "gateway_first_token_seconds", "From a streamed request's start to the first byte of its answer.", _SECONDS
         )
-        self._per_event = self._histogram(
+        self._per_event = _Histogram(
             "gateway_output_event_seconds", "Mean time between a stream's events, once a request.", _FINE
         )
-        self._total = self._histogram("gateway_request_seconds", "From a relayed request's start to its end.", _SECONDS)
-        self._added = self._histogram(
+        self._total = _Histogram("gateway_request_seconds", "From a relayed request's start to its end.", _SECONDS)
+        self._added = _Histogram(
             "gateway_added_seconds",
             "The gateway's own share: from the whole request read to its being sent, connecting included, and from "
             "the upstream's last byte to ours.",
             _FINE,
         )
-        tokens = Counter("gateway_tokens", "Tokens that vLLM has reported.", ("kind",), registry=self._registry)
-        self._prompt_tokens = tokens.labels("prompt")
-        self._completion_tokens = tokens.labels("completion")
-        self._registry.register(_Upstreams(pool))
-        # A child per label set that occurs; the labels are bounded, so are the children.
-        self._child = lru_cache(maxsize=4096)(self._requests.labels)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self._registry)
 
     def started(self, exchange: Exchange) -> None:
         """A relayed request has begun."""
-        self._in_flight.inc()
+        self._in_flight += 1
 
     def finished(self, exchange: Exchange) -> None:
         """A relayed request has ended."""
-        self._in_flight.dec()
+        self._in_flight -= 1
         started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
-        model = exchange.model if exchange.model in self._pool.models else "unknown"
-        self._child(exchange.route.path, exchange.form or "none", model, str(exchange.status)).inc()
+        # A client's word as a label only where it is one that we know, so that the series stay few.
+        model = exchange.model if exchange.model in self._pool.models else None
+        self._requests[exchange.route.path, exchange.form or "none", model or "unknown", exchange.status] += 1
         self._total.observe(ended - started)
         if exchange.received_at is not None and exchange.sent_at is not None:
             tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
@@ -78,26 +65,35 @@ class Metrics:
             self._first_token.observe(exchange.first_byte_at - started)
             if exchange.events > 1:
                 self._per_event.observe((ended - exchange.first_byte_at) / (exchange.events - 1))
-        if (usage := exchange.usage()) is not None:
-            self._prompt_tokens.inc(usage[0])
-            self._completion_tokens.inc(usage[1])
+        if exchange.usage is not None:
+            self._prompt_tokens += exchange.usage[0]
+            self._completion_tokens += exchange.usage[1]
 
     def other(self, route: str, status: int) -> None:
         """A request that is not relayed has ended; `route` is a path of ours or `unknown`."""
-        self._child(route, "none", "none", str(status)).inc()
+        self._requests[route, "none", "none", status] += 1
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
         return generate_latest(self._registry)
 
-
-class _Upstreams(Collector):
-    """The upstreams' states, read when asked for."""
-
-    def __init__(self, pool: UpstreamPool) -> None:
-        self._pool = pool
-
     def collect(self) -> list[Metric]:
+        """Called by the registry for each text."""
+        requests = CounterMetricFamily(
+            "gateway_requests",
+            "Requests that have ended, by the status that was sent (499: the client had left before).",
+            labels=("route", "form", "model", "status"),
+        )
+        for (route, form, model, status), count in self._requests.items():
+            requests.add_metric((route, form, model, str(status)), count)
+        tokens = CounterMetricFamily("gateway_tokens", "Tokens that vLLM has reported.", labels=("kind",))
+        tokens.add_metric(("prompt",), self._prompt_tokens)
+        tokens.add_metric(("completion",), self._completion_tokens)
+        in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=self._in_flight)
+        histograms = (self._first_token, self._per_event, self._total, self._added)
+        return [requests, in_flight, tokens, *(one.family() for one in histograms), *self._upstreams()]
+
+    def _upstreams(self) -> list[Metric]:
         state = GaugeMetricFamily(
             "gateway_upstream_state", "1 for the state that an upstream is in.", labels=("upstream", "state")
         )
@@ -109,3 +105,25 @@ class _Upstreams(Collector):
                 state.add_metric((upstream.url, name), float(upstream.state == name))
             in_flight.add_metric((upstream.url,), upstream.in_flight)
         return [state, in_flight]
+
+
+class _Histogram:
+    """Counts by bucket, each but the last with its upper bound in seconds."""
+
+    __slots__ = ("_bounds", "_counts", "_name", "_sum", "_text")
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self) -> Metric:
+        names = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)

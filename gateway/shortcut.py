@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.errors import BadRequest, GatewayError
-from gateway.exchange import FAILED, ROUTES, Exchange
+from gateway.exchange import FAILED, ROUTES, Exchange, request_id_of
 from gateway.headers import Header
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,6 @@ _ATTRIBUTES = (
     "pipeline",
     "server_state",
     "transport",
-    "url",
 )
 
 
@@ -96,7 +94,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self) -> None:
         if self.transport.is_closing():
             return
-        request_id = uuid.uuid4().hex
+        request_id = request_id_of({})
         content = BadRequest("What came is not an HTTP request: the connection is closed.").envelope(request_id)
         headers = [
             *self.server_state.default_headers,

@@ -60,10 +60,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._idle = False
+        self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self._headers: list[Header] = []
         self._header_bytes = 0
         self._overhead = 0
@@ -131,7 +131,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is None:
+        exchange = self._exchange
+        if exchange is None:
             # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
             self._forget()
             self.discard()
@@ -143,24 +144,23 @@ class UpstreamConnection(asyncio.Protocol):
             self._problem = "it answered with a protocol that was not asked for"
         except httptools.HttpParserError as error:
             self._problem = self._problem or f"its answer is not HTTP ({error})"
-        self._overhead = 0 if self._body or self._new_head else self._overhead + len(data)
-        if self._overhead > HEADER_BYTES:
-            self._problem = self._problem or f"its headers are larger than {HEADER_BYTES} bytes"
-        self._deliver()
-
-    def _deliver(self) -> None:
-        """Hand on what one read brought, in order: head, body, end or problem. One read's body is one call."""
-        exchange = self._exchange
-        if exchange is not None and self._new_head:
+        # What one read brought is handed on in order: head, body, end or problem; its body is one call.
+        if self._new_head:
             self._new_head = False
+            self._overhead = 0
             exchange.upstream_head(self._status, self._headers)
         if self._body:
-            body, self._body = self._body, []
-            if self._exchange is not None:
-                self._exchange.upstream_body(body[0] if len(body) == 1 else b"".join(body))
-        exchange = self._exchange
-        if exchange is None:
-            return
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body.clear()
+            self._overhead = 0
+            if self._exchange is exchange:  # it may have left in its answer's head
+                exchange.upstream_body(body)
+        else:
+            self._overhead += len(data)
+            if self._overhead > HEADER_BYTES:
+                self._problem = self._problem or f"its headers are larger than {HEADER_BYTES} bytes"
+        if self._exchange is not exchange:
+            return  # it has ended, and may have given this connection back
         if self._complete:
             exchange.upstream_end()
         elif self._problem:

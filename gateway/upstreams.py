@@ -75,6 +75,8 @@ class UpstreamPool:
     @property
     def models(self) -> tuple[str, ...]:
         """Every model that some upstream serves, each once, in the upstreams' order."""
+        if len(self._upstreams) == 1:
+            return self._upstreams[0].models
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
 
     def choose(self, model: str | None, now: float, *, without: Upstream | None = None) -> Upstream | None:

@@ -225,7 +225,7 @@ def test_a_simplified_call_goes_up_as_a_chat_call_and_comes_back_with_its_text()
     assert (reply["text"], reply["choices"]) == ("It's.", orjson.loads(answer)["choices"])
     assert talk.client.header(b"content-length") == b"%d" % len(talk.client.content)
     assert (talk.exchange.form, talk.exchange.outcome, talk.client.ending) == ("simplified", "done", "end")
-    assert talk.exchange.usage() == (31, 4)
+    assert talk.exchange.usage == (31, 4)
     talk.assert_settled()
 
 
@@ -821,7 +821,7 @@ def test_usage_is_found_at_the_end_of_a_stream() -> None:
     for piece in EVENTS:
         talk.exchange.upstream_body(piece)
     talk.exchange.upstream_end()
-    assert talk.exchange.usage() == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
+    assert talk.exchange.usage == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
 
 
 @settings(deadline=None)
@@ -831,14 +831,14 @@ def test_usage_is_found_in_a_whole_answer_wherever_it_was_split(at: int) -> None
     talk.exchange.upstream_body(completion()[:at])
     talk.exchange.upstream_body(completion()[at:])
     talk.exchange.upstream_end()
-    assert talk.exchange.usage() == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
+    assert talk.exchange.usage == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
 
 
 def test_no_usage_is_no_usage() -> None:
     talk = answering()
     talk.exchange.upstream_body(EVENTS[1] + DONE)
     talk.exchange.upstream_end()
-    assert talk.exchange.usage() is None
+    assert talk.exchange.usage is None
 
 
 # Time. Ticks and limits are binary fractions, so that sums are exact.
