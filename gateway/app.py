@@ -36,15 +36,13 @@ class _Watch:
     """The exchanges' observer: metrics and the log line."""
 
     def __init__(self, metrics: Metrics, request_log: RequestLog) -> None:
-        self._metrics = metrics
-        self._request_log = request_log
-
-    def started(self, exchange: Exchange) -> None:
-        self._metrics.started(exchange)
+        self.started = metrics.started
+        self._count = metrics.finished
+        self._log = request_log.exchange
 
     def finished(self, exchange: Exchange) -> None:
-        self._metrics.finished(exchange)
-        self._request_log.exchange(exchange)
+        self._count(exchange)
+        self._log(exchange)
 
 
 class _Clock:

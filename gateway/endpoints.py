@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.exchange import FAILED, ROUTES, Exchange, Route, request_id_of
-from gateway.headers import Header, sort_request
+from gateway.headers import Header, by_name
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Relay:
             await client.write(send)
         finally:
             reader.cancel()
+            del client.exchange  # which holds the client, too
             exchange.client_gone()
 
 
@@ -127,7 +128,7 @@ class Outermost:
         if scope["type"] != "http" or (scope["method"], scope["path"]) in _DATA_PATH:
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = request_id_of(sort_request(scope["headers"])[0])
+        request_id = scope["request_id"] = request_id_of(by_name(scope["headers"]))
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

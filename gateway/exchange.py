@@ -29,7 +29,7 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.headers import Header, sane_request_id, sort_answer, sort_request
+from gateway.headers import LINE, NOT_TO_CLIENT, NOT_TO_UPSTREAM, Header, by_name, forwarded, sane_request_id
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.usage import usage_in
 
@@ -165,7 +165,8 @@ _ENDED = 4
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:
     """The client's request id if it is sane, else a new one; unique, but no secret."""
-    return sane_request_id(headers.get(b"x-request-id")) or f"{getrandbits(128):032x}"
+    given = headers.get(b"x-request-id")
+    return (given and sane_request_id(given)) or f"{getrandbits(128):032x}"
 
 
 class Exchange:
@@ -223,7 +224,8 @@ class Exchange:
     def __init__(self, path: DataPath, client: Client, route: Route, query: bytes, headers: list[Header]) -> None:
         """`headers` are the request's, names in lower case; the list is not kept nor changed."""
         self.route = route
-        self._sent, self._headers = sort_request(headers)
+        self._sent = by_name(headers)
+        self._headers = forwarded(headers, self._sent, NOT_TO_UPSTREAM)
         self.request_id = request_id_of(self._sent)
         self.form = ""
         self.model: str | None = None
@@ -303,7 +305,8 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
         else:
-            self._arm(self._limit_after(self.received_at), self.received_at)
+            if self.streaming:  # else the timer that runs will do
+                self._arm(self._limit_after(self.received_at), self.received_at)
             self._connect(without=None)
 
     def _too_large(self) -> TooLarge:
@@ -402,7 +405,7 @@ class Exchange:
         if self._simplified is not None:
             # An answer that is rewritten here must not come compressed.
             headers = [header for header in headers if header[0] != b"accept-encoding"]
-        return head + b"".join([b"%b: %b\r\n" % header for header in headers]) + b"\r\n"
+        return head + b"".join(map(LINE, headers)) + b"\r\n"
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
@@ -429,7 +432,8 @@ class Exchange:
         self._content = []
         self._size = 0
         self.status = status
-        known, self._headers = sort_answer(headers)
+        known = by_name(headers)
+        self._headers = forwarded(headers, known, NOT_TO_CLIENT)
         # What is compressed cannot be read, and is relayed as the bytes that it is.
         kind = known.get(b"content-type", b"")[:17].lower()
         self._sse = kind == b"text/event-stream" and not known.get(b"content-encoding")

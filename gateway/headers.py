@@ -6,6 +6,9 @@ import re
 
 Header = tuple[bytes, bytes]
 
+# A header as a line; mapped over a list, it costs no call of ours.
+LINE = b"%b: %b\r\n".__mod__
+
 # RFC 9110, 7.6.1, and those that older agents treat alike; `connection` names more of them.
 HOP_BY_HOP = frozenset(
     {
@@ -22,60 +25,41 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-# What is done with a header by its name: True, it is read here and goes on; False, it goes no further; others
-# just go on.
-_OF_REQUESTS = dict.fromkeys(HOP_BY_HOP, False)
-# Ours to write (host, length, id), answered here (expect), or the client's secret and not the upstream's.
-_OF_REQUESTS |= {
-    b"api-key": False,
-    b"authorization": False,
-    b"content-encoding": True,
-    b"content-length": False,
-    b"content-type": True,
-    b"cookie": False,
-    b"expect": False,
-    b"host": False,
-    b"x-api-key": False,
-    b"x-request-id": False,
+# Of a request's: ours to write (host, length, id), answered here (expect), or the client's secret and not the
+# upstream's.
+NOT_TO_UPSTREAM = HOP_BY_HOP | {
+    b"api-key",
+    b"authorization",
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"x-api-key",
+    b"x-request-id",
 }
 
-_OF_ANSWERS = dict.fromkeys(HOP_BY_HOP, False)
-# Written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is none.
-_OF_ANSWERS |= {b"date": False, b"server": False, b"x-request-id": False}
-_OF_ANSWERS |= {b"content-type": True, b"content-encoding": True}
+# Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
+# none.
+NOT_TO_CLIENT = HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
-Sorted = tuple[dict[bytes, bytes], list[Header]]
 
-
-def sort_request(headers: list[Header]) -> Sorted:
-    """The client's headers: those read here, by name, and those that go on to the upstream.
-
-    Names are lower-case; of one that is repeated the values are joined by commas, as RFC 9110, 5.3 has it.
-    """
-    return _sort(headers, _OF_REQUESTS)
-
-
-def sort_answer(headers: list[Header]) -> Sorted:
-    """The upstream's headers: those read here, by name, and those that go on to the client; else as above."""
-    return _sort(headers, _OF_ANSWERS)
-
-
-def _sort(headers: list[Header], rules: dict[bytes, bool]) -> Sorted:
-    known: dict[bytes, bytes] = {}
-    passed = []
-    for header in headers:
-        name, value = header
-        goes_on = rules.get(name)
-        if goes_on is not None:
+def by_name(headers: list[Header]) -> dict[bytes, bytes]:
+    """The values by their names, which are lower-case; repeated ones joined by commas, as RFC 9110, 5.3 has it."""
+    known = dict(headers)
+    if len(known) != len(headers):
+        known.clear()
+        for name, value in headers:
             known[name] = known[name] + b"," + value if name in known else value
-        if goes_on is not False:
-            passed.append(header)
+    return known
+
+
+def forwarded(headers: list[Header], known: dict[bytes, bytes], dropped: frozenset[bytes]) -> list[Header]:
+    """Those that go on; `known` is what `by_name` made of them, `dropped` NOT_TO_UPSTREAM or NOT_TO_CLIENT."""
     if b"connection" in known:
-        named = {token.strip().lower() for token in known[b"connection"].split(b",")}
-        passed = [header for header in passed if header[0] not in named]
-    return known, passed
+        dropped |= {token.strip().lower() for token in known[b"connection"].split(b",")}
+    return [header for header in headers if header[0] not in dropped]
 
 
 def sane_request_id(value: bytes | None) -> str | None:

@@ -35,6 +35,7 @@ class LineWriter:
         self._pending: deque[bytes] = deque()
         self._lost = 0
         self._closing = False
+        self._woken = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -45,7 +46,8 @@ class LineWriter:
             self._lost += 1
             return
         self._pending.append(line)
-        if not self._wake.is_set():
+        if not self._woken:
+            self._woken = True
             self._wake.set()
 
     def close(self) -> None:
@@ -59,6 +61,7 @@ class LineWriter:
             self._wake.wait()
             time.sleep(_TOGETHER)
             self._wake.clear()
+            self._woken = False
             self._flush()
         self._flush()
 

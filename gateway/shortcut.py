@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
+import sys
+from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.errors import BadRequest, GatewayError
 from gateway.exchange import FAILED, ROUTES, Exchange, request_id_of
-from gateway.headers import Header
+from gateway.headers import LINE, Header
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +28,13 @@ _METHODS = (
     "on_message_begin",
     "on_message_complete",
     "on_response_complete",
+    "_start_asgi_task",
+    "_unset_keepalive_if_required",
     "pause_writing",
     "resume_writing",
     "send_400_response",
     "shutdown",
+    "timeout_keep_alive_handler",
 )
 _ATTRIBUTES = (
     "app_state",
@@ -41,6 +45,8 @@ _ATTRIBUTES = (
     "parser",
     "pipeline",
     "server_state",
+    "timeout_keep_alive",
+    "timeout_keep_alive_task",
     "transport",
 )
 
@@ -59,28 +65,56 @@ class Protocol(HttpToolsProtocol):
 
     _in_body = False
     _refused = False
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
+    _idle_since: float | None = None
 
     def on_headers_complete(self) -> None:
         self._in_body = True
         super().on_headers_complete()
+        self.headers = []  # the parser goes on to fill the scope's own list, with trailers
 
     def on_message_complete(self) -> None:
         self._in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        last = not self.pipeline
-        super().on_response_complete()
-        if last and self._refused:
+        """As uvicorn's, but for the refusal and for one keep-alive timer a connection, not one a request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refused:
             self._refuse()
+        else:
+            self._idle_since = self.loop.time()
+            if self.timeout_keep_alive_task is None:
+                self._arm(self.timeout_keep_alive)
+
+    def _arm(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since is not None:
+            left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+            if left > 0:
+                self._arm(left)
+            else:
+                self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+        super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came; answers that are owed to requests before it go first."""
         self._refused = True
+        self.parser = cast(Any, _Deaf)
         if not self._in_body:
             if self.cycle is None or self.cycle.response_complete:
                 self._refuse()
@@ -111,6 +145,13 @@ class Protocol(HttpToolsProtocol):
     def cut(self) -> None:
         """The time to end in good order is over."""
         self.transport.abort()
+
+
+class _Deaf:
+    """The parser of a connection that was refused."""
+
+    @staticmethod
+    def feed_data(data: bytes) -> None: ...
 
 
 class Shortcut(Protocol):
@@ -153,14 +194,14 @@ class Shortcut(Protocol):
         self.cycle = call
         if self.flow.write_paused:  # by the answer before
             exchange.client_paused()
-        self._feed(call, exchange.begin)
+        exchange.begin()
 
     def on_body(self, body: bytes) -> None:
         call = self._call
         if call is None or self.cycle is not call:
             super().on_body(body)
         else:
-            self._feed(call, call.exchange.request_body, body)
+            call.exchange.request_body(body)
 
     def on_message_complete(self) -> None:
         call = self._call
@@ -168,19 +209,25 @@ class Shortcut(Protocol):
             super().on_message_complete()
         else:
             self._in_body = False
-            self._feed(call, call.exchange.request_end)
+            call.exchange.request_end()
 
-    def _feed(self, call: _Call, event: Callable[..., None], *data: bytes) -> None:
-        try:
-            event(*data)
-        except Exception:
-            # A bug of ours; httptools would take it for one of the client's.
-            _log.exception("the exchange failed (request id %s)", call.exchange.request_id)
+    def send_400_response(self, msg: str) -> None:
+        error = sys.exception()
+        call = self._call
+        if isinstance(error, httptools.HttpParserCallbackError) and call is not None and self.cycle is call:
+            # A bug of ours, which httptools takes for one of the client's.
+            _log.error("the exchange failed (request id %s)", call.exchange.request_id, exc_info=error)
+            call.keep_alive = False
             call.exchange.fail(GatewayError(FAILED))
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def answered(self, call: _Call) -> None:
         """The running call's answer is complete."""
         self._call = None
+        # Else they hold each other, and wait for the garbage collector, a cold cache line each.
+        del call.exchange
         if not call.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -201,7 +248,9 @@ class Shortcut(Protocol):
             self.cycle = None
         super().connection_lost(exc)
         if call is not None:
-            call.exchange.client_gone()
+            exchange = call.exchange
+            del call.exchange
+            exchange.client_gone()
 
 
 class _Call:
@@ -264,4 +313,4 @@ class _Call:
 
 
 def _head(status: int, headers: list[Header]) -> bytes:
-    return STATUS_LINE[status] + b"".join([b"%b: %b\r\n" % header for header in headers])
+    return STATUS_LINE[status] + b"".join(map(LINE, headers))

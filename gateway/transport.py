@@ -33,8 +33,8 @@ class UpstreamConnection(asyncio.Protocol):
         "_body",
         "_complete",
         "_exchange",
+        "_head",
         "_head_done",
-        "_header_bytes",
         "_headers",
         "_idle",
         "_interim",
@@ -65,7 +65,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._headers: list[Header] = []
-        self._header_bytes = 0
+        self._head: list[Header] = []
         self._overhead = 0
         self._status = 0
         self._body: list[bytes] = []
@@ -146,9 +146,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._problem = self._problem or f"its answer is not HTTP ({error})"
         # What one read brought is handed on in order: head, body, end or problem; its body is one call.
         if self._new_head:
-            self._new_head = False
-            self._overhead = 0
-            exchange.upstream_head(self._status, self._headers)
+            self._hand_on_head(exchange, self._overhead + len(data))
         if self._body:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body.clear()
@@ -156,9 +154,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self._exchange is exchange:  # it may have left in its answer's head
                 exchange.upstream_body(body)
         else:
-            self._overhead += len(data)
-            if self._overhead > HEADER_BYTES:
-                self._problem = self._problem or f"its headers are larger than {HEADER_BYTES} bytes"
+            self._count_overhead(len(data))
         if self._exchange is not exchange:
             return  # it has ended, and may have given this connection back
         if self._complete:
@@ -167,6 +163,21 @@ class UpstreamConnection(asyncio.Protocol):
             self._exchange = None
             exchange.upstream_lost(self._problem, answered=True)
             self.discard()
+
+    def _hand_on_head(self, exchange: Exchange, read: int) -> None:
+        self._new_head = False
+        self._overhead = 0
+        if read > HEADER_BYTES and sum(len(name) + len(value) + 4 for name, value in self._head) > HEADER_BYTES:
+            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
+            self._complete = False
+            self._body.clear()
+        else:
+            exchange.upstream_head(self._status, self._head)
+
+    def _count_overhead(self, read: int) -> None:
+        self._overhead += read
+        if self._overhead > HEADER_BYTES and not self._problem:
+            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
 
     def eof_received(self) -> None:
         """Returning nothing lets asyncio close the connection; `connection_lost` follows."""
@@ -199,24 +210,23 @@ class UpstreamConnection(asyncio.Protocol):
         raise ValueError(problem)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value) + 4
-        if self._header_bytes > HEADER_BYTES:
-            self._stop(f"its headers are larger than {HEADER_BYTES} bytes")
-        if not self._head_done:
-            self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._status = self._parser.get_status_code()
         if not 100 <= status <= 599:
             self._stop(f"its status {status} does not exist")
+        headers, self._headers = self._headers, []  # what comes from now on are trailers
         self._interim = status < 200
         if self._interim:
-            self._headers = []
             return
+        self._head = headers
         self._head_done = self._new_head = True
-        self._until_close = status not in (204, 304) and not any(
-            name in (b"content-length", b"transfer-encoding") for name, _ in self._headers
-        )
+        if status not in (204, 304):
+            for name, _ in headers:
+                if name in (b"content-length", b"transfer-encoding"):
+                    return
+            self._until_close = True
 
     def on_body(self, data: bytes) -> None:
         self._body.append(data)
@@ -245,26 +255,18 @@ class ConnectionPool:
 
     def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
         """Lend the exchange an idle connection now, or a new one when it is dialled."""
-        connection = None if fresh else self._youngest(upstream)
-        if connection is not None:
-            connection.lend(exchange)
-            exchange.upstream_connected(connection)
-            return
+        if not fresh and (idle := self._idle.get(upstream)):
+            # The one that was used last, as it will live longest; the others go unused and close.
+            connection = idle.pop()
+            if self._loop.time() - connection.idle_since <= IDLE_FOR:
+                connection.lend(exchange)
+                exchange.upstream_connected(connection)
+                return
+            idle.append(connection)
+            self._drop_old()
         dial = self._loop.create_task(self._dial(upstream, exchange))
         self._dials.add(dial)
         dial.add_done_callback(self._dials.discard)
-
-    def _youngest(self, upstream: Upstream) -> UpstreamConnection | None:
-        """The idle connection that was used last, as it will live longest; the others go unused and close."""
-        idle = self._idle.get(upstream)
-        if not idle:
-            return None
-        connection = idle.pop()
-        if self._loop.time() - connection.idle_since <= IDLE_FOR:
-            return connection
-        idle.append(connection)
-        self._drop_old()
-        return None
 
     async def _dial(self, upstream: Upstream, exchange: Exchange) -> None:
         try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 # Inside a JSON string every quote is escaped, so a model that writes this text is not mistaken for vLLM.
-_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d{1,18})\b')
-_COMPLETION = re.compile(rb'"completion_tokens":\s*(\d{1,18})\b')
+_COUNTS = re.compile(rb'"(prompt|completion)_tokens":\s*(\d{1,18})\b')
 
 
 def usage_in(tail: bytes) -> tuple[int, int] | None:
@@ -14,5 +13,5 @@ def usage_in(tail: bytes) -> tuple[int, int] | None:
     at = tail.rfind(b'"usage":')
     if at < 0:
         return None
-    prompt, completion = _PROMPT.search(tail, at), _COMPLETION.search(tail, at)
-    return (int(prompt[1]), int(completion[1])) if prompt and completion else None
+    counts = dict(_COUNTS.findall(tail, at))
+    return (int(counts[b"prompt"]), int(counts[b"completion"])) if len(counts) == 2 else None

@@ -120,7 +120,10 @@ def test_a_compressed_body_is_refused(client: httpx.Client, encodings: list[str]
     got = client.post(CHAT, content=gzip.compress(body()), headers=headers)
 
     assert got.status_code == 415
-    assert f"Content-Encoding must be absent or identity, but it is '{','.join(encodings)}'" in got.json()["error"]["message"]
+    assert (
+        f"Content-Encoding must be absent or identity, but it is '{','.join(encodings)}'"
+        in got.json()["error"]["message"]
+    )
 
 
 def megabytes(count: int) -> Any:
