@@ -25,7 +25,7 @@ _PATIENCE = 900
 
 @dataclass
 class Stack:
-    """`early` is another gateway, started before vLLM was; `too_early` are its answers of that time."""
+    """`early` is another gateway, without the shortcut, started before vLLM; `too_early` are its answers of then."""
 
     gateway_url: str
     vllm_url: str
@@ -53,7 +53,7 @@ def started() -> Iterator[Stack]:
     """A stack that answers; at the end Ctrl-C must end all of it."""
     gateway_port, vllm_port = _free_port(), _free_port()
     vllm_url, gateway_url = f"http://127.0.0.1:{vllm_port}", f"http://127.0.0.1:{gateway_port}"
-    with running(vllm_url) as early, early.client() as client:
+    with running(vllm_url, shortcut=False) as early, early.client() as client:
         call = {"messages": {"user": "Who are you?"}, "streaming": False}
         too_early = [client.post("/v1/chat/completions", json=call), client.get("/v1/health_check")]
         environment = {

@@ -32,6 +32,7 @@ from tests.fake_vllm import (
 )
 from tests.gateway_process import running
 from tests.recorders import ConnectionRecorder, Conversation, FakeClock
+from tests.sink import Sink
 
 CHAT = b"/v1/chat/completions"
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
@@ -319,27 +320,6 @@ def test_streams_that_are_open_at_the_end_are_brought_to_theirs(shortcut: bool) 
     assert got[3] == b""
 
 
-class _Transport(asyncio.Transport):
-    """A client's connection that takes all and says whether it was closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-
 class _Loop(FakeClock):
     """A loop whose time a test passes, and whose tasks run at once."""
 
@@ -369,7 +349,7 @@ class _Answering(Conversation):
 
 @pytest.mark.parametrize("protocol", [Shortcut, Protocol])
 def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(protocol: type[Protocol]) -> None:
-    clock, transport, data = _Loop(), _Transport(), _Answering()
+    clock, transport, data = _Loop(), Sink(), _Answering()
     data.transport.connect = data.connect_now  # type: ignore[method-assign]
     config = uvicorn.Config(_app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=75)
     connection = protocol(config, ServerState(), {"data_path": data.path}, _loop=clock)  # type: ignore[arg-type]

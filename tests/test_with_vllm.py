@@ -38,9 +38,9 @@ GREEDY: dict[str, Any] = {
 ENDLESS: dict[str, Any] = {**GREEDY, "ignore_eos": True, "max_tokens": 4000}
 
 
-@pytest.fixture
-def client(stack: Stack) -> Iterator[httpx.Client]:
-    with stack.gateway() as client:
+@pytest.fixture(params=["shortcut", "app"])
+def client(request: pytest.FixtureRequest, stack: Stack) -> Iterator[httpx.Client]:
+    with stack.gateway() if request.param == "shortcut" else stack.early.client(timeout=120) as client:
         yield client
 
 
@@ -116,6 +116,7 @@ def test_usage_is_streamed_where_it_is_asked_for(client: httpx.Client) -> None:
     assert stream[-1]["usage"]["completion_tokens"] > 10
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("path", "body"),
     [
