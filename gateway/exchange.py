@@ -521,7 +521,10 @@ class Exchange:
                 return
             if not data:
                 return
-        self._send(data)
+        if not self._started:
+            self._start()
+        self.bytes_out += len(data)
+        self._client.body(data)
 
     def _collect(self, data: bytes) -> None:
         self._collected.append(data)

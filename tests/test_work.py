@@ -20,6 +20,7 @@ from gateway.app import create_app
 from gateway.config import Settings
 from gateway.logs import LineWriter
 from gateway.server import create_server
+from gateway.shortcut import Shortcut
 from gateway.transport import UpstreamConnection
 from gateway.upstreams import UpstreamPool
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
@@ -61,8 +62,9 @@ async def counted() -> tuple[int, float, int]:
         assert state is not None
         config = create_server(settings, app).config
         config.load()
+        assert config.http_protocol_class is Shortcut
         loop = asyncio.get_running_loop()
-        connection: Any = config.http_protocol_class(config, ServerState(), dict(state), _loop=loop)
+        connection = Shortcut(config, ServerState(), dict(state), _loop=loop)
         client = Sink()
         connection.connection_made(client)
         pool: UpstreamPool = state["data_path"].pool
