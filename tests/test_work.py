@@ -55,7 +55,7 @@ def calls_in(work: Callable[[], None]) -> int:
 
 async def counted() -> tuple[int, float, int]:
     """Calls per request, calls per event, and objects that a hundred requests leave to the garbage collector."""
-    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0)  # type: ignore[call-arg]
+    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0)
     log = LineWriter(os.open(os.devnull, os.O_WRONLY))
     app = create_app(settings, log)
     async with app.router.lifespan_context(app) as state:
