@@ -1,6 +1,7 @@
 # make up     a real vLLM on the CPU and the gateway in front of it
 # make test   lint, types and tests, those against the real vLLM included
 # make lock   the lock files anew, after a change of pyproject.toml
+# make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make clean  removes what the other targets have put into the checkout
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test lint types lock clean
+.PHONY: up test lint types lock clean bench bench-quick
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -33,6 +34,8 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) pyproject.toml -o requirements/image.lock
 	$(COMPILE) pyproject.toml --extra dev -c requirements/image.lock -o requirements/dev.lock
+	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
+	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
@@ -53,3 +56,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.lock
 	@echo "Setting up the development tools in $(VENV)"
 	$(PIP) --require-hashes -r requirements/dev.lock
 	@touch $@
+
+bench: $(VENV)/.installed
+	@$(BIN)/python -m bench
+
+bench-quick: $(VENV)/.installed
+	@$(BIN)/python -m bench --quick

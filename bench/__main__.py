@@ -1,0 +1,153 @@
+"""Runs the benchmark: every cell on every arm, in rounds, and writes what came of it to bench/results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import arms as arms_
+from bench import report
+from bench.arms import Arm, Missing
+from bench.cells import Cells, Failed, Figures, prompt_67k
+from bench.processes import rss_kb, signal_all
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = ["vllm-router", "gateway"]
+ALL = ["nginx", "vllm-router", "gateway", "gateway-asgi", "gateway-simplified", "starlette-httpx", "litellm"]
+# These take seconds for what the others do in one: fewer rounds, and not every cell.
+SLOW = {"starlette-httpx", "litellm"}
+FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
+Work = Callable[[Arm], Figures]
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Two arms and the cells that matter most, in under two minutes.")
+def main(quick: bool) -> None:
+    """Compare this gateway with its peers on this machine, and write bench/results."""
+    console = Console()
+    try:
+        arms_.need_tools()
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            raise Missing("The benchmark needs two cores: one for the gateways, one for the load.")
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit if limit < 20_000 else 20_000, limit))
+        names = QUICK if quick else ALL
+        samples = _run(console, names, (cores[0], cores[-1]), quick=quick)
+    except (Missing, Failed) as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(1)
+    shown = ["direct", *names]
+    console.print(report.table(samples, shown), report.bars_as_text(samples), markup=False)
+    if not quick:
+        _write(samples, shown)
+        console.print(f"written to {RESULTS}")
+
+
+def _run(console: Console, names: list[str], cores: tuple[int, int], *, quick: bool) -> report.Samples:
+    samples: report.Samples = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    rounds = 3 if quick else 5
+    with tempfile.TemporaryDirectory() as folder, arms_.running(names, Path(folder), cores) as (arms, mock):
+        direct = Arm("direct", arms_.MOCK_PORT, mock)
+        cells = _cells(Cells(Path(folder), cores[0]), quick=quick)
+        for arm in arms.values():
+            samples["idle"][arm.name]["rss_mb"] = [rss_kb(arm.pid) / 1024]
+            # What does not run now must not take the core from what does.
+            signal_all(arm.process, signal.SIGSTOP)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=rounds * len(cells) * (len(arms) + 1))
+            for number in range(rounds):
+                for cell, work in cells.items():
+                    order = list(arms.values())
+                    order = [direct, *order[number % len(order) :], *order[: number % len(order)]]
+                    for arm in order:
+                        progress.update(task, advance=1, description=f"round {number + 1}: {cell}, {arm.name}")
+                        if arm.name not in SLOW or (number == 0 and cell in FOR_SLOW):
+                            for figure, one in _measure(arm, work).items():
+                                samples[cell][arm.name][figure].append(one)
+        for arm in arms.values():
+            samples["after"][arm.name]["rss_mb"] = [rss_kb(arm.pid) / 1024]
+        for cell in ("json-64", "streams-100"):
+            _measure(arms["gateway"], cells[cell])
+        samples["again"]["gateway"]["rss_mb"] = [rss_kb(arms["gateway"].pid) / 1024]
+    return samples
+
+
+def _measure(arm: Arm, work: Work) -> Figures:
+    if arm.name == "direct":
+        return work(arm)
+    signal_all(arm.process, signal.SIGCONT)
+    time.sleep(0.3)  # its probes, and its idle connections that have died meanwhile
+    try:
+        return work(arm)
+    except Failed as error:
+        raise Failed(f"{arm.name}: {error}") from error
+    finally:
+        signal_all(arm.process, signal.SIGSTOP)
+
+
+def _cells(cells: Cells, *, quick: bool) -> dict[str, Work]:
+    chosen: dict[str, Work] = {
+        "json-64": cells.json(64, seconds=2),
+        "prompt-67k": cells.json(32, prompt_67k()),
+        "streams-100": cells.streams(100, 100, 20),
+        "streams-300": cells.streams(300, 100, 20),
+    }
+    if not quick:
+        chosen |= {
+            "json-1": cells.json(1),
+            "streams-flood": cells.streams(32, 200, 0),
+            "open-2000": cells.memory(2000),
+            "leave-answer": cells.leaving(after=0),
+            "leave-wait": cells.leaving(after=0.2),
+        }
+    return chosen
+
+
+def _write(samples: report.Samples, arms: list[str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    interpreter = arms_.python()
+    python = subprocess.run([interpreter, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    machine = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python of the gateway": python,
+        "load before": os.getloadavg()[2],
+        "commit": commit.strip(),
+        "versions": {name: version(name) for name in ("uvicorn", "uvloop", "httptools", "starlette", "httpx", "orjson")}
+        | {"vllm-router": "0.1.17", "litellm": "1.106.2", "nginx": _nginx_version()},
+    }
+    (RESULTS / "results.json").write_text(json.dumps({"machine": machine, "samples": samples}, indent=1) + "\n")
+    line = f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, {python}, nginx {_nginx_version()}"
+    text = f"# Results\n\n{line}; commit {commit.strip()}. Medians, and (least-most) over the rounds.\n\n"
+    text += report.table(samples, arms) + "\n" + report.bars_as_text(samples) + "\n![chart](chart.svg)\n"
+    (RESULTS / "README.md").write_text(text)
+    (RESULTS / "chart.svg").write_text(report.chart(samples, arms, "One core each; shorter is better"))
+
+
+def _nginx_version() -> str:
+    told = subprocess.run(["/usr/sbin/nginx", "-v"], capture_output=True, text=True, check=False).stderr
+    return told.rpartition("/")[2].strip()
+
+
+if __name__ == "__main__":
+    main()

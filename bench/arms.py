@@ -1,0 +1,184 @@
+"""The gateways that are compared: how each is installed, started and asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from bench import processes
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-gateway" / "bench"
+MOCK_PORT = 18008
+
+_NGINX = """
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+worker_rlimit_nofile 20000;
+events {{ worker_connections 9000; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  client_max_body_size 16m; client_body_buffer_size 128k;
+  keepalive_requests 1000000;
+  upstream vllm {{ server 127.0.0.1:{mock}; keepalive 512; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      proxy_pass http://vllm; proxy_http_version 1.1; proxy_set_header Connection "";
+      proxy_buffering off; proxy_read_timeout 600s;
+    }}
+  }}
+}}
+"""
+
+_LITELLM = """
+model_list:
+  - model_name: demo
+    litellm_params: {{model: openai/demo, api_base: "http://127.0.0.1:{mock}/v1", api_key: none}}
+litellm_settings: {{num_retries: 0}}
+"""
+
+
+@dataclass
+class Arm:
+    """A gateway that runs; `simplified` says that it is asked in the simplified form."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    simplified: bool = False
+
+    @property
+    def pid(self) -> int:
+        """The root of its process tree."""
+        return self.process.pid
+
+
+class Missing(Exception):
+    """Something that the benchmark needs is not there; the text says what to do."""
+
+
+def python() -> str:
+    """An interpreter built with profile-guided optimization, as those of Debian and of Docker's images are."""
+    probe = "import sysconfig; print('--enable-optimizations' in (sysconfig.get_config_var('CONFIG_ARGS') or '') or "
+    probe += "'profile' in (sysconfig.get_config_var('PGO_PROF_USE_FLAG') or ''))"
+    for candidate in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            if "True" in subprocess.run([candidate, "-c", probe], capture_output=True, text=True, check=False).stdout:
+                return candidate
+    return sys.executable
+
+
+def environment(name: str, lock: Path, interpreter: str) -> Path:
+    """The folder of a virtual environment with what `lock` names; made once."""
+    key = hashlib.sha256(lock.read_bytes() + interpreter.encode()).hexdigest()[:12]
+    folder = CACHE / f"{name}-{key}"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"installing {name} (once, into {folder})", flush=True)  # noqa: T201
+        subprocess.run([interpreter, "-m", "venv", "--without-pip", str(folder)], check=True)
+        # The pip that runs this one: a distribution's Python may come without.
+        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+        pip += ["--disable-pip-version-check", "--require-hashes", "-r", str(lock)]
+        done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            raise Missing(f"{name} could not be installed; pip said:\n{done.stdout[-2000:]}")
+        (folder / "ready").touch()
+    return folder / "bin"
+
+
+def need_tools() -> None:
+    """nginx, wrk and taskset, installed where we may; raises Missing."""
+    missing = [
+        name for name in ("nginx", "wrk", "taskset") if not (shutil.which(name) or Path(f"/usr/sbin/{name}").exists())
+    ]
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        quiet = ["-qq", "--no-install-recommends"]
+        subprocess.run(["apt-get", "update", "-qq"], check=True, stdout=subprocess.DEVNULL)
+        install = ["apt-get", "install", "-y", *quiet, "nginx-light", "wrk", "util-linux"]
+        # Debian's package starts its service; nothing of ours uses it.
+        blocked = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=blocked)
+    elif missing:
+        raise Missing(f"The benchmark needs {', '.join(missing)}: install them (Debian: apt install nginx-light wrk).")
+
+
+@contextlib.contextmanager
+def running(
+    names: list[str], folder: Path, cores: tuple[int, int]
+) -> Iterator[tuple[dict[str, Arm], subprocess.Popen[bytes]]]:
+    """The mock on the first core and the arms on the second, all answering."""
+    ours = environment("gateway", REPOSITORY / "requirements" / "image.lock", python())
+    mock = [str(ours / "python"), "-m", "bench.mock", str(MOCK_PORT)]
+    started: list[subprocess.Popen[bytes]] = []
+    path = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        upstream = processes.start(mock, cores[0], folder / "mock.log", path)
+        started.append(upstream)
+        _wait(MOCK_PORT, "/health", upstream, folder / "mock.log")
+        arms = {}
+        for number, name in enumerate(names):
+            port, log = MOCK_PORT + 1 + number, folder / f"{name}.log"
+            command, extra, health = _command(name, port, folder, ours)
+            process = processes.start(command, cores[1], log, {**path, **extra})
+            started.append(process)
+            _wait(port, health, process, log)
+            arms[name] = Arm(name, port, process, name == "gateway-simplified")
+        yield arms, upstream
+    finally:
+        for process in started:
+            processes.stop(process)
+
+
+def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str], dict[str, str], str]:
+    """What starts an arm, what it adds to the environment, and the path that answers once it is up."""
+    upstream = f"http://127.0.0.1:{MOCK_PORT}"
+    if name == "nginx":
+        config = folder / "nginx.conf"
+        config.write_text(_NGINX.format(folder=folder, port=port, mock=MOCK_PORT))
+        return [shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(config), "-p", str(folder)], {}, "/health"
+    if name == "vllm-router":
+        tool = environment(name, HERE / "requirements" / "vllm-router.lock", sys.executable) / "vllm-router"
+        options = ["--worker-urls", upstream, "--policy", "round_robin", "--prometheus-port", str(port + 100)]
+        return [str(tool), "--host", "127.0.0.1", "--port", str(port), *options], {}, "/health"
+    if name == "litellm":
+        tool = environment(name, HERE / "requirements" / "litellm.lock", sys.executable) / "litellm"
+        config = folder / "litellm.yaml"
+        config.write_text(_LITELLM.format(mock=MOCK_PORT))
+        extra = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "PYTHONPATH": ""}
+        options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+        return [str(tool), *options, "--telemetry", "False"], extra, "/health/liveliness"
+    if name == "starlette-httpx":
+        return [str(ours / "python"), "-m", "bench.proxy", upstream, str(port)], {}, "/health"
+    settings = {
+        "GATEWAY_UPSTREAMS": upstream,
+        "GATEWAY_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "GATEWAY_SHORTCUT": "off" if name == "gateway-asgi" else "on",
+    }
+    return [str(ours / "python"), "-m", "gateway", "serve"], settings, "/v1/health_check"
+
+
+def _wait(port: int, path: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 90
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}{path}", trust_env=False, timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise Missing(f"{process.args!r} did not come up; it said:\n{log.read_text(errors='replace')[-2000:]}")

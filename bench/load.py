@@ -1,0 +1,167 @@
+"""Streams as a load: opens them, checks each to its end, and times every event.
+
+Run as a process of its own, told by one JSON object (`Plan`), tells by another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import uvloop
+
+from bench.processes import cpu_us, rss_kb
+
+_STAMP = re.compile(rb'"content": ?"(\d{6,})"')
+
+
+@dataclass
+class Plan:
+    """`streams` streams of `events` events; CPU is taken over `window`, in seconds from the last one's start.
+
+    `hold` only opens the streams, waits for each one's first event and reads the memory of `pid` then.
+    `leave` leaves each stream once it has an event, or, with a `delay`, before it has any.
+    """
+
+    port: int
+    pid: int
+    body: str
+    streams: int
+    events: int
+    window: tuple[float, float] | None = None
+    hold: bool = False
+    leave: float | None = None
+
+
+class Stream(asyncio.Protocol):
+    """One stream from its request to its end."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._rest = b""
+        self.events = 0
+        self.started = 0
+        self.transport: asyncio.Transport | None = None
+        self.done = asyncio.get_running_loop().create_future()
+        self.first = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.started = time.monotonic_ns()
+        self.transport.write(self._load.request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic_ns()
+        load = self._load
+        data = self._rest + data
+        end = data.rfind(b"\n\n") + 2
+        if end < 2:
+            self._rest = data
+            return
+        self._rest = data[end:]
+        stamps = _STAMP.findall(data, 0, end)
+        if stamps and not self.events:
+            load.first_tokens.append(now - self.started)
+            self.first.set_result(None)
+        self.events += len(stamps)
+        load.events += len(stamps)
+        load.delays += [now - int(stamp) for stamp in stamps]
+        if b"data: [DONE]" in data and not self.done.done():
+            if self.events == load.plan.events:
+                self.done.set_result(None)
+            else:
+                self._fail(f"{self.events} of {load.plan.events} events")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(f"cut after {self.events} of {self._load.plan.events} events ({exc})")
+
+    def _fail(self, why: str) -> None:
+        for waited in (self.first, self.done):
+            if not waited.done():
+                waited.set_exception(RuntimeError(why))
+                waited.exception()  # told to whoever waits; to nobody else
+
+
+class Load:
+    """All streams of one plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.events = 0
+        self.delays: list[int] = []
+        self.first_tokens: list[int] = []
+        body = plan.body.encode()
+        self.request = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async def _open(self, count: int, over: float) -> list[Stream]:
+        loop = asyncio.get_running_loop()
+        streams = []
+        begun = loop.time()
+        for number in range(count):
+            # Evenly, so that not all of them speak at once.
+            await asyncio.sleep(max(0, begun + over * number / count - loop.time()))
+            _, stream = await loop.create_connection(lambda: Stream(self), "127.0.0.1", self.plan.port)
+            streams.append(stream)
+        return streams
+
+    async def run(self) -> dict[str, Any]:
+        """What was measured: times in milliseconds, CPU in microseconds, memory in KB."""
+        plan = self.plan
+        if plan.leave is not None:
+            return {"left": await self._leave(plan.leave)}
+        if plan.hold:
+            before = rss_kb(plan.pid)
+            streams = await self._open(plan.streams, 0)
+            await asyncio.wait_for(asyncio.gather(*(stream.first for stream in streams)), 60)
+            return {"kb_per_stream": (rss_kb(plan.pid) - before) / plan.streams}
+        cpu, begun = cpu_us(plan.pid), time.monotonic()
+        streams = await self._open(plan.streams, 0.3 if plan.window else 0)
+        events = self.events
+        if plan.window:
+            await asyncio.sleep(plan.window[0])
+            cpu, events = cpu_us(plan.pid), self.events
+            await asyncio.sleep(plan.window[1] - plan.window[0])
+            cpu, events = cpu_us(plan.pid) - cpu, self.events - events
+        await asyncio.wait_for(asyncio.gather(*(stream.done for stream in streams)), 60)
+        seconds = time.monotonic() - begun
+        if not plan.window:
+            cpu, events = cpu_us(plan.pid) - cpu, self.events
+        return {
+            "cpu_us_per_event": cpu / events,
+            "events_per_s": self.events / seconds,
+            "delay_p50_ms": _percentile(self.delays, 0.5),
+            "delay_p99_ms": _percentile(self.delays, 0.99),
+            "first_token_p50_ms": _percentile(self.first_tokens, 0.5),
+            "first_token_p99_ms": _percentile(self.first_tokens, 0.99),
+        }
+
+    async def _leave(self, after: float) -> list[int]:
+        """When each stream was left, one after the other."""
+        left = []
+        for _ in range(self.plan.streams):
+            (stream,) = await self._open(1, 0)
+            if after:
+                await asyncio.sleep(after)
+            else:
+                await stream.first
+            assert stream.transport is not None
+            left.append(time.monotonic_ns())
+            stream.transport.abort()
+            await asyncio.sleep(0.15)
+        return left
+
+
+def _percentile(values: list[int], part: float) -> float:
+    return sorted(values)[int(len(values) * part)] / 1e6
+
+
+if __name__ == "__main__":
+    print(json.dumps(uvloop.run(Load(Plan(**json.loads(sys.argv[1]))).run())))  # noqa: T201

@@ -1,0 +1,136 @@
+"""The figures as a table, as the bars that must hold, and as a chart."""
+
+from __future__ import annotations
+
+from html import escape
+from statistics import median
+
+# cell -> arm -> figure -> one value a round
+Samples = dict[str, dict[str, dict[str, list[float]]]]
+
+FIGURES = (
+    ("json-64", "cpu_us_per_request", "CPU per JSON request, 64 connections", "µs"),
+    ("prompt-67k", "cpu_us_per_request", "CPU per request, 67 KB prompt", "µs"),
+    ("streams-100", "cpu_us_per_event", "CPU per event, 100 paced streams", "µs"),
+    ("streams-300", "cpu_us_per_event", "CPU per event, 300 paced streams", "µs"),
+    ("streams-flood", "cpu_us_per_event", "CPU per event, as fast as they come", "µs"),
+    ("json-64", "requests_per_s", "JSON requests, 64 connections", "/s"),
+    ("json-1", "p50_ms", "latency p50, 1 connection", "ms"),
+    ("json-1", "p99_ms", "latency p99, 1 connection", "ms"),
+    ("streams-300", "delay_p50_ms", "event delay p50, 300 paced streams", "ms"),
+    ("streams-300", "delay_p99_ms", "event delay p99, 300 paced streams", "ms"),
+    ("streams-300", "first_token_p50_ms", "first token p50, 300 streams", "ms"),
+    ("streams-flood", "events_per_s", "events, as fast as they come", "/s"),
+    ("open-2000", "kb_per_stream", "memory per open stream, 2,000", "KB"),
+    ("leave-answer", "closed_max_ms", "client leaves its answer: upstream closed", "ms"),
+    ("leave-wait", "closed_max_ms", "client leaves before the first token: closed", "ms"),
+    ("idle", "rss_mb", "memory, idle", "MB"),
+    ("after", "rss_mb", "memory after the run", "MB"),
+)
+
+
+def value(samples: Samples, cell: str, arm: str, figure: str) -> float | None:
+    """The median over the rounds; None where it was not measured."""
+    rounds = samples.get(cell, {}).get(arm, {}).get(figure)
+    return median(rounds) if rounds else None
+
+
+def table(samples: Samples, arms: list[str]) -> str:
+    """Markdown: medians, and in brackets the least and the most."""
+    lines = ["| | " + " | ".join(arms) + " |", "|---|" + "--:|" * len(arms)]
+    for cell, figure, text, unit in FIGURES:
+        shown = []
+        for arm in arms:
+            rounds = samples.get(cell, {}).get(arm, {}).get(figure)
+            spread = f" ({min(rounds):.3g}-{max(rounds):.3g})" if rounds and len(rounds) > 1 else ""
+            shown.append(f"{_short(median(rounds))}{spread}" if rounds else "-")
+        if any(one != "-" for one in shown):
+            lines.append(f"| {text}, {unit} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
+    """What must hold: its name, the value, the most that it may be, and the goal beyond that."""
+
+    def of(cell: str, figure: str, arm: str = "gateway") -> float | None:
+        return value(samples, cell, arm, figure)
+
+    def added(arm: str) -> float | None:
+        own, direct = of("streams-300", "delay_p99_ms", arm), of("streams-300", "delay_p99_ms", "direct")
+        return None if own is None or direct is None else max(own - direct, 0.01)
+
+    found: list[tuple[str, float, float, float]] = []
+
+    def bar(name: str, most: float, goal: float, top: float | None, bottom: float | None = 1.0) -> None:
+        if top is not None and bottom is not None:
+            found.append((name, top / bottom, most, goal))
+
+    request, event, router = "cpu_us_per_request", "cpu_us_per_event", "vllm-router"
+    whole, stream, own = of("json-64", request), of("streams-100", event), "gateway-simplified"
+    bar("CPU per JSON request, of vllm-router's", 0.6, 0.5, whole, of("json-64", request, router))
+    bar("CPU per event at 100 streams, of vllm-router's", 0.95, 0.85, stream, of("streams-100", event, router))
+    large, routers = of("prompt-67k", request), of("prompt-67k", request, router)
+    bar("CPU per 67 KB request, of vllm-router's", 0.6, 0.4, large, routers)
+    bar("added event delay p99 at 300 streams, of vllm-router's", 1.0, 0.7, added("gateway"), added(router))
+    bar("memory per open stream, KB", 25, 10, of("open-2000", "kb_per_stream"))
+    bar("memory idle, MB", 60, 45, of("idle", "rss_mb"))
+    bar("memory after the run, MB", 60, 45, of("after", "rss_mb"))
+    bar("memory after a second run, of the first's", 1.02, 1.0, of("again", "rss_mb"), of("after", "rss_mb"))
+    bar("CPU per JSON request, of nginx's", 3, 3, whole, of("json-64", request, "nginx"))
+    bar("simplified whole, of our own relay's", 1.4, 1.4, of("json-64", request, own), whole)
+    bar("simplified stream per event, of our own relay's", 1.5, 1.5, of("streams-100", event, own), stream)
+    plain = of("json-64", request, "starlette-httpx")
+    bar("CPU per JSON request, of plain Starlette + httpx's", 1 / 40, 1 / 40, whole, plain)
+    return found
+
+
+def bars_as_text(samples: Samples) -> str:
+    """Markdown: which hold."""
+    lines = ["| must hold | is | at most | goal | |", "|---|--:|--:|--:|---|"]
+    for name, is_, most, goal in bars(samples):
+        verdict = "holds" if is_ <= most else "**misses**"
+        lines.append(f"| {name} | {is_:.3g} | {most:.3g} | {goal:.3g} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+_CHARTED = (0, 1, 2, 9, 12)
+_COLOURS = {"gateway": "#0b7a4b", "nginx": "#6b7280", "vllm-router": "#b45309"}
+
+
+def chart(samples: Samples, arms: list[str], title: str) -> str:
+    """An SVG: a group a figure, a bar an arm; shorter is better. A bar too long for its space is cut and says so."""
+    width, left, room, line = 900, 190, 560, 20
+    y, parts = 64, []
+
+    def text(x: float, at: float, what: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{at}" {more}>{escape(what)}</text>'
+
+    for cell, figure, name, unit in (FIGURES[number] for number in _CHARTED):
+        found = {arm: value(samples, cell, arm, figure) for arm in arms if arm != "direct"}
+        known = {arm: one for arm, one in found.items() if one is not None}
+        if "gateway" not in known:
+            continue
+        parts.append(text(16, y, f"{name} ({unit})", 'font-weight="bold"'))
+        y += 8
+        most = min(max(known.values()), 5 * sorted(known.values())[len(known) // 2])
+        for arm, one in known.items():
+            long = room * min(one, most) / most
+            colour = _COLOURS.get(arm, "#9ca3af")
+            parts.append(text(left - 8, y + 14, arm, 'text-anchor="end"'))
+            parts.append(
+                f'<rect x="{left}" y="{y + 3}" width="{max(long, 2):.1f}" height="14" rx="2" fill="{colour}"/>'
+            )
+            label = _short(one) + (" (cut)" if one > most else "")
+            parts.append(text(left + max(long, 2) + 6, y + 14, label))
+            y += line
+        y += 26
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" '
+        'font-family="system-ui, sans-serif" font-size="13">'
+        "<style>text{fill:#111}@media(prefers-color-scheme:dark){text{fill:#eee}}</style>"
+    )
+    return "\n".join([head, text(16, 28, title, 'font-size="16" font-weight="bold"'), *parts, "</svg>\n"])
