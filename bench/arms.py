@@ -161,6 +161,8 @@ def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str],
         config = folder / "litellm.yaml"
         config.write_text(_LITELLM.format(mock=MOCK_PORT))
         extra = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "PYTHONPATH": ""}
+        # Without a key of its own, as are the other arms.
+        extra["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
         options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
         return [str(tool), *options, "--telemetry", "False"], extra, "/health/liveliness"
     if name == "starlette-httpx":

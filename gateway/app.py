@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import TypedDict
@@ -22,6 +23,13 @@ from gateway.metrics import Metrics
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
 
+_log = logging.getLogger(__name__)
+
+# Ended requests are counted and logged so many at a time, or with each look at the time limits, which comes after
+# so many seconds: the same work in a row costs half of what it costs between two requests.
+_SETTLED_TOGETHER = 64
+_LOOK_AFTER = 0.1
+
 
 class State(TypedDict):
     """What the handlers find in `request.state`."""
@@ -30,27 +38,43 @@ class State(TypedDict):
     prober: Prober
     metrics: Metrics
     request_log: RequestLog
+    ended: Ended
 
 
-class _Watch:
-    """The exchanges' observer: metrics and the log line."""
+class Ended:
+    """Data-path requests that have ended and are to be counted and logged."""
 
     def __init__(self, metrics: Metrics, request_log: RequestLog) -> None:
-        self.started = metrics.started
-        self._count = metrics.finished
-        self._log = request_log.exchange
+        self._metrics = metrics
+        self._request_log = request_log
+        self._waiting: list[Exchange] = []
 
-    def finished(self, exchange: Exchange) -> None:
-        self._count(exchange)
-        self._log(exchange)
+    def add(self, exchange: Exchange) -> None:
+        """One more."""
+        self._waiting.append(exchange)
+        if len(self._waiting) >= _SETTLED_TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count and log those that wait."""
+        ended, self._waiting = self._waiting, []
+        for exchange in ended:
+            self._metrics.finished(exchange)
+            self._request_log.exchange(exchange)
 
 
-class _Clock:
-    """Real time. Not the loop's own `time`, which uvloop reads once a turn and in whole milliseconds."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.time = time.monotonic
-        self.call_later = loop.call_later
+async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
+    limits = data_path.limits
+    seconds = min(_LOOK_AFTER, min(limits.first_token, limits.idle, limits.total, limits.body) / 10)
+    while True:
+        await asyncio.sleep(seconds)
+        for exchange in data_path.due():
+            try:
+                exchange.look_at_limits()
+            except Exception:
+                # A bug of ours, which must not be the end of all time limits.
+                _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
+        ended.settle()
 
 
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
@@ -61,13 +85,17 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
         prober = create_prober(settings, pool)
         connections = ConnectionPool(settings.connect_timeout)
-        metrics = Metrics(pool)
+        in_flight: set[Exchange] = set()
+        metrics = Metrics(pool, in_flight)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
+        ended = Ended(metrics, request_log)
         data_path = DataPath(
             pool=pool,
             transport=connections,
-            clock=_Clock(asyncio.get_running_loop()),
-            observer=_Watch(metrics, request_log),
+            # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
+            time=time.monotonic,
+            in_flight=in_flight,
+            finished=ended.add,
             limits=Limits(
                 max_body=settings.max_body_bytes,
                 first_token=settings.first_token_timeout,
@@ -81,9 +109,18 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             whole=settings.disable_streaming,
             authorization=_authorization(settings),
         )
+        looking = asyncio.create_task(_look_again_and_again(data_path, ended))
         async with prober.probing():
-            yield {"data_path": data_path, "prober": prober, "metrics": metrics, "request_log": request_log}
+            yield {
+                "data_path": data_path,
+                "prober": prober,
+                "metrics": metrics,
+                "request_log": request_log,
+                "ended": ended,
+            }
+        looking.cancel()
         await connections.close()
+        ended.settle()
 
     app = Starlette(
         routes=[
@@ -112,6 +149,6 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
     )
 
 
-def _authorization(settings: Settings) -> bytes | None:
+def _authorization(settings: Settings) -> str | None:
     key = settings.upstream_api_key
-    return b"Bearer " + key.get_secret_value().encode() if key else None
+    return f"Bearer {key.get_secret_value()}" if key else None

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.exchange import FAILED, ROUTES, Exchange, Route, request_id_of
-from gateway.headers import Header, by_name
+from gateway.exchange import FAILED, ROUTES, Exchange, Route, new_request_id
+from gateway.headers import AnswerHead, RequestHead
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ class Relay:
         """One request, until its answer is written or its client has gone."""
         client = _AsgiClient()
         path = scope["state"]["data_path"]
-        exchange = client.exchange = Exchange(path, client, self._route, scope["query_string"], scope["headers"])
-        reader = asyncio.create_task(_read(exchange, client, receive))
+        head = RequestHead(list(scope["headers"]))  # the server may yet add trailers to its own
+        exchange = client.exchange = Exchange(path, client, self._route, scope["query_string"], head)
+        reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)
         finally:
@@ -50,10 +51,10 @@ class Relay:
             exchange.client_gone()
 
 
-async def _read(exchange: Exchange, client: _AsgiClient, receive: Receive) -> None:
+async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: Receive) -> None:
     """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
     try:
-        exchange.begin()
+        exchange.begin(length)
         while (message := await receive())["type"] == "http.request":
             if body := message.get("body"):
                 exchange.request_body(body)
@@ -79,8 +80,12 @@ class _AsgiClient:
         self._aborted = False
         self._wake = asyncio.Event()
 
-    def start(self, status: int, headers: list[Header]) -> None:
-        self._put({"type": "http.response.start", "status": status, "headers": headers})
+    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
+        headers = head.headers[:]
+        if length is not None:
+            headers.append((b"content-length", length))
+        headers.append((b"x-request-id", request_id.encode()))
+        self._put({"type": "http.response.start", "status": head.status, "headers": headers})
 
     def body(self, data: bytes) -> None:
         self._queued += len(data)
@@ -128,7 +133,7 @@ class Outermost:
         if scope["type"] != "http" or (scope["method"], scope["path"]) in _DATA_PATH:
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = request_id_of(by_name(scope["headers"]))
+        request_id = scope["request_id"] = RequestHead(scope["headers"]).request_id or new_request_id()
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -193,4 +198,5 @@ async def health_check(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus's exposition format."""
+    request.state.ended.settle()
     return Response(request.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -29,9 +29,9 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.headers import LINE, NOT_TO_CLIENT, NOT_TO_UPSTREAM, Header, by_name, forwarded, sane_request_id
+from gateway.headers import AnswerHead, RequestHead
 from gateway.upstreams import Upstream, UpstreamPool
-from gateway.usage import usage_in
+from gateway.usage import usage_in, usage_text
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
 HELD_EVENT = 64 * 1024
@@ -48,8 +48,8 @@ FAILED = "The gateway failed; its log says why under this request id."
 class Client(Protocol):
     """The side that asked; each adapter does its own framing."""
 
-    def start(self, status: int, headers: list[Header]) -> None:
-        """The answer's head; comes with the first byte of its body, or its end."""
+    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
+        """The answer's head; comes with the first byte of its body, or its end. `length` as in content-length."""
 
     def body(self, data: bytes) -> None:
         """A piece of the answer."""
@@ -89,29 +89,6 @@ class Transport(Protocol):
         """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses none."""
 
 
-class Timer(Protocol):
-    """What `Clock.call_later` gives."""
-
-    def cancel(self) -> None: ...
-
-
-class Clock(Protocol):
-    """Monotonic seconds, and timers."""
-
-    @property
-    def time(self) -> Callable[[], float]: ...
-
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer: ...
-
-
-class Observer(Protocol):
-    """Who counts and logs; called once at the start and once at the end."""
-
-    def started(self, exchange: Exchange) -> None: ...
-
-    def finished(self, exchange: Exchange) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Largest body in bytes, and the time limits in seconds."""
@@ -125,18 +102,31 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DataPath:
-    """What all exchanges of one gateway share. `authorization` is the upstreams' key, as a header's value."""
+    """What all exchanges of one gateway share.
+
+    `time` gives monotonic seconds. `finished` is called with each exchange at its end. `in_flight`
+    holds those that have begun and not ended. `authorization` is the upstreams' key, as a header's value.
+    """
 
     pool: UpstreamPool
     transport: Transport
-    clock: Clock
-    observer: Observer
+    time: Callable[[], float]
+    in_flight: set[Exchange]
+    finished: Callable[[Exchange], None]
     limits: Limits
     model: str | None
     style: Style
     system_role: Literal["system", "merge"]
     whole: bool
-    authorization: bytes | None
+    authorization: str | None
+
+    def due(self) -> list[Exchange]:
+        """The exchanges whose time limits are to be looked at, as one may have passed.
+
+        To be asked for again and again: a timer of its own would cost a request more than its headers do.
+        """
+        now = self.time()
+        return [exchange for exchange in self.in_flight if exchange.due <= now]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +152,21 @@ _WAITING = 2  # the request is sent, no answer yet
 _ANSWERING = 3  # the answer's head is there
 _ENDED = 4
 
+# What happens to the answer's body.
+_RELAYED = 0  # piece by piece, as it comes
+_IN_EVENTS = 1  # in whole events
+_COLLECTED = 2  # rewritten at its end
 
-def request_id_of(headers: dict[bytes, bytes]) -> str:
-    """The client's request id if it is sane, else a new one; unique, but no secret."""
-    given = headers.get(b"x-request-id")
-    return (given and sane_request_id(given)) or f"{getrandbits(128):032x}"
+_JSON = (b"content-type", b"application/json")
+_REPLY = AnswerHead(200, [_JSON])
+_REPR = AnswerHead(
+    200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
+)
+
+
+def new_request_id() -> str:
+    """Unique, but no secret."""
+    return getrandbits(128).to_bytes(16).hex()
 
 
 class Exchange:
@@ -174,35 +174,37 @@ class Exchange:
 
     Times are the clock's seconds, None for what has not happened. `form` is `simplified`, `openai`
     or, where it is not known, empty. `outcome` is `done`, `client_left`, `upstream_error` or
-    `timeout:<which>`. `usage` is prompt and completion tokens, where vLLM reported them.
+    `timeout:<which>`. No limit can have passed before `due`.
     """
 
     __slots__ = (
         "_before_last",
         "_client",
-        "_collected",
         "_connection",
         "_content",
         "_cut_event",
-        "_due",
-        "_headers",
+        "_head",
         "_held",
         "_last",
         "_last_read_at",
-        "_on_body",
+        "_length",
         "_path",
         "_paused",
+        "_pieces",
         "_query",
         "_repr",
+        "_request",
         "_retried",
-        "_sent",
         "_simplified",
         "_size",
         "_sse",
         "_started",
         "_state",
-        "_timer",
+        "_usage",
+        "_usage_text",
+        "_way",
         "bytes_out",
+        "due",
         "ended_at",
         "events",
         "first_byte_at",
@@ -218,15 +220,12 @@ class Exchange:
         "streaming",
         "upstream",
         "upstream_ended_at",
-        "usage",
     )
 
-    def __init__(self, path: DataPath, client: Client, route: Route, query: bytes, headers: list[Header]) -> None:
-        """`headers` are the request's, names in lower case; the list is not kept nor changed."""
+    def __init__(self, path: DataPath, client: Client, route: Route, query: bytes, head: RequestHead) -> None:
+        started_at = path.time()
         self.route = route
-        self._sent = by_name(headers)
-        self._headers = forwarded(headers, self._sent, NOT_TO_UPSTREAM)
-        self.request_id = request_id_of(self._sent)
+        self.request_id = head.request_id or new_request_id()
         self.form = ""
         self.model: str | None = None
         self.upstream: Upstream | None = None
@@ -235,79 +234,90 @@ class Exchange:
         self.outcome = ""
         self.events = 0
         self.bytes_out = 0
-        self.started_at = path.clock.time()
+        self.started_at = started_at
         self.received_at: float | None = None
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.upstream_ended_at: float | None = None
         self.ended_at: float | None = None
-        self.usage: tuple[int, int] | None = None
+        self.due = started_at
         self._path = path
         self._client = client
         self._query = query
+        self._request = head
+        self._head: AnswerHead | None = None
+        self._length: bytes | None = None
         self._state = _RECEIVING
-        self._content: list[bytes] = []
+        self._pieces: list[bytes] = []
         self._size = 0
+        self._content = b""
         self._simplified: simplified.Simplified | None = None
         self._connection: Connection | None = None
         self._retried = False
         self._started = False
         self._paused = False
         self._sse = False
-        self._on_body: Callable[[bytes], None] | None = None
-        self._collected: list[bytes] = []
+        self._way = _RELAYED
         self._repr: simplified.ReprStream | None = None
         self._held = b""
         self._cut_event = False
         self._last = b""
         self._before_last = b""
-        self._last_read_at = self.started_at
-        self._timer: Timer | None = None
-        self._due = 0.0
+        self._last_read_at = started_at
+        self._usage: tuple[int, int] | None = None
+        self._usage_text = b""
+
+    @property
+    def usage(self) -> tuple[int, int] | None:
+        """Prompt and completion tokens, where vLLM has reported them."""
+        if self._usage_text:
+            self._usage = usage_in(self._usage_text)
+            self._usage_text = b""
+        return self._usage
 
     # The request
 
-    def begin(self) -> None:
-        """The request's head is there."""
-        self._path.observer.started(self)
-        limits, sent = self._path.limits, self._sent
-        self._arm(min(limits.body, limits.total), self.started_at)
-        encoding = sent.get(b"content-encoding")
-        length = sent.get(b"content-length", b"0")
-        if encoding is not None and encoding.lower() != b"identity":
+    def begin(self, length: int) -> None:
+        """The request's head is there, and its body so long, as far as it is known."""
+        path = self._path
+        limits = path.limits
+        path.in_flight.add(self)
+        self.due = self.started_at + (limits.body if limits.body < limits.total else limits.total)
+        if self._request.encoding != b"identity":
+            encoding = self._request.encoding.decode("latin-1")[:40]
             self.fail(
                 UnsupportedEncoding(
-                    f"Content-Encoding must be absent or identity, but it is {encoding.decode('latin-1')[:40]!r}: "
-                    "send the body uncompressed."
+                    f"Content-Encoding must be absent or identity, but it is {encoding!r}: send the body uncompressed."
                 )
             )
-        elif length.isdigit() and int(length) > limits.max_body:
+        elif length > limits.max_body:
             self.fail(self._too_large())
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
         if self._state is not _RECEIVING:
             return
-        self._last_read_at = self._path.clock.time()
+        self._last_read_at = self._path.time()
         self._size += len(data)
         if self._size > self._path.limits.max_body:
             self.fail(self._too_large())
         else:
-            self._content.append(data)
+            self._pieces.append(data)
 
     def request_end(self) -> None:
         """The request is complete."""
         if self._state is not _RECEIVING:
             return
-        self.received_at = self._path.clock.time()
+        now = self.received_at = self._path.time()
+        content = b"".join(self._pieces)
+        self._pieces = []
         try:
-            self._content = [self._to_upstream_body(b"".join(self._content))]
+            self._content = self._to_upstream_body(content)
         except GatewayError as error:
             self.fail(error)
         else:
-            if self.streaming:  # else the timer that runs will do
-                self._arm(self._limit_after(self.received_at), self.received_at)
-            self._connect(without=None)
+            self.due = self._next_limit(now)
+            self._connect(now, without=None)
 
     def _too_large(self) -> TooLarge:
         return TooLarge(
@@ -316,10 +326,11 @@ class Exchange:
 
     def _to_upstream_body(self, content: bytes) -> bytes:
         """What goes to the upstream: the bytes that came, or, for the simplified form, a chat call."""
-        if self.route.endpoint == "models":
+        endpoint = self.route.endpoint
+        if endpoint == "models":
             return b""
         body = to_object(content)
-        if self.route.endpoint == "chat":
+        if endpoint == "chat":
             if simplified.is_simplified(body):
                 return self._from_simplified(body)
             if not isinstance(body.get("messages"), list):
@@ -355,10 +366,10 @@ class Exchange:
 
     # The upstream
 
-    def _connect(self, *, without: Upstream | None, fresh: bool = False) -> bool:
+    def _connect(self, now: float, *, without: Upstream | None, fresh: bool = False) -> bool:
         """Ask for a connection; False where there is no upstream left to ask."""
         path = self._path
-        upstream = self.upstream if fresh else path.pool.choose(self.model, path.clock.time(), without=without)
+        upstream = self.upstream if fresh else path.pool.choose(self.model, now, without=without)
         if upstream is None:
             return False
         self._state = _CONNECTING
@@ -377,35 +388,28 @@ class Exchange:
             return
         self._state = _WAITING
         self._connection = connection
-        self.sent_at = self._path.clock.time()
+        self.sent_at = self._path.time()
         if self._paused:
             connection.pause()
-        connection.send(self._request_head() + self._content[0])
+        connection.send(self._to_upstream())
 
-    def _request_head(self) -> bytes:
-        route, upstream, headers = self.route, self.upstream, self._headers
+    def _to_upstream(self) -> bytes:
+        """The whole request as it goes out."""
+        route, upstream, content, request = self.route, self.upstream, self._content, self._request
         assert upstream is not None
-        target = f"{route.method} {upstream.prefix}{route.path}".encode()
-        if self._query:
-            target += b"?" + self._query
-        head = b"%b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (
-            target,
-            upstream.authority,
-            self.request_id.encode(),
+        query = "?" + self._query.decode("latin-1") if self._query else ""
+        head = (
+            f"{route.method} {upstream.prefix}{route.path}{query} HTTP/1.1\r\n"
+            f"host: {upstream.authority}\r\nx-request-id: {self.request_id}\r\n"
         )
-        if self._path.authorization:
-            head += b"authorization: %b\r\n" % self._path.authorization
         if route.method == "POST":
-            head += b"content-length: %d\r\n" % len(self._content[0])
-            # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
-            kind = self._sent.get(b"content-type", b"")
-            if kind[:16].lower() != b"application/json":
-                head += b"content-type: application/json\r\n"
-                headers = [header for header in headers if header[0] != b"content-type"]
-        if self._simplified is not None:
-            # An answer that is rewritten here must not come compressed.
-            headers = [header for header in headers if header[0] != b"accept-encoding"]
-        return head + b"".join(map(LINE, headers)) + b"\r\n"
+            head += f"content-length: {len(content)}\r\n"
+            if not request.json:
+                head += "content-type: application/json\r\n"
+        if self._path.authorization:
+            head += f"authorization: {self._path.authorization}\r\n"
+        lines = request.lines(rewritten=self._simplified is not None)
+        return b"%b%b\r\n%b" % (head.encode("latin-1"), lines, content)
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
@@ -413,9 +417,10 @@ class Exchange:
             return
         upstream = self.upstream
         assert upstream is not None
-        upstream.broke(self._path.clock.time())
+        now = self._path.time()
+        upstream.broke(now)
         retry, self._retried = not self._retried, True
-        if retry and self._connect(without=upstream):
+        if retry and self._connect(now, without=upstream):
             return
         if timed_out is not None:
             self.fail(UpstreamTimeout("connect", timed_out))
@@ -424,43 +429,60 @@ class Exchange:
         else:
             self.fail(UpstreamUnreachable(f"The model server cannot be reached: {why}."))
 
-    def upstream_head(self, status: int, headers: list[Header]) -> None:
+    def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
         if self._state is not _WAITING:
             return
         self._state = _ANSWERING
-        self._content = []
+        self._content = b""
         self._size = 0
-        self.status = status
-        known = by_name(headers)
-        self._headers = forwarded(headers, known, NOT_TO_CLIENT)
-        # What is compressed cannot be read, and is relayed as the bytes that it is.
-        kind = known.get(b"content-type", b"")[:17].lower()
-        self._sse = kind == b"text/event-stream" and not known.get(b"content-encoding")
-        rewritten = self._simplified if status == 200 else None
-        if rewritten is None or (self._sse and rewritten.style == "openai"):
-            self._on_body = self._relay_events if self._sse else self._relay
-        elif self._sse:
-            self._repr = simplified.ReprStream()
-            self._on_body = self._relay_events
+        self.status = head.status
+        self._head = head
+        rewritten = self._simplified if head.status == 200 else None
+        if head.streams:
+            # An error event may have to be added, so no length can be promised.
+            self._sse = True
+            self._way = _IN_EVENTS
+            if rewritten is not None and rewritten.style == "repr":
+                self._repr = simplified.ReprStream()
+                self._head = _REPR
+        elif rewritten is not None:
+            self._way = _COLLECTED
         else:
-            self._on_body = self._collect
+            self._length = length
 
     def upstream_body(self, data: bytes) -> None:
         """What one read brought of the answer's body."""
-        if self._on_body is None:
+        if self._state is not _ANSWERING:
             return
-        self._last_read_at = self._path.clock.time()
+        self._last_read_at = self._path.time()
         if self.first_byte_at is None:
             self.first_byte_at = self._last_read_at
-        self._on_body(data)
+        if self._way is _IN_EVENTS:
+            if self._held or self._cut_event or data[-2:] != b"\n\n":
+                data = self._in_whole_events(data)
+                if not data:
+                    return
+            self.events += data.count(b"\n\n")
+        elif self._way is _COLLECTED:
+            self._collect(data)
+            return
+        self._before_last, self._last = self._last, data
+        if self._repr is not None:
+            data = self._to_repr(data)
+            if not data:
+                return
+        if not self._started:
+            self._start()
+        self.bytes_out += len(data)
+        self._client.body(data)
 
     def upstream_end(self) -> None:
         """The answer is complete."""
         if self._state is not _ANSWERING:
             return
         connection, self._connection = self._connection, None
-        self.upstream_ended_at = self._path.clock.time()
+        self.upstream_ended_at = self._path.time()
         if connection is not None:
             connection.release()
         try:
@@ -473,7 +495,7 @@ class Exchange:
         if self._state not in (_WAITING, _ANSWERING):
             return
         connection, self._connection = self._connection, None
-        now = self._path.clock.time()
+        now = self._path.time()
         stale = (
             connection is not None
             and connection.reused
@@ -483,93 +505,79 @@ class Exchange:
         )
         if stale and not self._retried:
             self._retried = True
-            self._connect(without=None, fresh=True)
+            self._connect(now, without=None, fresh=True)
         else:
             self._upstream_failed(UpstreamBroken(f"The model server broke off: {why}."))
 
     # The answer
 
-    def _relay(self, data: bytes) -> None:
-        self._before_last, self._last = self._last, data
-        self._send(data)
-
-    def _relay_events(self, data: bytes) -> None:
+    def _in_whole_events(self, data: bytes) -> bytes:
+        """What can be sent; the beginning of an event waits for its end, unless it is too large to be held back."""
         if self._held:
             data = self._held + data
             self._held = b""
-        if not data.endswith(b"\n\n"):
-            end = sse.end_of_last_event(data)
-            if len(data) - end > HELD_EVENT:
-                self._cut_event = True
-            else:
-                data, self._held = data[:end], data[end:]
-                self._cut_event = self._cut_event and not data
-            if not data:
-                return
-        elif self._cut_event:
-            self._cut_event = False
-        self._send_events(data)
+        end = sse.end_of_last_event(data)
+        if len(data) - end > HELD_EVENT:
+            self._cut_event = True
+            return data
+        self._held = data[end:]
+        self._cut_event = self._cut_event and not end
+        return data[:end]
 
-    def _send_events(self, data: bytes) -> None:
-        self.events += data.count(b"\n\n")
-        self._before_last, self._last = self._last, data
-        if self._repr is not None:
-            try:
-                data = self._repr.feed(data)
-            except GatewayError as error:
-                self._upstream_failed(error)
-                return
-            if not data:
-                return
-        if not self._started:
-            self._start()
-        self.bytes_out += len(data)
-        self._client.body(data)
+    def _to_repr(self, data: bytes) -> bytes:
+        assert self._repr is not None
+        try:
+            return self._repr.feed(data)
+        except GatewayError as error:
+            self._upstream_failed(error)
+            return b""
+
+    def _start(self) -> None:
+        self._started = True
+        assert self._head is not None
+        self._client.start(self._head, self._length, self.request_id)
 
     def _collect(self, data: bytes) -> None:
-        self._collected.append(data)
+        self._pieces.append(data)
         self._size += len(data)
         if self._size > COLLECTED:
             self._upstream_failed(UpstreamBroken(f"The model server's answer is larger than {COLLECTED} bytes."))
 
     def _complete(self) -> None:
-        if self._on_body == self._collect:
+        failed = self.status >= 500
+        if self._way is _COLLECTED:
             assert self._simplified is not None
-            answer = b"".join(self._collected)
+            answer = b"".join(self._pieces)
+            self._pieces = []
             reply = simplified.to_reply(self._simplified, answer)
+            self._head, self._length = _REPLY, b"%d" % len(reply)
             self._last = answer
-            self._headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(reply))]
-            self._send(reply)
+            self.bytes_out = len(reply)
+            self._start()
+            self._client.body(reply)
         elif self._sse:
             if self._held and (self.status != 200 or sse.has_done(self._held)):
                 # The last event lacks its blank line, but nothing else.
-                self._send_events(self._held if self._repr is None else self._held + b"\n\n")
-            if self.status == 200 and not sse.has_done(self._before_last + self._last):
+                self._way = _RELAYED
+                self.upstream_body(self._held if self._repr is None else self._held + b"\n\n")
+            end = self._before_last + self._last
+            if self.status == 200 and not sse.has_done(end):
                 raise UpstreamBroken("The model server ended its stream without [DONE].")
+            failed = failed or b'data: {"error"' in end
         if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
             return
         if not self._started:
             self._start()
-        failed = self.status >= 500 or (self._sse and b'data: {"error"' in self._before_last + self._last)
-        self._judge(broken=failed)
-        self._finish("upstream_error" if failed else "done")
+        upstream = self.upstream
+        assert upstream is not None
+        if failed:
+            upstream.broke(self._path.time())
+            self._finish("upstream_error")
+        else:
+            if upstream.broken_in_a_row:
+                upstream.succeeded()
+            self._finish("done")
         self._client.end()
-
-    def _send(self, data: bytes) -> None:
-        if not self._started:
-            self._start()
-        self.bytes_out += len(data)
-        self._client.body(data)
-
-    def _start(self) -> None:
-        self._started = True
-        headers = self._headers
-        if self._sse:
-            # An error event may have to be added, so no length can be promised.
-            headers = [header for header in headers if header[0] != b"content-length"]
-        if self._repr is not None:
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        self._client.start(self.status, [*headers, (b"x-request-id", self.request_id.encode())])
 
     # The client
 
@@ -582,7 +590,7 @@ class Exchange:
     def client_resumed(self) -> None:
         """The client has caught up."""
         self._paused = False
-        self._last_read_at = self._path.clock.time()
+        self._last_read_at = self._path.time()
         if self._connection is not None:
             self._connection.resume()
 
@@ -597,12 +605,11 @@ class Exchange:
 
     # Time
 
-    def timer(self) -> None:
-        """The timer has run: a limit has passed, or the next one is waited for."""
-        self._timer = None
+    def look_at_limits(self) -> None:
+        """End with what is due if a limit has passed, or set `due` to when one may."""
         if self._state is _ENDED:
             return
-        now = self._path.clock.time()
+        now = self._path.time()
         limits = self._path.limits
         if self._state is _RECEIVING:
             if now - self._last_read_at >= limits.body:
@@ -610,13 +617,13 @@ class Exchange:
             elif now - self.started_at >= limits.total:
                 self.fail(RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT)."))
             else:
-                self._arm(min(self._last_read_at + limits.body, self.started_at + limits.total) - now, now)
+                self.due = min(self._last_read_at + limits.body, self.started_at + limits.total)
         elif now - self.started_at >= limits.total:
             self._upstream_failed(UpstreamTimeout("total", limits.total))
         elif self.streaming and (late := self._late(now)):
             self._upstream_failed(late)
         else:
-            self._arm(self._limit_after(now), now)
+            self.due = self._next_limit(now)
 
     def _late(self, now: float) -> UpstreamTimeout | None:
         limits = self._path.limits
@@ -626,38 +633,21 @@ class Exchange:
         late = not self._paused and now - self._last_read_at >= limits.idle
         return UpstreamTimeout("idle", limits.idle) if late else None
 
-    def _limit_after(self, now: float) -> float:
-        """Seconds until a limit may pass. At most an idle gap, so that the first byte need not move the timer."""
+    def _next_limit(self, now: float) -> float:
+        """When a limit may pass. At most an idle gap from now, so that the first byte need not set it anew."""
         limits = self._path.limits
-        left = self.started_at + limits.total - now
+        end = self.started_at + limits.total
         if not self.streaming:
-            return left
+            return end
         if self.first_byte_at is None:
-            waited = now - (self.received_at or now)
-            return min(left, limits.idle, limits.first_token - waited)
-        return min(left, limits.idle if self._paused else self._last_read_at + limits.idle - now)
-
-    def _arm(self, seconds: float, now: float) -> None:
-        """Have the timer run by then. One that runs earlier is left, as it looks again: new ones are dear."""
-        due = now + max(seconds, 0.001)
-        if self._timer is not None:
-            if self._due <= due:
-                return
-            self._timer.cancel()
-        self._due = due
-        self._timer = self._path.clock.call_later(due - now, self.timer)
+            return min(end, now + limits.idle, (self.received_at or now) + limits.first_token)
+        return min(end, (now if self._paused else self._last_read_at) + limits.idle)
 
     # The end
 
-    def _judge(self, *, broken: bool) -> None:
-        if self.upstream is not None:
-            if broken:
-                self.upstream.broke(self._path.clock.time())
-            else:
-                self.upstream.succeeded()
-
     def _upstream_failed(self, error: GatewayError) -> None:
-        self._judge(broken=True)
+        if self.upstream is not None:
+            self.upstream.broke(self._path.time())
         self.fail(error)
 
     def fail(self, error: GatewayError) -> None:
@@ -671,8 +661,8 @@ class Exchange:
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-            client.start(error.status, [*headers, *error.headers, (b"x-request-id", self.request_id.encode())])
+            head = AnswerHead(error.status, [_JSON, *error.headers])
+            client.start(head, b"%d" % len(content), self.request_id)
             client.body(content)
             client.end()
         elif self._sse and not self._cut_event:
@@ -690,13 +680,14 @@ class Exchange:
 
     def _finish(self, outcome: str) -> None:
         self._state = _ENDED
-        self._on_body = None
         self.outcome = outcome
-        self.ended_at = self._path.clock.time()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        path = self._path
+        self.ended_at = path.time()
         if self.upstream is not None:
             self.upstream.in_flight -= 1
-        self.usage = usage_in(self._before_last + self._last)
-        self._path.observer.finished(self)
+        path.in_flight.discard(self)
+        self._usage_text = usage_text(self._before_last + self._last)
+        # Whoever counts and logs it may keep it for a while.
+        self._content = self._held = self._last = self._before_last = b""
+        self._pieces = []
+        path.finished(self)

@@ -1,13 +1,10 @@
-"""Which headers are forwarded, each way, and what a request id may look like."""
+"""What is read of a head, and which of its headers go on, each way."""
 
 from __future__ import annotations
 
 import re
 
 Header = tuple[bytes, bytes]
-
-# A header as a line; mapped over a list, it costs no call of ours.
-LINE = b"%b: %b\r\n".__mod__
 
 # RFC 9110, 7.6.1, and those that older agents treat alike; `connection` names more of them.
 HOP_BY_HOP = frozenset(
@@ -40,9 +37,128 @@ NOT_TO_UPSTREAM = HOP_BY_HOP | {
 
 # Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
 # none.
-NOT_TO_CLIENT = HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+NOT_TO_CLIENT = HOP_BY_HOP | {b"content-length", b"date", b"server", b"x-request-id"}
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+# A head of lines that end in CR LF and in nothing else, with its length set apart.
+_HEAD = re.compile(rb"((?:[^\r\n]+\r\n)+?content-length: )(\d{1,9})(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.IGNORECASE)
+# Most of a head that is remembered, in bytes.
+_REMEMBERED = 4096
+
+
+def lines(headers: list[Header]) -> bytes:
+    """Each header as a line."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+class RequestHead:
+    """What is read of a request's head but for its target and length.
+
+    `request_id` is the client's, where it is sane. `encoding` is the body's, in lower case, `json`
+    whether it says that it is JSON.
+    """
+
+    __slots__ = ("_headers", "_known", "_lines", "_rewritten", "encoding", "json", "request_id")
+
+    def __init__(self, headers: list[Header]) -> None:
+        """`headers` have names in lower case; nobody may change the list from now on."""
+        known = by_name(headers)
+        self.request_id = sane_request_id(known.get(b"x-request-id"))
+        self.encoding = known.get(b"content-encoding", b"identity").lower()
+        # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
+        self.json = known.get(b"content-type", b"")[:16].lower() == b"application/json"
+        self._known = known
+        self._headers = headers
+        self._lines: bytes | None = None
+        self._rewritten: bytes | None = None
+
+    @property
+    def length(self) -> int:
+        """What content-length says, 0 where it is missing or no number."""
+        length = self._known.get(b"content-length", b"")
+        return int(length) if length.isdigit() else 0
+
+    def lines(self, *, rewritten: bool) -> bytes:
+        """What goes to the upstream; an answer that is to be rewritten here must not come compressed."""
+        if rewritten:
+            if self._rewritten is None:
+                self._rewritten = self._without(b"accept-encoding")
+            return self._rewritten
+        if self._lines is None:
+            self._lines = self._without()
+        return self._lines
+
+    def _without(self, *more: bytes) -> bytes:
+        dropped = not_forwarded(NOT_TO_UPSTREAM, self._known).union(more)
+        if not self.json:
+            dropped |= {b"content-type"}
+        return lines([header for header in self._headers if header[0] not in dropped])
+
+
+class AnswerHead:
+    """What goes to the client of an answer's head, but for its length.
+
+    `streams` says that the body is server-sent events that can be read, `closes` that the
+    connection ends with it. `lines` are the headers as they are written.
+    """
+
+    __slots__ = ("closes", "headers", "lines", "status", "streams")
+
+    def __init__(self, status: int, headers: list[Header], *, streams: bool = False) -> None:
+        self.status = status
+        self.headers = headers
+        self.lines = lines(headers)
+        self.streams = streams
+        self.closes = (b"connection", b"close") in headers
+
+
+def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes | None]:
+    """What goes on of an upstream's head, whose names are in lower case, and its content-length."""
+    known = by_name(headers)
+    dropped = not_forwarded(NOT_TO_CLIENT, known)
+    # What is compressed cannot be read, and is relayed as the bytes that it is.
+    streams = known.get(b"content-type", b"")[:17].lower() == b"text/event-stream" and not known.get(
+        b"content-encoding"
+    )
+    head = AnswerHead(status, [header for header in headers if header[0] not in dropped], streams=streams)
+    return head, known.get(b"content-length")
+
+
+class SameHead:
+    """The head that came last on a connection, to know it again: most differ in their length alone.
+
+    What a parser has read of it once is then so of the next one, byte for byte, and need not be
+    read again; that is a third of what a small request costs.
+    """
+
+    __slots__ = ("_after", "_before", "length")
+
+    def __init__(self, before: bytes, after: bytes) -> None:
+        self._before = before
+        self._after = after
+        self.length = b""
+
+    @classmethod
+    def of(cls, data: bytes) -> SameHead | None:
+        """The head that `data` begins with and that a parser has taken; None where it is not of the plainest form."""
+        found = _HEAD.match(data, 0, _REMEMBERED)
+        return cls(found[1], found[3]) if found else None
+
+    def body_at(self, data: bytes) -> int:
+        """Where the body begins if `data` is this head and all of its body, nothing more; else 0. Sets `length`."""
+        before = self._before
+        if not data.startswith(before):
+            return 0
+        start = len(before)
+        end = data.find(b"\r", start, start + 10)
+        length = data[start:end]
+        if end < 0 or not length.isdigit() or not data.startswith(self._after, end):
+            return 0
+        self.length = length
+        at = end + len(self._after)
+        return at if len(data) == at + int(length) else 0
 
 
 def by_name(headers: list[Header]) -> dict[bytes, bytes]:
@@ -55,11 +171,11 @@ def by_name(headers: list[Header]) -> dict[bytes, bytes]:
     return known
 
 
-def forwarded(headers: list[Header], known: dict[bytes, bytes], dropped: frozenset[bytes]) -> list[Header]:
-    """Those that go on; `known` is what `by_name` made of them, `dropped` NOT_TO_UPSTREAM or NOT_TO_CLIENT."""
-    if b"connection" in known:
-        dropped |= {token.strip().lower() for token in known[b"connection"].split(b",")}
-    return [header for header in headers if header[0] not in dropped]
+def not_forwarded(names: frozenset[bytes], known: dict[bytes, bytes]) -> frozenset[bytes]:
+    """The names of those that do not go on: `names`, and what `connection` names of the `known` ones."""
+    if b"connection" not in known:
+        return names
+    return names | {token.strip().lower() for token in known[b"connection"].split(b",")}
 
 
 def sane_request_id(value: bytes | None) -> str | None:

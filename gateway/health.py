@@ -29,7 +29,7 @@ class Prober:
         interval: float,
         model: str | None,
         system_role: Literal["system", "merge"],
-        authorization: bytes | None,
+        authorization: str | None,
     ) -> None:
         """`model` is the configured one, `interval` the seconds between two probes of one that serves."""
         self._pool = pool
@@ -40,7 +40,7 @@ class Prober:
         self._client = httpx.AsyncClient(
             trust_env=False,
             timeout=_PATIENCE,
-            headers={b"authorization": authorization} if authorization else None,
+            headers={"authorization": authorization} if authorization else None,
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         self._running: dict[Upstream, asyncio.Task[None]] = {}

@@ -138,7 +138,7 @@ class RequestLog:
         usage = exchange.usage
         self._line(
             {
-                "time": _iso(time.time() - total),
+                "time": _iso(time.time() - time.monotonic() + started),
                 "request_id": exchange.request_id,
                 "method": exchange.route.method,
                 "path": exchange.route.path,

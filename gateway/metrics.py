@@ -24,12 +24,13 @@ class Metrics(Collector):
     more than the rest of a request's bookkeeping.
     """
 
-    def __init__(self, pool: UpstreamPool) -> None:
+    def __init__(self, pool: UpstreamPool, in_flight: set[Exchange]) -> None:
+        """`in_flight` is the data path's."""
         self._pool = pool
+        self._in_flight = in_flight
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._requests: Counter[tuple[str, str, str, int]] = Counter()
-        self._in_flight = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._first_token = _Histogram(
@@ -46,13 +47,8 @@ class Metrics(Collector):
             _FINE,
         )
 
-    def started(self, exchange: Exchange) -> None:
-        """A relayed request has begun."""
-        self._in_flight += 1
-
     def finished(self, exchange: Exchange) -> None:
         """A relayed request has ended."""
-        self._in_flight -= 1
         started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
         # A client's word as a label only where it is one that we know, so that the series stay few.
         model = exchange.model if exchange.model in self._pool.models else None
@@ -65,9 +61,10 @@ class Metrics(Collector):
             self._first_token.observe(exchange.first_byte_at - started)
             if exchange.events > 1:
                 self._per_event.observe((ended - exchange.first_byte_at) / (exchange.events - 1))
-        if exchange.usage is not None:
-            self._prompt_tokens += exchange.usage[0]
-            self._completion_tokens += exchange.usage[1]
+        usage = exchange.usage
+        if usage is not None:
+            self._prompt_tokens += usage[0]
+            self._completion_tokens += usage[1]
 
     def other(self, route: str, status: int) -> None:
         """A request that is not relayed has ended; `route` is a path of ours or `unknown`."""
@@ -89,7 +86,7 @@ class Metrics(Collector):
         tokens = CounterMetricFamily("gateway_tokens", "Tokens that vLLM has reported.", labels=("kind",))
         tokens.add_metric(("prompt",), self._prompt_tokens)
         tokens.add_metric(("completion",), self._completion_tokens)
-        in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=self._in_flight)
+        in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
         histograms = (self._first_token, self._per_event, self._total, self._added)
         return [requests, in_flight, tokens, *(one.family() for one in histograms), *self._upstreams()]
 

@@ -11,8 +11,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.errors import BadRequest, GatewayError
-from gateway.exchange import FAILED, ROUTES, Exchange, request_id_of
-from gateway.headers import LINE, Header
+from gateway.exchange import FAILED, ROUTES, Exchange, Route, new_request_id
+from gateway.headers import AnswerHead, RequestHead, SameHead, lines
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
 class Protocol(HttpToolsProtocol):
     """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
 
-    cycle: Any  # uvicorn's RequestResponseCycle, or a _Call
+    cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
     _in_body = False
     _refused = False
@@ -128,7 +128,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self) -> None:
         if self.transport.is_closing():
             return
-        request_id = request_id_of({})
+        request_id = new_request_id()
         content = BadRequest("What came is not an HTTP request: the connection is closed.").envelope(request_id)
         headers = [
             *self.server_state.default_headers,
@@ -137,7 +137,7 @@ class Protocol(HttpToolsProtocol):
             (b"x-request-id", request_id.encode()),
             (b"connection", b"close"),
         ]
-        self.transport.write(_head(400, headers) + b"\r\n" + content)
+        self.transport.write(STATUS_LINE[400] + lines(headers) + b"\r\n" + content)
         self.transport.close()
         self.app_state["metrics"].other("unknown", 400)
         self.app_state["request_log"].other(request_id, "-", "-", 400, 0.0)
@@ -155,162 +155,184 @@ class _Deaf:
 
 
 class Shortcut(Protocol):
-    """Drives an exchange by plain callbacks, with no scope and no task.
+    """Drives an exchange by plain callbacks, with no scope and no task; is its client, too.
 
     Taken for a plain request on a data-path route while nothing else is in flight on the
-    connection; all else goes through the application. The running call stands in as uvicorn's
+    connection; all else goes through the application. The connection then stands in as uvicorn's
     `cycle`, so that pipelining, keep-alive and the wait at shutdown stay uvicorn's. `cycle` is the
-    newest request, which may wait behind the running one: that is kept here.
+    newest request, which may wait behind the running one: that is kept here. Writes the same bytes
+    as uvicorn's own cycle, the head together with what comes first.
     """
 
-    _call: _Call | None = None
+    # The running request, if any, and what uvicorn asks its cycle for.
+    _exchange: Exchange | None = None
+    keep_alive = True
+    response_started = False
+    response_complete = True
+
+    _head = b""
+    _chunked = False
+
+    # What came last on the connection, for the next that is like it but for its length.
+    _same: tuple[SameHead, RequestHead, Route] | None = None
+    _in_message = False
+    _data = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self._same is not None and self.cycle is self and self.response_complete and not self._in_message:
+            same, head, route = self._same
+            if at := same.body_at(data):
+                self._idle_since = None
+                self._take(head, route, data, at)
+                return
+        self._data = b"" if self._in_message else data
+        super().data_received(data)
+        self._data = b""
+
+    def _take(self, head: RequestHead, route: Route, data: bytes, at: int) -> None:
+        """What is in `data` whole, its body beginning at `at`, is the request."""
+        exchange = self._begin(head, route)
+        try:
+            exchange.begin(len(data) - at)
+            if at < len(data):
+                exchange.request_body(data[at:])
+            exchange.request_end()
+        except Exception as error:
+            self._failed(exchange, error)
+
+    def _begin(self, head: RequestHead, route: Route) -> Exchange:
+        exchange = self._exchange = Exchange(self.app_state["data_path"], self, route, b"", head)
+        self.cycle = self
+        self.keep_alive = True
+        self.response_started = self.response_complete = False
+        if self.flow.write_paused:  # by the answer before
+            exchange.client_paused()
+        return exchange
 
     def on_message_begin(self) -> None:
         # uvicorn makes the scope here; it is made later, where one is needed.
+        self._in_message = True
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
 
     def on_headers_complete(self) -> None:
-        parser = self.parser
+        parser, cycle = self.parser, self.cycle
         route = _ROUTES.get((parser.get_method(), self.url))
         if (
             route is None
             or self.expect_100_continue
-            or (self.cycle is not None and not self.cycle.response_complete)
+            or (cycle is not None and not cycle.response_complete)
             or parser.should_upgrade()
             or parser.get_http_version() != "1.1"
         ):
-            url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
-            super().on_message_begin()
-            self.url, self.expect_100_continue = url, expect_100_continue
-            self.headers += headers
-            super().on_headers_complete()
+            self._data = b""
+            self._to_the_app()
             return
+        head, self.headers = RequestHead(self.headers), []  # trailers are of no interest
+        exchange = self._begin(head, route)
         self._in_body = True
-        call = _Call(self, self.transport, parser.should_keep_alive())
-        exchange = call.exchange = Exchange(self.app_state["data_path"], call, route, b"", self.headers)
-        self._call = call
-        self.cycle = call
-        if self.flow.write_paused:  # by the answer before
-            exchange.client_paused()
-        exchange.begin()
+        self.keep_alive = parser.should_keep_alive()
+        if self._data:
+            same = SameHead.of(self._data) if self.keep_alive else None
+            self._same = (same, head, route) if same else None
+            self._data = b""
+        exchange.begin(head.length)
+
+    def _to_the_app(self) -> None:
+        url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect_100_continue
+        self.headers += headers
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        call = self._call
-        if call is None or self.cycle is not call:
-            super().on_body(body)
+        if self.cycle is self and self._exchange is not None:
+            self._exchange.request_body(body)
         else:
-            call.exchange.request_body(body)
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
-        call = self._call
-        if call is None or self.cycle is not call:
-            super().on_message_complete()
-        else:
+        if self.cycle is self and self._exchange is not None:
             self._in_body = False
-            call.exchange.request_end()
+            self._exchange.request_end()
+        else:
+            super().on_message_complete()
+        self._in_message = False
 
     def send_400_response(self, msg: str) -> None:
         error = sys.exception()
-        call = self._call
-        if isinstance(error, httptools.HttpParserCallbackError) and call is not None and self.cycle is call:
+        exchange = self._exchange
+        if isinstance(error, httptools.HttpParserCallbackError) and exchange is not None and self.cycle is self:
             # A bug of ours, which httptools takes for one of the client's.
-            _log.error("the exchange failed (request id %s)", call.exchange.request_id, exc_info=error)
-            call.keep_alive = False
-            call.exchange.fail(GatewayError(FAILED))
-            self.transport.close()
+            self._failed(exchange, error)
         else:
             super().send_400_response(msg)
 
-    def answered(self, call: _Call) -> None:
-        """The running call's answer is complete."""
-        self._call = None
-        # Else they hold each other, and wait for the garbage collector, a cold cache line each.
-        del call.exchange
-        if not call.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
+    def _failed(self, exchange: Exchange, error: Exception) -> None:
+        _log.error("the exchange failed (request id %s)", exchange.request_id, exc_info=error)
+        self.keep_alive = False
+        exchange.fail(GatewayError(FAILED))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._call is not None:
-            self._call.exchange.client_paused()
+        if self._exchange is not None:
+            self._exchange.client_paused()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._call is not None:
-            self._call.exchange.client_resumed()
+        if self._exchange is not None:
+            self._exchange.client_resumed()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        call, self._call = self._call, None
-        if isinstance(self.cycle, _Call):
+        exchange, self._exchange = self._exchange, None
+        if self.cycle is self:
             self.cycle = None
         super().connection_lost(exc)
-        if call is not None:
-            exchange = call.exchange
-            del call.exchange
+        if exchange is not None:
             exchange.client_gone()
 
+    # The exchange's client
 
-class _Call:
-    """One exchange's client; writes the same bytes as uvicorn's cycle, the head together with what comes first."""
-
-    __slots__ = (
-        "_chunked",
-        "_head",
-        "_protocol",
-        "_transport",
-        "exchange",
-        "keep_alive",
-        "response_complete",
-        "response_started",
-    )
-
-    exchange: Exchange
-
-    def __init__(self, protocol: Shortcut, transport: asyncio.Transport, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-        self.response_complete = False
-        self.response_started = False
-        self._protocol = protocol
-        self._transport = transport
-        self._chunked = False
-        self._head = b""
-
-    def start(self, status: int, headers: list[Header]) -> None:
+    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
+        """The answer's head, to be written with what comes first."""
         self.response_started = True
-        self._chunked = status not in (204, 304)
-        closes = False
-        for name, value in headers:
-            if name == b"content-length":
-                self._chunked = False
-            elif name == b"connection" and value == b"close":
-                closes, self.keep_alive = True, False
-        head = _head(status, self._protocol.server_state.default_headers + headers)
-        if not self.keep_alive and not closes:
-            head += b"connection: close\r\n"
+        self._chunked = length is None and head.status not in (204, 304)
+        more = (
+            f"x-request-id: {request_id}\r\n"
+            if length is None
+            else f"content-length: {length.decode()}\r\nx-request-id: {request_id}\r\n"
+        )
+        if head.closes:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            more += "connection: close\r\n"
         if self._chunked:
-            head += b"transfer-encoding: chunked\r\n"
-        self._head = head + b"\r\n"
+            more += "transfer-encoding: chunked\r\n"
+        default = lines(self.server_state.default_headers)
+        self._head = b"%b%b%b%b\r\n" % (STATUS_LINE[head.status], default, head.lines, more.encode())
 
     def body(self, data: bytes) -> None:
+        """A piece of the answer."""
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head:
             data, self._head = self._head + data, b""
-        self._transport.write(data)
+        self.transport.write(data)
 
     def end(self) -> None:
+        """The answer is complete."""
         rest = self._head + b"0\r\n\r\n" if self._chunked else self._head
         if rest:
-            self._transport.write(rest)
+            self._head = b""
+            self.transport.write(rest)
+        self._exchange = None
         self.response_complete = True
-        self._protocol.answered(self)
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def abort(self) -> None:
-        self._transport.close()
-
-
-def _head(status: int, headers: list[Header]) -> bytes:
-    return STATUS_LINE[status] + b"".join(map(LINE, headers))
+        """The answer breaks off."""
+        self.transport.close()

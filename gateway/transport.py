@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import cast
 
 import httptools
 
 from gateway.exchange import Exchange
-from gateway.headers import Header
+from gateway.headers import AnswerHead, Header, SameHead, answer_head
 from gateway.upstreams import Upstream
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
 IDLE_FOR = 4.0
 # Most that an answer may send before its head is complete, or after that without any of its body.
 HEADER_BYTES = 64 * 1024
+_TOO_LARGE = f"its headers are larger than {HEADER_BYTES} bytes"
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -32,34 +34,39 @@ class UpstreamConnection(asyncio.Protocol):
         "_answered",
         "_body",
         "_complete",
-        "_exchange",
         "_head",
         "_head_done",
         "_headers",
-        "_idle",
         "_interim",
         "_keep_alive",
         "_new_head",
         "_overhead",
         "_owner",
         "_parser",
+        "_paused",
         "_problem",
+        "_same",
         "_status",
         "_transport",
         "_until_close",
+        "exchange",
         "idle_since",
         "reused",
+        "send",
         "upstream",
     )
 
     def __init__(self, owner: ConnectionPool, upstream: Upstream) -> None:
         self.upstream = upstream
+        self.exchange: Exchange | None = None
         self.reused = False
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # not idle
+        self._same: tuple[SameHead, AnswerHead] | None = None
+        # The transport's own, as one more call for each request would only pass it on.
+        self.send: Callable[[bytes], None] = _nowhere
         self._owner = owner
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
-        self._idle = False
+        self._paused = False
         self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -80,47 +87,41 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What an exchange asks for
 
-    def lend(self, exchange: Exchange) -> None:
-        """Serve this exchange from now on."""
-        self._idle = False
-        self._exchange = exchange
-
-    def send(self, request: bytes) -> None:
-        """The whole request."""
-        if self._transport is not None:
-            self._transport.write(request)
-
     def pause(self) -> None:
         """Stop reading."""
+        self._paused = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read again."""
+        self._paused = False
         if self._transport is not None:
             self._transport.resume_reading()
 
     def release(self) -> None:
         """To the idle ones, if the answer left the connection fit for another request."""
-        self._exchange = None
+        self.exchange = None
         transport = self._transport
-        unused = not self._answered
-        fit = unused or (self._complete and self._keep_alive and not self._problem)
         if transport is None or transport.is_closing():
             return
-        if not fit or transport.get_write_buffer_size():
+        if self._answered:
+            fit = self._complete and self._keep_alive and not self._problem
+            self._reset()
+        else:
+            fit = True
+        if fit and not transport.get_write_buffer_size():
+            if self._paused:
+                self.resume()
+            self.reused = True
+            self._owner.keep(self)
+        else:
             self.discard()
-            return
-        transport.resume_reading()
-        self.reused = True
-        self._reset()
-        self._idle = True
-        self._owner.keep(self)
 
     def discard(self) -> None:
         """Close at once; vLLM stops generating when it sees that."""
-        self._exchange = None
-        self._idle = False
+        self.exchange = None
+        self.idle_since = 0.0
         if self._transport is not None:
             self._transport.abort()
 
@@ -129,15 +130,26 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's transports are no subclasses of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        self.send = self._transport.write
 
     def data_received(self, data: bytes) -> None:
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is None:
             # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
             self._forget()
             self.discard()
-            return
-        self._answered = True
+        elif self._same is not None and not self._answered and (at := self._same[0].body_at(data)):
+            same, head = self._same
+            exchange.upstream_head(head, same.length)
+            if at < len(data) and self.exchange is exchange:
+                exchange.upstream_body(data[at:])
+            if self.exchange is exchange:
+                exchange.upstream_end()
+        else:
+            self._parse(exchange, data)
+
+    def _parse(self, exchange: Exchange, data: bytes) -> None:
+        begins, self._answered = not self._answered, True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -146,46 +158,49 @@ class UpstreamConnection(asyncio.Protocol):
             self._problem = self._problem or f"its answer is not HTTP ({error})"
         # What one read brought is handed on in order: head, body, end or problem; its body is one call.
         if self._new_head:
-            self._hand_on_head(exchange, self._overhead + len(data))
+            self._hand_on_head(exchange, data, begins=begins)
         if self._body:
-            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            body = self._body.pop() if len(self._body) == 1 else b"".join(self._body)
             self._body.clear()
             self._overhead = 0
-            if self._exchange is exchange:  # it may have left in its answer's head
+            if self.exchange is exchange:  # it may have left in its answer's head
                 exchange.upstream_body(body)
         else:
-            self._count_overhead(len(data))
-        if self._exchange is not exchange:
+            self._overhead += len(data)
+            if self._overhead > HEADER_BYTES and not self._problem:
+                self._problem = _TOO_LARGE
+        if self.exchange is not exchange:
             return  # it has ended, and may have given this connection back
         if self._complete:
             exchange.upstream_end()
         elif self._problem:
-            self._exchange = None
+            self.exchange = None
             exchange.upstream_lost(self._problem, answered=True)
             self.discard()
 
-    def _hand_on_head(self, exchange: Exchange, read: int) -> None:
+    def _hand_on_head(self, exchange: Exchange, data: bytes, *, begins: bool) -> None:
         self._new_head = False
-        self._overhead = 0
-        if read > HEADER_BYTES and sum(len(name) + len(value) + 4 for name, value in self._head) > HEADER_BYTES:
-            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
+        self._overhead += len(data)
+        if self._overhead > HEADER_BYTES and _size_of(self._head) > HEADER_BYTES:
+            self._problem = _TOO_LARGE
             self._complete = False
             self._body.clear()
-        else:
-            exchange.upstream_head(self._status, self._head)
-
-    def _count_overhead(self, read: int) -> None:
-        self._overhead += read
-        if self._overhead > HEADER_BYTES and not self._problem:
-            self._problem = f"its headers are larger than {HEADER_BYTES} bytes"
+            return
+        self._overhead = 0
+        head, length = answer_head(self._status, self._head)
+        if begins and self._complete and self._keep_alive and length is not None and self._status not in (204, 304):
+            same = SameHead.of(data)
+            self._same = (same, head) if same else None
+        exchange.upstream_head(head, length)
 
     def eof_received(self) -> None:
         """Returning nothing lets asyncio close the connection; `connection_lost` follows."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self.send = _nowhere
         self._forget()
-        exchange, self._exchange = self._exchange, None
+        exchange, self.exchange = self.exchange, None
         if exchange is None:
             return
         if self._until_close and self._head_done and exc is None:
@@ -194,8 +209,7 @@ class UpstreamConnection(asyncio.Protocol):
         exchange.upstream_lost("it closed the connection" if exc is None else _reason(exc), answered=self._answered)
 
     def _forget(self) -> None:
-        if self._idle:
-            self._idle = False
+        if self.idle_since:
             self._owner.forget(self)
 
     # What httptools tells
@@ -213,7 +227,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        status = self._status = self._parser.get_status_code()
+        parser = self._parser
+        status = self._status = parser.get_status_code()
         if not 100 <= status <= 599:
             self._stop(f"its status {status} does not exist")
         headers, self._headers = self._headers, []  # what comes from now on are trailers
@@ -222,20 +237,16 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._head = headers
         self._head_done = self._new_head = True
-        if status not in (204, 304):
-            for name, _ in headers:
-                if name in (b"content-length", b"transfer-encoding"):
-                    return
-            self._until_close = True
+        self._keep_alive = parser.should_keep_alive()
+        if not self._keep_alive and status not in (204, 304):
+            names = {name for name, _ in headers}
+            self._until_close = names.isdisjoint((b"content-length", b"transfer-encoding"))
 
     def on_body(self, data: bytes) -> None:
         self._body.append(data)
 
     def on_message_complete(self) -> None:
-        if self._interim:
-            return
-        self._keep_alive = self._parser.should_keep_alive()
-        self._complete = True
+        self._complete = not self._interim
 
 
 class ConnectionPool:
@@ -257,12 +268,13 @@ class ConnectionPool:
         """Lend the exchange an idle connection now, or a new one when it is dialled."""
         if not fresh and (idle := self._idle.get(upstream)):
             # The one that was used last, as it will live longest; the others go unused and close.
-            connection = idle.pop()
-            if self._loop.time() - connection.idle_since <= IDLE_FOR:
-                connection.lend(exchange)
+            connection = idle[-1]
+            if connection.idle_since + IDLE_FOR >= self._loop.time():
+                idle.pop()
+                connection.idle_since = 0.0
+                connection.exchange = exchange
                 exchange.upstream_connected(connection)
                 return
-            idle.append(connection)
             self._drop_old()
         dial = self._loop.create_task(self._dial(upstream, exchange))
         self._dials.add(dial)
@@ -282,7 +294,7 @@ class ConnectionPool:
         except (OSError, ssl.CertificateError, UnicodeError) as error:
             exchange.upstream_unreachable(_reason(error))
         else:
-            connection.lend(exchange)
+            connection.exchange = exchange
             exchange.upstream_connected(connection)
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -296,12 +308,15 @@ class ConnectionPool:
             connection.discard()
             return
         connection.idle_since = self._loop.time()
-        self._idle.setdefault(connection.upstream, deque()).append(connection)
+        if (idle := self._idle.get(connection.upstream)) is None:
+            idle = self._idle[connection.upstream] = deque()
+        idle.append(connection)
         if self._sweep is None:
             self._sweep = self._loop.call_later(IDLE_FOR, self._drop_old)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """An idle connection that its upstream has closed."""
+        connection.idle_since = 0.0
         with contextlib.suppress(KeyError, ValueError):
             self._idle[connection.upstream].remove(connection)
 
@@ -331,6 +346,13 @@ class ConnectionPool:
         for idle in self._idle.values():
             while idle:
                 idle.pop().discard()
+
+
+def _nowhere(request: bytes) -> None: ...
+
+
+def _size_of(headers: list[Header]) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,7 @@ class Upstream:
     port: int
     tls: bool
     prefix: str
-    authority: bytes
+    authority: str
     state: State = "loading"
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Upstream:
         parts = urlsplit(url)
         tls = parts.scheme == "https"
         host = parts.hostname or ""
-        return cls(url, host, parts.port or (443 if tls else 80), tls, parts.path, parts.netloc.encode())
+        return cls(url, host, parts.port or (443 if tls else 80), tls, parts.path, parts.netloc)
 
     def succeeded(self) -> None:
         """A real call came through."""

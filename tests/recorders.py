@@ -10,12 +10,16 @@ from typing import Any
 import orjson
 
 from gateway.exchange import ROUTES, DataPath, Exchange, Limits, Route
-from gateway.headers import Header
+from gateway.headers import AnswerHead, Header, RequestHead, answer_head
 from gateway.upstreams import Upstream, UpstreamPool
 
 CHAT, COMPLETIONS, MODELS = ROUTES
 # No limit is a multiple of another, so that none is kept by chance.
 LIMITS = Limits(max_body=100_000, first_token=32, idle=5, total=103, body=11)
+
+
+# How often the exchanges are looked at, in seconds; a binary fraction, so that sums are exact.
+TICK = 0.0625
 
 
 class FakeClock:
@@ -76,10 +80,13 @@ class ClientRecorder:
         self.gone = False
         self.during_body: Callable[[], None] | None = None
 
-    def start(self, status: int, headers: list[Header]) -> None:
+    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
         assert not self.status, "the answer started twice"
         self._still_there()
-        self.status, self.headers = status, headers
+        self.status, self.headers = head.status, head.headers[:]
+        if length is not None:
+            self.headers.append((b"content-length", length))
+        self.headers.append((b"x-request-id", request_id.encode()))
 
     def body(self, data: bytes) -> None:
         assert self.status, "a body before the head"
@@ -182,23 +189,6 @@ class TransportRecorder:
         self.asked.append((upstream, fresh))
 
 
-class ObserverRecorder:
-    """Who counts and logs."""
-
-    def __init__(self) -> None:
-        self.started_ones: list[Exchange] = []
-        self.finished_ones: list[Exchange] = []
-
-    def started(self, exchange: Exchange) -> None:
-        assert exchange not in self.started_ones, "started twice"
-        self.started_ones.append(exchange)
-
-    def finished(self, exchange: Exchange) -> None:
-        assert exchange in self.started_ones, "finished before it started"
-        assert exchange not in self.finished_ones, "finished twice"
-        self.finished_ones.append(exchange)
-
-
 class Conversation:
     """An exchange among recorders. `settings` are the data path's; the upstreams serve `models`."""
 
@@ -220,7 +210,7 @@ class Conversation:
         self.clock = FakeClock()
         self.client = ClientRecorder()
         self.transport = TransportRecorder()
-        self.observer = ObserverRecorder()
+        self.finished: list[Exchange] = []
         self.connections: list[ConnectionRecorder] = []
         defaults: dict[str, Any] = {
             "model": None,
@@ -232,16 +222,38 @@ class Conversation:
         self.path = DataPath(
             pool=UpstreamPool(tuple(self.upstreams)),
             transport=self.transport,
-            clock=self.clock,
-            observer=self.observer,
+            time=self.clock.time,
+            in_flight=set(),
+            finished=self._finish,
             limits=limits,
             **{**defaults, **settings},
         )
-        self.exchange = Exchange(self.path, self.client, route, query, list(headers))
+        self.request_head = RequestHead(list(headers))
+        self.exchange = Exchange(self.path, self.client, route, query, self.request_head)
+        self._look()
+
+    def _look(self) -> None:
+        for exchange in self.path.due():
+            exchange.look_at_limits()
+        self.clock.call_later(TICK, self._look)
+
+    def _finish(self, exchange: Exchange) -> None:
+        assert exchange not in self.path.in_flight, "in flight after its end"
+        assert exchange not in self.finished, "finished twice"
+        self.finished.append(exchange)
+
+    def begin(self) -> None:
+        """The client sends its request's head."""
+        self.exchange.begin(self.request_head.length)
+        assert self.client.ending or self.path.in_flight == {self.exchange}
+
+    def head(self, status: int, headers: list[Header]) -> None:
+        """The upstream sends its answer's head."""
+        self.exchange.upstream_head(*answer_head(status, headers))
 
     def ask(self, body: object) -> None:
         """The client sends its whole request; what is not bytes goes as JSON."""
-        self.exchange.begin()
+        self.begin()
         content = body if isinstance(body, bytes) else orjson.dumps(body)
         if content:
             self.exchange.request_body(content)
@@ -268,7 +280,7 @@ class Conversation:
         """Nothing is left of the exchange, whatever happened."""
         assert self.client.ending or self.client.gone
         assert self.exchange.outcome
-        assert self.observer.started_ones == self.observer.finished_ones == [self.exchange]
+        assert self.finished == [self.exchange]
+        assert not self.path.in_flight
         assert [upstream.in_flight for upstream in self.upstreams] == [0] * len(self.upstreams)
-        assert self.clock.timers == []
         assert all(connection.given_back or connection.is_lost for connection in self.connections)

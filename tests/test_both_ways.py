@@ -15,6 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from gateway.headers import answer_head
 from gateway.shortcut import Protocol, Shortcut, missing_in
 from tests.fake_vllm import (
     CLOSE,
@@ -76,6 +77,31 @@ SCRIPTS: dict[str, Sequence[Sent]] = {
     "one stream": [post(STREAM, BYE)],
     "the simplified form": [post(SIMPLIFIED, BYE)],
     "calls one after the other": [post(), '"usage"', post(STREAM), "[DONE]", post(SIMPLIFIED), '"text"', LAST],
+    "calls that differ in their length alone": [
+        post(),
+        '"usage"',
+        post(WHOLE + b" " * 99),
+        '"usage"',
+        post(STREAM),
+        "[DONE]",
+        post(b"{"),
+        "400",
+        post(),
+        '"usage"',
+        LAST,
+    ],
+    "a call like the one before, in pieces": [
+        post(),
+        '"usage"',
+        post()[:30],
+        post()[30:-9],
+        post()[-9:],
+        '"usage"',
+        LAST,
+    ],
+    "two calls like the one before": [post(), '"usage"', post() + post(), '"usage"', '"usage"', LAST],
+    "garbage behind a call like the one before": [post(), '"usage"', post() + GARBAGE],
+    "a body that is too large, after a call like it": [post(), '"usage"', post(b"x" * 2600), "413", LAST],
     "head and body apart": [post()[: -len(WHOLE)], WHOLE, '"usage"', LAST],
     "byte by byte": [*singly(post()), '"usage"', LAST],
     "two in one write": [post() + LAST],
@@ -342,7 +368,7 @@ class _Answering(Conversation):
 
     def connect_now(self, upstream: Any, exchange: Any, *, fresh: bool) -> None:
         exchange.upstream_connected(ConnectionRecorder())
-        exchange.upstream_head(200, [(b"content-length", b"2")])
+        exchange.upstream_head(*answer_head(200, [(b"content-length", b"2")]))
         exchange.upstream_body(b"{}")
         exchange.upstream_end()
 

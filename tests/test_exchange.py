@@ -49,7 +49,7 @@ def answering(
 ) -> Conversation:
     """A conversation whose upstream has sent its head."""
     talk = sent_off(body, **settings)
-    talk.exchange.upstream_head(status, head)
+    talk.head(status, head)
     return talk
 
 
@@ -92,9 +92,9 @@ def test_an_openai_call_is_relayed_untouched_both_ways() -> None:
     assert (talk.client.status, talk.client.content, talk.client.ending) == (200, b"{ }", "end")
     assert talk.client.headers == [
         (b"content-type", b"application/json"),
-        (b"content-length", b"3"),
         (b"x-vllm", b"a"),
         (b"x-vllm", b"b"),
+        (b"content-length", b"3"),
         (b"x-request-id", talk.exchange.request_id.encode()),
     ]
     assert talk.connections[0].given_back == "released"
@@ -311,7 +311,7 @@ def test_the_request_head_says_what_the_upstream_may_know() -> None:
     talk = sent_off(
         OPENAI_WHOLE,
         query=b"a=1&b=%20",
-        authorization=b"Bearer ours",
+        authorization="Bearer ours",
         headers=(
             (b"host", b"gateway.example"),
             (b"x-request-id", b"mine-1"),
@@ -388,7 +388,7 @@ def test_a_request_id_that_could_do_harm_is_replaced(sent: bytes) -> None:
 
 def test_a_body_in_pieces_is_joined_and_sent_once() -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     content = orjson.dumps(OPENAI_WHOLE)
     for at in range(len(content)):
         talk.exchange.request_body(content[at : at + 1])
@@ -403,7 +403,7 @@ def test_a_body_in_pieces_is_joined_and_sent_once() -> None:
 @pytest.mark.parametrize("length", [b"100001", b"99999999999"])
 def test_a_body_announced_too_large_is_refused_before_it_comes(length: bytes) -> None:
     talk = Conversation(headers=((b"content-length", length),))
-    talk.exchange.begin()
+    talk.begin()
     assert_answered(talk, 413, "request_too_large")
     talk.exchange.request_body(b"{}")
     talk.exchange.request_end()
@@ -412,7 +412,7 @@ def test_a_body_announced_too_large_is_refused_before_it_comes(length: bytes) ->
 
 def test_a_body_that_grows_too_large_is_refused_at_the_byte_too_many() -> None:
     talk = Conversation(limits=replace(LIMITS, max_body=10))
-    talk.exchange.begin()
+    talk.begin()
     talk.exchange.request_body(b"x" * 10)
     assert talk.client.status == 0
     talk.exchange.request_body(b"x")
@@ -432,7 +432,7 @@ def test_a_body_of_exactly_the_limit_is_taken() -> None:
 @pytest.mark.parametrize("encoding", [b"gzip", b"br", b"GZIP", b"identity, gzip"])
 def test_a_compressed_body_is_refused(encoding: bytes) -> None:
     talk = Conversation(headers=((b"content-encoding", encoding),))
-    talk.exchange.begin()
+    talk.begin()
     assert_answered(talk, 415, "unsupported_content_encoding")
 
 
@@ -535,8 +535,8 @@ def test_the_other_upstream_is_asked_once_where_one_cannot_be_reached(timed_out:
     assert (first.in_flight, second.in_flight) == (0, 1)
     assert talk.exchange.upstream is second
     talk.connect()
-    assert dict(talk.connections[0].request_headers)[b"host"] == second.authority
-    talk.exchange.upstream_head(200, JSON)
+    assert dict(talk.connections[0].request_headers)[b"host"] == second.authority.encode()
+    talk.head(200, JSON)
     talk.exchange.upstream_body(b"{}")
     talk.exchange.upstream_end()
     assert (talk.client.status, talk.exchange.outcome) == (200, "done")
@@ -572,7 +572,7 @@ def test_a_stale_connection_is_replaced_and_the_request_sent_once_more() -> None
     assert talk.client.status == 0
     talk.connect()
     assert talk.connections[1].sent == talk.connections[0].sent
-    talk.exchange.upstream_head(200, JSON)
+    talk.head(200, JSON)
     talk.exchange.upstream_body(b"{}")
     talk.exchange.upstream_end()
     assert (talk.client.content, talk.exchange.outcome) == (b"{}", "done")
@@ -864,7 +864,7 @@ def test_a_first_token_that_does_not_come_is_a_504(body: object, state: str) -> 
     if state != "connecting":
         talk.connect()
     if state == "answering":
-        talk.exchange.upstream_head(200, SSE)
+        talk.head(200, SSE)
     assert seconds_until_the_end(talk) == LIMITS.first_token
     assert_answered(talk, 504, "first_token_timeout")
     assert talk.exchange.outcome == "timeout:first_token"
@@ -873,7 +873,7 @@ def test_a_first_token_that_does_not_come_is_a_504(body: object, state: str) -> 
 
 def test_the_first_token_is_waited_for_from_the_end_of_the_request() -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     content = orjson.dumps(OPENAI_STREAM)
     for piece in (content[:10], content[10:20], content[20:]):
         talk.clock.advance(LIMITS.body - TICK)
@@ -950,7 +950,7 @@ def test_a_whole_answer_has_the_total_limit_alone(body: object, pieces: int) -> 
 @pytest.mark.parametrize("pieces", [0, 1, 5])
 def test_a_body_that_stops_coming_is_a_408(pieces: int) -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     for _ in range(pieces):
         talk.clock.advance(LIMITS.body - TICK)
         talk.exchange.request_body(b" ")
@@ -962,7 +962,7 @@ def test_a_body_that_stops_coming_is_a_408(pieces: int) -> None:
 
 def test_a_body_that_drips_for_ever_is_ended_by_the_total_limit() -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     while not talk.client.ending:
         assert talk.clock.now - talk.exchange.started_at <= LIMITS.total
         talk.exchange.request_body(b" ")
@@ -982,14 +982,14 @@ def test_a_limit_that_passed_counts_against_the_upstream(limit: str) -> None:
 
 def test_the_moments_of_an_answer_are_kept_for_the_log() -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     talk.clock.advance(1)
     talk.exchange.request_body(orjson.dumps(OPENAI_STREAM))
     talk.exchange.request_end()
     talk.clock.advance(1)
     talk.connect()
     talk.clock.advance(1)
-    talk.exchange.upstream_head(200, SSE)
+    talk.head(200, SSE)
     talk.clock.advance(1)
     talk.exchange.upstream_body(EVENTS[0])
     talk.clock.advance(1)
@@ -1012,7 +1012,7 @@ def brought_to(state: str) -> Conversation:
     """A streaming conversation that has come so far."""
     talk = Conversation()
     if state == "receiving":
-        talk.exchange.begin()
+        talk.begin()
         talk.exchange.request_body(b"{")
         return talk
     talk.ask(OPENAI_STREAM)
@@ -1022,7 +1022,7 @@ def brought_to(state: str) -> Conversation:
     if state == "retrying":
         talk.lose(answered=False)
     if state in STATES[4:]:
-        talk.exchange.upstream_head(200, SSE)
+        talk.head(200, SSE)
     if state in STATES[5:]:
         talk.exchange.upstream_body(EVENTS[0][:-1])
     if state in STATES[6:]:
@@ -1050,11 +1050,11 @@ def test_what_happens_after_the_client_has_left_reaches_nobody(state: str) -> No
     talk.leave()
     talk.exchange.request_body(b"}")
     talk.exchange.request_end()
-    talk.exchange.upstream_head(200, SSE)
+    talk.head(200, SSE)
     talk.exchange.upstream_body(DONE)
     talk.exchange.client_paused()
     talk.exchange.client_resumed()
-    talk.exchange.timer()
+    talk.exchange.look_at_limits()
     talk.exchange.upstream_lost("late", answered=True)
     talk.exchange.upstream_end()
     talk.leave()
@@ -1124,7 +1124,7 @@ def test_a_client_that_pauses_inside_a_write_pauses_the_upstream() -> None:
 
 def test_a_client_that_was_paused_before_the_connection_came_pauses_it_too() -> None:
     talk = Conversation()
-    talk.exchange.begin()
+    talk.begin()
     talk.exchange.client_paused()
     talk.exchange.request_body(orjson.dumps(OPENAI_STREAM))
     talk.exchange.request_end()
@@ -1148,7 +1148,7 @@ def test_an_exchange_asks_for_an_idle_connection_before_a_fresh_one() -> None:
 
 def test_an_answer_before_a_connection_is_ignored() -> None:
     talk = brought_to("connecting")
-    talk.exchange.upstream_head(200, SSE)
+    talk.head(200, SSE)
     talk.exchange.upstream_body(DONE)
     talk.exchange.upstream_end()
     talk.exchange.upstream_lost("late", answered=False)

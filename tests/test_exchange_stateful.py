@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.exchange import STALE_WITHIN, Limits, Route
 from gateway.headers import Header
 from tests.fake_vllm import DONE, EVENTS, completion
-from tests.recorders import CHAT, COMPLETIONS, MODELS, ConnectionRecorder, Conversation
+from tests.recorders import CHAT, COMPLETIONS, MODELS, TICK, ConnectionRecorder, Conversation
 
 TURNS = [{"role": "user", "content": "What is it?"}]
 # By name, as hypothesis shows what it drew.
@@ -55,8 +55,8 @@ LIMITS = st.builds(
     total=st.sampled_from([12.0, 64.0]),
     body=st.sampled_from([2.0, 8.0]),
 )
-# A timer is never set for less than a millisecond.
-LATE = 0.001
+# A limit is seen at the next look.
+LATE = TICK
 
 
 class ExchangeMachine(RuleBasedStateMachine):
@@ -98,7 +98,7 @@ class ExchangeMachine(RuleBasedStateMachine):
         self.received_at: float | None = None
         self.heard_at = self.talk.clock.now
         self.paused = False
-        self.exchange.begin()
+        self.talk.begin()
 
     # What is so now
 
@@ -191,7 +191,7 @@ class ExchangeMachine(RuleBasedStateMachine):
     @rule(head=st.sampled_from(list(HEADS)))
     def head_comes(self, head: str) -> None:
         self.answered = self.head_came = True
-        self.exchange.upstream_head(*HEADS[head])
+        self.talk.head(*HEADS[head])
 
     @precondition(lambda self: self.lent and self.head_came and not self.lent.paused)
     @rule(piece=st.sampled_from(list(PIECES)))
@@ -266,8 +266,8 @@ class ExchangeMachine(RuleBasedStateMachine):
             self.talk.assert_settled()
         else:
             assert self.exchange.outcome == ""
-            assert self.talk.observer.finished_ones == []
-            assert len(self.talk.clock.timers) == 1
+            assert self.talk.finished == []
+            assert self.talk.path.in_flight == {self.exchange}
 
     @invariant()
     def the_outcome_is_true(self) -> None:

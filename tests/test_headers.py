@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import httptools
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.headers import NOT_TO_CLIENT, NOT_TO_UPSTREAM, Header, by_name, forwarded, sane_request_id
+from gateway.headers import Header, RequestHead, SameHead, answer_head, by_name, sane_request_id
 
 
 def to_upstream(headers: list[Header]) -> list[Header]:
-    return forwarded(headers, by_name(headers), NOT_TO_UPSTREAM)
+    lines = RequestHead(headers).lines(rewritten=False).split(b"\r\n")[:-1]
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def to_client(headers: list[Header]) -> list[Header]:
-    return forwarded(headers, by_name(headers), NOT_TO_CLIENT)
+    return answer_head(200, headers)[0].headers
 
 
 Forward = Callable[[list[Header]], list[Header]]
@@ -34,7 +36,7 @@ ONE_HOP = [
     b"transfer-encoding",
     b"upgrade",
 ]
-KEPT = [b"accept", b"cache-control", b"content-type", b"traceparent", b"x-a", b"x-b"]
+KEPT = [b"accept", b"cache-control", b"content-language", b"traceparent", b"x-a", b"x-b"]
 VALUES = st.sampled_from([b"", b"1", b"close", b"a, b"])
 NAMED = st.lists(st.sampled_from([b"x-a", b"X-A", b" x-b", b"\tX-B ", b"close", b"", b"Keep-Alive"]), max_size=3)
 HEADERS = st.lists(
@@ -87,7 +89,12 @@ def test_what_every_way_in_writes_itself_does_not_come_from_the_upstream(name: b
     assert to_client([(name, b"x"), (b"content-type", b"text/plain")]) == [(b"content-type", b"text/plain")]
 
 
-@pytest.mark.parametrize("name", [b"content-length", b"content-encoding", b"retry-after", b"set-cookie", b"vary"])
+def test_the_length_of_an_answer_is_told_apart() -> None:
+    head, length = answer_head(200, [(b"content-length", b"7"), (b"vary", b"Origin")])
+    assert (head.headers, length) == ([(b"vary", b"Origin")], b"7")
+
+
+@pytest.mark.parametrize("name", [b"content-type", b"content-encoding", b"retry-after", b"set-cookie", b"vary"])
 def test_what_describes_the_answer_reaches_the_client(name: bytes) -> None:
     assert to_client([(name, b"x"), (name, b"y")]) == [(name, b"x"), (name, b"y")]
 
@@ -133,3 +140,110 @@ def test_a_request_id_that_could_harm_a_log_line_is_not_taken_over(value: bytes)
 
 def test_a_request_id_sent_twice_is_not_taken_over() -> None:
     assert sane_request_id(by_name([(b"x-request-id", b"a"), (b"x-request-id", b"b")])[b"x-request-id"]) is None
+
+
+class Parsed:
+    """What a parser reads of one message."""
+
+    def __init__(self, data: bytes) -> None:
+        self.told: list[object] = []
+        self.body = b""
+        self.ended = 0
+        parser = httptools.HttpRequestParser(self)
+        parser.feed_data(data)
+        self.told += [
+            parser.get_method(),
+            parser.get_http_version(),
+            parser.should_keep_alive(),
+            parser.should_upgrade(),
+        ]
+
+    def on_url(self, url: bytes) -> None:
+        self.told.append(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() != b"content-length":
+            self.told.append((name, value))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.ended += 1
+
+
+def message(lines: list[bytes], body: bytes) -> bytes:
+    head = [b"POST /v1/chat/completions HTTP/1.1", *lines]
+    return b"\r\n".join(head).replace(b"LENGTH", b"%d" % len(body)) + b"\r\n\r\n" + body
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            b"Host: x",
+            b"Content-Length: LENGTH",
+            b"content-length: LENGTH",
+            b"content-length:LENGTH",
+            b"Content-Length: LENGTH ",
+            b" content-length: 3",
+            b"x-content-length: 4",
+            b"x: content-length: 5",
+            b"x: a\r",
+            b"x: a\ncontent-length: 5",
+            b"Transfer-Encoding: chunked",
+            b"Connection: close",
+            b"",
+            b"\tfolded",
+        ]
+    ),
+    max_size=5,
+)
+BODIES = st.sampled_from([b"", b"{}", b"x" * 12, b"content-length: 1\r\n\r\n", b"0\r\n\r\n"])
+
+
+@given(lines=LINES, first=BODIES, second=BODIES, more=st.sampled_from([b"", b"", b"\r\n", b"G", b"x" * 9]))
+@example(lines=[b"Host: x", b"Content-Length: LENGTH"], first=b"{}", second=b"x" * 12, more=b"")
+@settings(deadline=None, max_examples=500)
+def test_a_head_that_is_known_again_is_what_a_parser_would_read(
+    lines: list[bytes], first: bytes, second: bytes, more: bytes
+) -> None:
+    data, again = message(lines, first), message(lines, second) + more
+    try:
+        before = Parsed(data)
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return
+    same = SameHead.of(data)
+    if same is None or before.ended != 1 or not before.told[-2]:
+        return
+    at = same.body_at(again)
+    assert bool(at) is not bool(more)
+    if at:
+        after = Parsed(again)
+        assert (after.told, after.ended) == (before.told, 1)
+        assert (after.body, b"%d" % len(after.body)) == (again[at:], same.length)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        b"",
+        b"POST / HTTP/1.1\r\ncontent-length: 2\r\nhost: x\r\n\r\nhi",
+        b"POST /x HTTP/1.1\r\ncontent-length: 3\r\nhost: x\r\n\r\nhi",
+        b"POST /x HTTP/1.1\r\ncontent-length: 2\r\nhost: x\r\n\r\nhi!",
+        b"POST /x HTTP/1.1\r\ncontent-length: \r\nhost: x\r\n\r\n",
+        b"POST /x HTTP/1.1\r\ncontent-length: +2\r\nhost: x\r\n\r\nhi",
+        b"POST /x HTTP/1.1\r\ncontent-length: 2\r\nhost: y\r\n\r\nhi",
+        b"POST /x HTTP/1.1\r\ncontent-length: 2",
+        b"POST /x HTTP/1.1\r\ncontent-length: 0000000002\r\nhost: x\r\n\r\nhi",
+    ],
+)
+def test_what_differs_in_more_than_its_length_or_is_not_whole_is_not_known_again(again: bytes) -> None:
+    same = SameHead.of(b"POST /x HTTP/1.1\r\ncontent-length: 5\r\nhost: x\r\n\r\nhello")
+    assert same is not None
+    assert same.body_at(again) == 0
+    assert same.body_at(b"POST /x HTTP/1.1\r\ncontent-length: 2\r\nhost: x\r\n\r\nhi") == 48
+    assert same.length == b"2"
+
+
+def test_a_long_head_is_not_remembered() -> None:
+    assert SameHead.of(b"POST / HTTP/1.1\r\ncontent-length: 0\r\nx: " + b"x" * 5000 + b"\r\n\r\n") is None

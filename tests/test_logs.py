@@ -150,7 +150,7 @@ def ended(model: str = "demo") -> Conversation:
     talk.ask({"messages": {"user": "a prompt"}, "model": model, "streaming": False})
     talk.connect()
     talk.clock.advance(1.5)
-    talk.exchange.upstream_head(200, [(b"content-type", b"application/json")])
+    talk.head(200, [(b"content-type", b"application/json")])
     usage = '"usage":{"prompt_tokens":3,"completion_tokens":4}'
     talk.exchange.upstream_body(b'{"choices":[{"message":{"content":"a reply"}}],%s}' % usage.encode())
     talk.clock.advance(0.5)

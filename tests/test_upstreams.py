@@ -30,16 +30,16 @@ def broken(made: Upstream, times: int, now: float = 0.0) -> Upstream:
 @pytest.mark.parametrize(
     ("url", "host", "port", "tls", "prefix", "authority"),
     [
-        ("http://vllm:8008", "vllm", 8008, False, "", b"vllm:8008"),
-        ("http://vllm", "vllm", 80, False, "", b"vllm"),
-        ("https://vllm", "vllm", 443, True, "", b"vllm"),
-        ("https://vllm:8443/pre/fix", "vllm", 8443, True, "/pre/fix", b"vllm:8443"),
-        ("http://[::1]:8008", "::1", 8008, False, "", b"[::1]:8008"),
-        ("http://10.0.0.7:1", "10.0.0.7", 1, False, "", b"10.0.0.7:1"),
+        ("http://vllm:8008", "vllm", 8008, False, "", "vllm:8008"),
+        ("http://vllm", "vllm", 80, False, "", "vllm"),
+        ("https://vllm", "vllm", 443, True, "", "vllm"),
+        ("https://vllm:8443/pre/fix", "vllm", 8443, True, "/pre/fix", "vllm:8443"),
+        ("http://[::1]:8008", "::1", 8008, False, "", "[::1]:8008"),
+        ("http://10.0.0.7:1", "10.0.0.7", 1, False, "", "10.0.0.7:1"),
     ],
 )
 def test_a_url_says_where_an_upstream_is(
-    url: str, host: str, port: int, tls: bool, prefix: str, authority: bytes
+    url: str, host: str, port: int, tls: bool, prefix: str, authority: str
 ) -> None:
     made = Upstream.from_url(url)
     assert (made.url, made.host, made.port, made.tls) == (url, host, port, tls)
