@@ -32,12 +32,13 @@ class Failed(Exception):
 
 def body(*, simplified: bool, prompt: str = _QUESTION, stream: str = "") -> str:
     """A call of either form; `stream` is the mock's `events:interval:delay`, empty for a whole answer."""
+    prompt = f"{stream} {prompt}"
     if simplified:
         call = {"messages": {"system": _SYSTEM, "user": prompt}, "max_new_tokens": 64, "streaming": bool(stream)}
     else:
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
         call = {"messages": messages, "max_tokens": 64, "temperature": 0.01, "stream": bool(stream)}
-    return json.dumps({"model": MODEL, **call, **({"user": stream} if stream else {})})
+    return json.dumps({"model": MODEL, **call})
 
 
 class Cells:

@@ -1,6 +1,6 @@
 """A fast upstream that behaves as vLLM on the wire, checks what it is sent and counts what it sees.
 
-How a stream goes stands in the call's `user` field, as that survives every peer: `events:interval ms:delay ms`.
+How a stream goes stands before the user's text, as that survives every peer: `events:interval ms:delay ms`.
 The text of each event is the monotonic clock, in nanoseconds, at the time of its writing.
 """
 
@@ -126,15 +126,16 @@ class Connection(asyncio.Protocol):
         try:
             call = orjson.loads(body)
             assert call["model"] == MODEL
-            assert call["messages"][-1]["content"]
-        except (AssertionError, LookupError, TypeError, orjson.JSONDecodeError):
+            plan = call["messages"][-1]["content"].partition(" ")[0]
+            if call.get("stream"):
+                events, interval, delay = map(int, plan.split(":"))
+        except (AssertionError, LookupError, TypeError, ValueError):
             self._counts.refused += 1
             self._transport.write(_whole(b"400 Bad Request", b'{"error":{"message":"not the call that was made"}}'))
             return
         if not call.get("stream"):
             self._transport.write(_ANSWER)
             return
-        events, interval, delay = map(int, call["user"].split(":"))
         self._left = events
         self._interval = interval / 1000
         self._timer = self._loop.call_later(delay / 1000, self._begin)
