@@ -8,7 +8,9 @@ import sys
 from typing import Any, cast
 
 import httptools
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from gateway.errors import BadRequest, GatewayError
 from gateway.exchange import FAILED, ROUTES, Exchange, Route, new_request_id
@@ -63,9 +65,20 @@ class Protocol(HttpToolsProtocol):
 
     cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
-    _in_body = False
-    _refused = False
-    _idle_since: float | None = None
+    # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
+    __slots__ = ("_idle_since", "_in_body", "_refused")
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._in_body = False
+        self._refused = False
+        self._idle_since: float | None = None
 
     def on_headers_complete(self) -> None:
         self._in_body = True
@@ -164,19 +177,38 @@ class Shortcut(Protocol):
     as uvicorn's own cycle, the head together with what comes first.
     """
 
-    # The running request, if any, and what uvicorn asks its cycle for.
-    _exchange: Exchange | None = None
-    keep_alive = True
-    response_started = False
-    response_complete = True
+    __slots__ = (
+        "_chunked",
+        "_data",
+        "_exchange",
+        "_head",
+        "_in_message",
+        "_same",
+        "keep_alive",
+        "response_complete",
+        "response_started",
+    )
 
-    _head = b""
-    _chunked = False
-
-    # What came last on the connection, for the next that is like it but for its length.
-    _same: tuple[SameHead, RequestHead, Route] | None = None
-    _in_message = False
-    _data = b""
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        # The running request, if any, and what uvicorn asks its cycle for.
+        self._exchange: Exchange | None = None
+        self.keep_alive = True
+        self.response_started = False
+        self.response_complete = True
+        # The answer's head until it is written.
+        self._head = b""
+        self._chunked = False
+        # What came last on the connection, for the next that is like it but for its length.
+        self._same: tuple[SameHead, RequestHead, Route] | None = None
+        self._in_message = False
+        self._data = b""
 
     def data_received(self, data: bytes) -> None:
         if self._same is not None and self.cycle is self and self.response_complete and not self._in_message:

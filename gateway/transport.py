@@ -188,6 +188,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._overhead = 0
         head, length = answer_head(self._status, self._head)
+        self._head = []
         if begins and self._complete and self._keep_alive and length is not None and self._status not in (204, 304):
             same = SameHead.of(data)
             self._same = (same, head) if same else None
