@@ -58,9 +58,8 @@ class Ended:
     def settle(self) -> None:
         """Count and log those that wait."""
         ended, self._waiting = self._waiting, []
-        for exchange in ended:
-            self._metrics.finished(exchange)
-            self._request_log.exchange(exchange)
+        self._metrics.finished(ended)
+        self._request_log.exchanges(ended)
 
 
 async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:

@@ -306,17 +306,25 @@ class Exchange:
 
     def request_end(self) -> None:
         """The request is complete."""
-        if self._state is not _RECEIVING:
-            return
+        if self._state is _RECEIVING:
+            content = b"".join(self._pieces)
+            self._pieces = []
+            self._pass_on(content)
+
+    def request(self, content: bytes) -> None:
+        """The whole request is there."""
+        self.begin(len(content))
+        if self._state is _RECEIVING:
+            self._pass_on(content)
+
+    def _pass_on(self, content: bytes) -> None:
         now = self.received_at = self._path.time()
-        content = b"".join(self._pieces)
-        self._pieces = []
         try:
             self._content = self._to_upstream_body(content)
         except GatewayError as error:
             self.fail(error)
         else:
-            self.due = self._next_limit(now)
+            self.due = self._next_limit(now) if self.streaming else self.started_at + self._path.limits.total
             self._connect(now, without=None)
 
     def _too_large(self) -> TooLarge:
@@ -409,7 +417,7 @@ class Exchange:
         if self._path.authorization:
             head += f"authorization: {self._path.authorization}\r\n"
         lines = request.lines(rewritten=self._simplified is not None)
-        return b"%b%b\r\n%b" % (head.encode("latin-1"), lines, content)
+        return b"".join((head.encode("latin-1"), lines, b"\r\n", content))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
@@ -472,10 +480,13 @@ class Exchange:
             data = self._to_repr(data)
             if not data:
                 return
+        client = self._client
         if not self._started:
-            self._start()
+            self._started = True
+            assert self._head is not None
+            client.start(self._head, self._length, self.request_id)
         self.bytes_out += len(data)
-        self._client.body(data)
+        client.body(data)
 
     def upstream_end(self) -> None:
         """The answer is complete."""

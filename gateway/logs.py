@@ -23,7 +23,7 @@ Format = Literal["json", "text"]
 # Past this many unwritten lines new ones are dropped and counted: a stuck reader must not eat the memory.
 _PENDING = 50_000
 # Lines of this long are written together, in seconds.
-_TOGETHER = 0.02
+_TOGETHER = 0.1
 
 
 class LineWriter:
@@ -129,16 +129,20 @@ class RequestLog:
         self._writer = writer
         self._form = form
 
-    def exchange(self, exchange: Exchange) -> None:
-        """The line of a data-path request that has ended."""
-        if self._writer is None:
-            return
+    def exchanges(self, exchanges: list[Exchange]) -> None:
+        """The lines of data-path requests that have ended."""
+        if self._writer is not None:
+            # What the wall's clock shows more than the exchanges'.
+            ahead = time.time() - time.monotonic()
+            for exchange in exchanges:
+                self._exchange(exchange, ahead)
+
+    def _exchange(self, exchange: Exchange, ahead: float) -> None:
         started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
-        total = (ended or started) - started
         usage = exchange.usage
         self._line(
             {
-                "time": _iso(time.time() - time.monotonic() + started),
+                "time": _iso(started + ahead),
                 "request_id": exchange.request_id,
                 "method": exchange.route.method,
                 "path": exchange.route.path,
@@ -146,8 +150,8 @@ class RequestLog:
                 "model": exchange.model and exchange.model[:200],
                 "upstream": exchange.upstream.url if exchange.upstream else None,
                 "status": exchange.status,
-                "first_token_s": None if first is None else round(first - started, 6),
-                "total_s": round(total, 6),
+                "first_token_s": None if first is None else _in_microseconds(first - started),
+                "total_s": _in_microseconds((ended or started) - started),
                 "prompt_tokens": usage[0] if usage else None,
                 "completion_tokens": usage[1] if usage else None,
                 "bytes": exchange.bytes_out,
@@ -166,7 +170,7 @@ class RequestLog:
                 "method": method,
                 "path": path,
                 "status": status,
-                "total_s": round(total, 6),
+                "total_s": _in_microseconds(total),
                 "outcome": "done",
             }
         )
@@ -189,6 +193,10 @@ def _word(value: Any) -> str:
     """As it is where that is plain, else quoted and escaped, so that nothing can forge a field or a line."""
     text = str(value)[:200]
     return text if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text) else json.dumps(text)
+
+
+def _in_microseconds(seconds: float) -> float:
+    return int(seconds * 1e6) / 1e6
 
 
 def _iso(seconds: float) -> str:

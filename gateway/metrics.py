@@ -47,11 +47,15 @@ class Metrics(Collector):
             _FINE,
         )
 
-    def finished(self, exchange: Exchange) -> None:
-        """A relayed request has ended."""
+    def finished(self, exchanges: list[Exchange]) -> None:
+        """Relayed requests have ended."""
+        models = self._pool.models
+        for exchange in exchanges:
+            # A client's word as a label only where it is one that we know, so that the series stay few.
+            self._count(exchange, exchange.model if exchange.model in models else None)
+
+    def _count(self, exchange: Exchange, model: str | None) -> None:
         started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
-        # A client's word as a label only where it is one that we know, so that the series stay few.
-        model = exchange.model if exchange.model in self._pool.models else None
         self._requests[exchange.route.path, exchange.form or "none", model or "unknown", exchange.status] += 1
         self._total.observe(ended - started)
         if exchange.received_at is not None and exchange.sent_at is not None:

@@ -94,7 +94,8 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif self._refused:
@@ -225,10 +226,7 @@ class Shortcut(Protocol):
         """What is in `data` whole, its body beginning at `at`, is the request."""
         exchange = self._begin(head, route)
         try:
-            exchange.begin(len(data) - at)
-            if at < len(data):
-                exchange.request_body(data[at:])
-            exchange.request_end()
+            exchange.request(data[at:])
         except Exception as error:
             self._failed(exchange, error)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 # Inside a JSON string every quote is escaped, so a model that writes this text is not mistaken for vLLM.
-_COUNTS = re.compile(rb'"(prompt|completion)_tokens":\s*(\d{1,18})\b')
+_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d{1,18})\b')
+_COMPLETION = re.compile(rb'"completion_tokens":\s*(\d{1,18})\b')
 # Enough for the counts, which come before the details.
 _LONG = 300
 
@@ -18,5 +19,6 @@ def usage_text(tail: bytes) -> bytes:
 
 def usage_in(tail: bytes) -> tuple[int, int] | None:
     """Prompt and completion tokens of the last `usage` object in `tail`; None where vLLM reported none."""
-    counts = dict(_COUNTS.findall(usage_text(tail)))
-    return (int(counts[b"prompt"]), int(counts[b"completion"])) if len(counts) == 2 else None
+    text = usage_text(tail)
+    prompt, completion = _PROMPT.search(text), _COMPLETION.search(text)
+    return (int(prompt[1]), int(completion[1])) if prompt and completion else None
