@@ -97,6 +97,11 @@ class _AsgiClient:
     def end(self) -> None:
         self._put({"type": "http.response.body", "body": b"", "more_body": False})
 
+    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
+        self.start(head, b"%d" % len(content), request_id)
+        self._queued += len(content)
+        self._put({"type": "http.response.body", "body": content, "more_body": False})
+
     def abort(self) -> None:
         self._aborted = True
         self._wake.set()

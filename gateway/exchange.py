@@ -57,6 +57,9 @@ class Client(Protocol):
     def end(self) -> None:
         """The answer is complete."""
 
+    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
+        """All of the answer at once."""
+
     def abort(self) -> None:
         """The answer breaks off: the connection closes without a clean end."""
 
@@ -501,6 +504,26 @@ class Exchange:
         except GatewayError as error:
             self._upstream_failed(error)
 
+    def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
+        """The whole answer is there, at once."""
+        if head.streams or self._simplified is not None:
+            self.upstream_head(head, b"%d" % len(content))
+            if content:
+                self.upstream_body(content)
+            self.upstream_end()
+        elif self._state is _WAITING:
+            connection, self._connection = self._connection, None
+            self.upstream_ended_at = self._path.time()
+            if content:
+                self.first_byte_at = self.upstream_ended_at
+            if connection is not None:
+                connection.release()
+            self.status = head.status
+            self.bytes_out = len(content)
+            self._last = content
+            self._answered(failed=head.status >= 500)
+            self._client.whole(head, content, self.request_id)
+
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         """The connection is gone before the answer's end; `answered` once any byte of it had come."""
         if self._state not in (_WAITING, _ANSWERING):
@@ -543,11 +566,6 @@ class Exchange:
             self._upstream_failed(error)
             return b""
 
-    def _start(self) -> None:
-        self._started = True
-        assert self._head is not None
-        self._client.start(self._head, self._length, self.request_id)
-
     def _collect(self, data: bytes) -> None:
         self._pieces.append(data)
         self._size += len(data)
@@ -561,12 +579,12 @@ class Exchange:
             answer = b"".join(self._pieces)
             self._pieces = []
             reply = simplified.to_reply(self._simplified, answer)
-            self._head, self._length = _REPLY, b"%d" % len(reply)
             self._last = answer
             self.bytes_out = len(reply)
-            self._start()
-            self._client.body(reply)
-        elif self._sse:
+            self._answered(failed=False)
+            self._client.whole(_REPLY, reply, self.request_id)
+            return
+        if self._sse:
             if self._held and (self.status != 200 or sse.has_done(self._held)):
                 # The last event lacks its blank line, but nothing else.
                 self._way = _RELAYED
@@ -577,8 +595,14 @@ class Exchange:
             failed = failed or b'data: {"error"' in end
         if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
             return
+        client = self._client
         if not self._started:
-            self._start()
+            assert self._head is not None
+            client.start(self._head, self._length, self.request_id)
+        self._answered(failed=failed)
+        client.end()
+
+    def _answered(self, *, failed: bool) -> None:
         upstream = self.upstream
         assert upstream is not None
         if failed:
@@ -588,7 +612,6 @@ class Exchange:
             if upstream.broken_in_a_row:
                 upstream.succeeded()
             self._finish("done")
-        self._client.end()
 
     # The client
 
@@ -672,10 +695,7 @@ class Exchange:
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
-            head = AnswerHead(error.status, [_JSON, *error.headers])
-            client.start(head, b"%d" % len(content), self.request_id)
-            client.body(content)
-            client.end()
+            client.whole(AnswerHead(error.status, [_JSON, *error.headers]), content, self.request_id)
         elif self._sse and not self._cut_event:
             self._finish(error.outcome)
             client.body(error.event(self.request_id))

@@ -133,12 +133,11 @@ class SameHead:
     read again; that is a third of what a small request costs.
     """
 
-    __slots__ = ("_after", "_before", "length")
+    __slots__ = ("_after", "_before")
 
     def __init__(self, before: bytes, after: bytes) -> None:
         self._before = before
         self._after = after
-        self.length = b""
 
     @classmethod
     def of(cls, data: bytes) -> SameHead | None:
@@ -147,7 +146,7 @@ class SameHead:
         return cls(found[1], found[3]) if found else None
 
     def body_at(self, data: bytes) -> int:
-        """Where the body begins if `data` is this head and all of its body, nothing more; else 0. Sets `length`."""
+        """Where the body begins if `data` is this head and all of its body, nothing more; else 0."""
         before = self._before
         if not data.startswith(before):
             return 0
@@ -156,7 +155,6 @@ class SameHead:
         length = data[start:end]
         if end < 0 or not length.isdigit() or not data.startswith(self._after, end):
             return 0
-        self.length = length
         at = end + len(self._after)
         return at if len(data) == at + int(length) else 0
 

@@ -329,11 +329,12 @@ class Shortcut(Protocol):
         """The answer's head, to be written with what comes first."""
         self.response_started = True
         self._chunked = length is None and head.status not in (204, 304)
-        more = (
-            f"x-request-id: {request_id}\r\n"
-            if length is None
-            else f"content-length: {length.decode()}\r\nx-request-id: {request_id}\r\n"
-        )
+        more = f"x-request-id: {request_id}\r\n"
+        if length is not None:
+            more = f"content-length: {length.decode()}\r\n{more}"
+        self._head = self._to_head(head, more)
+
+    def _to_head(self, head: AnswerHead, more: str) -> bytes:
         if head.closes:
             self.keep_alive = False
         elif not self.keep_alive:
@@ -341,7 +342,7 @@ class Shortcut(Protocol):
         if self._chunked:
             more += "transfer-encoding: chunked\r\n"
         default = lines(self.server_state.default_headers)
-        self._head = b"%b%b%b%b\r\n" % (STATUS_LINE[head.status], default, head.lines, more.encode())
+        return b"".join((STATUS_LINE[head.status], default, head.lines, more.encode(), b"\r\n"))
 
     def body(self, data: bytes) -> None:
         """A piece of the answer."""
@@ -357,6 +358,17 @@ class Shortcut(Protocol):
         if rest:
             self._head = b""
             self.transport.write(rest)
+        self._complete()
+
+    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
+        """All of the answer at once."""
+        self.response_started = True
+        self._chunked = False
+        more = f"content-length: {len(content)}\r\nx-request-id: {request_id}\r\n"
+        self.transport.write(self._to_head(head, more) + content)
+        self._complete()
+
+    def _complete(self) -> None:
         self._exchange = None
         self.response_complete = True
         if not self.keep_alive:

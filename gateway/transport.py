@@ -139,12 +139,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._forget()
             self.discard()
         elif self._same is not None and not self._answered and (at := self._same[0].body_at(data)):
-            same, head = self._same
-            exchange.upstream_head(head, same.length)
-            if at < len(data) and self.exchange is exchange:
-                exchange.upstream_body(data[at:])
-            if self.exchange is exchange:
-                exchange.upstream_end()
+            exchange.upstream_answer(self._same[1], data[at:])
         else:
             self._parse(exchange, data)
 

@@ -101,6 +101,13 @@ class ClientRecorder:
         self._still_there()
         self.ending = "end"
 
+    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
+        self.start(head, b"%d" % len(content), request_id)
+        if content:
+            self.body(content)
+        if not self.gone:
+            self.end()
+
     def abort(self) -> None:
         self._still_there()
         self.ending = "abort"

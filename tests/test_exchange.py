@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gateway import exchange as exchange_module
 from gateway.errors import Style
 from gateway.exchange import HELD_EVENT
-from gateway.headers import Header
+from gateway.headers import Header, answer_head
 from gateway.sse import Decoder
 from tests.fake_vllm import DONE, EVENTS, USAGE, completion, event
 from tests.recorders import COMPLETIONS, LIMITS, MODELS, Conversation
@@ -143,6 +143,40 @@ def test_an_answer_without_a_body_is_a_head_and_an_end() -> None:
     talk = answering(OPENAI_WHOLE, UPSTREAMS_OWN, status=204)
     talk.exchange.upstream_end()
     assert (talk.client.status, talk.client.pieces, talk.client.ending) == (204, [], "end")
+    talk.assert_settled()
+
+
+@pytest.mark.parametrize("content", [b"", b"{ }", completion(), EVENTS[0] + DONE, b"data: half"])
+@pytest.mark.parametrize("head", [(200, JSON), (200, SSE), (400, JSON), (500, JSON)])
+@pytest.mark.parametrize("body", [OPENAI_WHOLE, OPENAI_STREAM, SIMPLIFIED_WHOLE, SIMPLIFIED_STREAM])
+def test_an_answer_that_comes_at_once_is_the_one_that_comes_in_pieces(
+    body: object, head: tuple[int, list[Header]], content: bytes
+) -> None:
+    headers = ((b"x-request-id", b"mine"),)
+    pieces, whole = Conversation(headers=headers), Conversation(headers=headers)
+    for talk in (pieces, whole):
+        talk.ask(body)
+        talk.connect()
+        talk.clock.advance(1)
+    pieces.exchange.upstream_head(*answer_head(head[0], [*head[1], (b"content-length", b"%d" % len(content))]))
+    if content:
+        pieces.exchange.upstream_body(content)
+    pieces.exchange.upstream_end()
+    whole.exchange.upstream_answer(answer_head(*head)[0], content)
+    for talk in (pieces, whole):
+        talk.assert_settled()
+    for name in ("status", "headers", "content", "ending"):
+        assert getattr(whole.client, name) == getattr(pieces.client, name)
+    for name in ("outcome", "status", "bytes_out", "usage", "events", "first_byte_at", "upstream_ended_at"):
+        assert getattr(whole.exchange, name) == getattr(pieces.exchange, name)
+    assert whole.upstreams[0].broken_in_a_row == pieces.upstreams[0].broken_in_a_row
+
+
+def test_a_whole_answer_that_comes_too_late_reaches_nobody() -> None:
+    talk = brought_to("waiting")
+    talk.leave()
+    talk.exchange.upstream_answer(answer_head(200, JSON)[0], b"{}")
+    assert talk.client.status == 0
     talk.assert_settled()
 
 

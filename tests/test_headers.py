@@ -220,7 +220,7 @@ def test_a_head_that_is_known_again_is_what_a_parser_would_read(
     if at:
         after = Parsed(again)
         assert (after.told, after.ended) == (before.told, 1)
-        assert (after.body, b"%d" % len(after.body)) == (again[at:], same.length)
+        assert after.body == again[at:]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,6 @@ def test_what_differs_in_more_than_its_length_or_is_not_whole_is_not_known_again
     assert same is not None
     assert same.body_at(again) == 0
     assert same.body_at(b"POST /x HTTP/1.1\r\ncontent-length: 2\r\nhost: x\r\n\r\nhi") == 48
-    assert same.length == b"2"
 
 
 def test_a_long_head_is_not_remembered() -> None:

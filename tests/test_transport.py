@@ -77,6 +77,12 @@ class Caller:
             assert self.connection is not None
             self.connection.release()
 
+    def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
+        self.upstream_head(head, b"%d" % len(content))
+        if content:
+            self.upstream_body(content)
+        self.upstream_end()
+
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         self._end(f"lost: {why}")
         self.answered = answered
