@@ -195,6 +195,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self.send = _nowhere
+        del self._parser  # which holds this connection, and would keep it until the garbage collector's next round
         self._forget()
         exchange, self.exchange = self.exchange, None
         if exchange is None:

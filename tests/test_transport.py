@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import socket
 import struct
@@ -976,3 +977,24 @@ def test_a_connection_released_after_the_close_is_closed() -> None:
             assert kept == []
 
     asyncio.run(work())
+
+
+def test_a_closed_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    async def work() -> int:
+        pool, upstream = ConnectionPool(1), Upstream.from_url("http://upstream")
+        gc.collect()
+        for _ in range(10):
+            connection, caller = UpstreamConnection(pool, upstream), Caller()
+            connection.connection_made(Wire())
+            connection.exchange = cast(Exchange, caller)
+            caller.upstream_connected(connection)
+            connection.data_received(OK)
+            connection.connection_lost(None)
+        del connection, caller
+        return gc.collect()
+
+    gc.disable()
+    try:
+        assert asyncio.run(work()) == 0
+    finally:
+        gc.enable()
