@@ -87,7 +87,7 @@ class Cells:
 
         def cell(arm: Arm) -> Figures:
             before = self._counts()
-            left = self._load_raw(arm, stream, streams=8, events=100, leave=after)["left"]
+            left = self._load_raw(arm, stream, streams=5, events=100, leave=after)["left"]
             aborts = self._counts()["aborts"][len(before["aborts"]) :]
             late = [min((abort - one for abort in aborts if abort > one), default=2.5e9) / 1e6 for one in left]
             return {"closed_p50_ms": median(late), "closed_max_ms": max(late)}
