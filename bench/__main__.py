@@ -50,19 +50,26 @@ def main(quick: bool) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit if limit < 20_000 else 20_000, limit))
         names = QUICK if quick else ALL
-        samples = _run(console, names, (cores[0], cores[-1]), quick=quick)
-    except (Missing, Failed) as error:
-        console.print(f"[red]{error}[/red]")
+        samples, failures = _run(console, names, (cores[0], cores[-1]), quick=quick)
+    except Missing as error:
+        console.print(str(error), style="red", markup=False)
         sys.exit(1)
     shown = ["direct", *names]
-    console.print(report.table(samples, shown), report.bars_as_text(samples), markup=False)
+    console.print(report.table(samples, shown), report.bars_as_text(samples), sep="\n", markup=False, soft_wrap=True)
     if not quick:
-        _write(samples, shown)
+        _write(samples, shown, failures)
         console.print(f"written to {RESULTS}")
+    if failures:
+        console.print("Failed:", *failures, sep="\n", style="red", markup=False)
+        sys.exit(1)
 
 
-def _run(console: Console, names: list[str], cores: tuple[int, int], *, quick: bool) -> report.Samples:
+def _run(
+    console: Console, names: list[str], cores: tuple[int, int], *, quick: bool
+) -> tuple[report.Samples, list[str]]:
+    """What was measured, and the cells that failed, in words."""
     samples: report.Samples = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    failures = []
     rounds = 3 if quick else 5
     with tempfile.TemporaryDirectory() as folder, arms_.running(names, Path(folder), cores) as (arms, mock):
         direct = Arm("direct", arms_.MOCK_PORT, mock)
@@ -79,15 +86,21 @@ def _run(console: Console, names: list[str], cores: tuple[int, int], *, quick: b
                     order = [direct, *order[number % len(order) :], *order[: number % len(order)]]
                     for arm in order:
                         progress.update(task, advance=1, description=f"round {number + 1}: {cell}, {arm.name}")
-                        if _wanted(arm.name, cell, number):
-                            for figure, one in _measure(arm, work).items():
-                                samples[cell][arm.name][figure].append(one)
+                        if not _wanted(arm.name, cell, number):
+                            continue
+                        try:
+                            figures = _measure(arm, work)
+                        except Failed as error:
+                            failures.append(f"{arm.name}, {cell}: {error}")
+                            continue
+                        for figure, one in figures.items():
+                            samples[cell][arm.name][figure].append(one)
         for arm in arms.values():
             samples["after"][arm.name]["rss_mb"] = [rss_kb(arm.pid) / 1024]
         for cell in ("json-64", "streams-100"):
             _measure(arms["gateway"], cells[cell])
         samples["again"]["gateway"]["rss_mb"] = [rss_kb(arms["gateway"].pid) / 1024]
-    return samples
+    return samples, failures
 
 
 def _wanted(arm: str, cell: str, number: int) -> bool:
@@ -103,8 +116,6 @@ def _measure(arm: Arm, work: Work) -> Figures:
     time.sleep(0.3)  # its probes, and its idle connections that have died meanwhile
     try:
         return work(arm)
-    except Failed as error:
-        raise Failed(f"{arm.name}: {error}") from error
     finally:
         signal_all(arm.process, signal.SIGSTOP)
 
@@ -127,7 +138,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Work]:
     return chosen
 
 
-def _write(samples: report.Samples, arms: list[str]) -> None:
+def _write(samples: report.Samples, arms: list[str], failures: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
@@ -144,9 +155,12 @@ def _write(samples: report.Samples, arms: list[str]) -> None:
         "versions": {name: version(name) for name in ("uvicorn", "uvloop", "httptools", "starlette", "httpx", "orjson")}
         | {"vllm-router": "0.1.17", "litellm": "1.106.2", "nginx": _nginx_version()},
     }
-    (RESULTS / "results.json").write_text(json.dumps({"machine": machine, "samples": samples}, indent=1) + "\n")
+    (RESULTS / "results.json").write_text(
+        json.dumps({"machine": machine, "failures": failures, "samples": samples}, indent=1) + "\n"
+    )
     line = f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, {python}, nginx {_nginx_version()}"
     text = f"# Results\n\n{line}; commit {commit.strip()}. Medians, and (least-most) over the rounds.\n\n"
+    text += "".join(f"Failed: {failure}\n\n" for failure in failures)
     text += report.table(samples, arms) + "\n" + report.bars_as_text(samples) + "\n![chart](chart.svg)\n"
     (RESULTS / "README.md").write_text(text)
     (RESULTS / "chart.svg").write_text(report.chart(samples, arms, "One core each; shorter is better"))

@@ -62,7 +62,7 @@ class Cells:
                 cpu = cpu_us(arm.pid) - cpu
             result = json.loads(re.search("RESULT (.*)", said)[1])  # type: ignore[index]
             if result["errors"] or not result["requests"]:
-                raise Failed(f"{arm.name}: {result}")
+                raise Failed(str(result))
             return {
                 "cpu_us_per_request": cpu / result["requests"],
                 "requests_per_s": result["requests"] / result["seconds"],

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
+import httptools
 import uvloop
 
 from bench.processes import cpu_us, rss_kb
@@ -43,6 +44,7 @@ class Stream(asyncio.Protocol):
 
     def __init__(self, load: Load) -> None:
         self._load = load
+        self._parser = httptools.HttpResponseParser(self)
         self._rest = b""
         self.events = 0
         self.started = 0
@@ -58,10 +60,10 @@ class Stream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.monotonic_ns()
         load = self._load
-        data = self._rest + data
+        self._parser.feed_data(data)
+        data = self._rest
         end = data.rfind(b"\n\n") + 2
         if end < 2:
-            self._rest = data
             return
         self._rest = data[end:]
         stamps = _STAMP.findall(data, 0, end)
@@ -76,6 +78,9 @@ class Stream(asyncio.Protocol):
                 self.done.set_result(None)
             else:
                 self._fail(f"{self.events} of {load.plan.events} events")
+
+    def on_body(self, data: bytes) -> None:
+        self._rest += data
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(f"cut after {self.events} of {self._load.plan.events} events ({exc})")

@@ -20,6 +20,7 @@ FIGURES = (
     ("streams-300", "delay_p50_ms", "event delay p50, 300 paced streams", "ms"),
     ("streams-300", "delay_p99_ms", "event delay p99, 300 paced streams", "ms"),
     ("streams-300", "first_token_p50_ms", "first token p50, 300 streams", "ms"),
+    ("streams-300", "first_token_p99_ms", "first token p99, 300 streams", "ms"),
     ("streams-flood", "events_per_s", "events, as fast as they come", "/s"),
     ("open-2000", "kb_per_stream", "memory per open stream, 2,000", "KB"),
     ("leave-answer", "closed_max_ms", "client leaves its answer: upstream closed", "ms"),
@@ -36,17 +37,23 @@ def value(samples: Samples, cell: str, arm: str, figure: str) -> float | None:
 
 
 def table(samples: Samples, arms: list[str]) -> str:
-    """Markdown: medians, and in brackets the least and the most."""
+    """Markdown: medians, and in brackets the least and the most; of times also what an arm adds to `direct`."""
     lines = ["| | " + " | ".join(arms) + " |", "|---|" + "--:|" * len(arms)]
     for cell, figure, text, unit in FIGURES:
-        shown = []
-        for arm in arms:
-            rounds = samples.get(cell, {}).get(arm, {}).get(figure)
-            spread = f" ({min(rounds):.3g}-{max(rounds):.3g})" if rounds and len(rounds) > 1 else ""
-            shown.append(f"{_short(median(rounds))}{spread}" if rounds else "-")
-        if any(one != "-" for one in shown):
-            lines.append(f"| {text}, {unit} | " + " | ".join(shown) + " |")
+        found = [samples.get(cell, {}).get(arm, {}).get(figure) for arm in arms]
+        if not any(found):
+            continue
+        shown = [f"{_short(median(rounds))}{_spread(rounds)}" if rounds else "-" for rounds in found]
+        lines.append(f"| {text}, {unit} | " + " | ".join(shown) + " |")
+        direct = value(samples, cell, "direct", figure)
+        if unit == "ms" and direct is not None and not cell.startswith("leave"):
+            shown = [f"{median(rounds) - direct:+.3g}" if rounds else "-" for rounds in found]
+            lines.append("| ... added | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(rounds: list[float]) -> str:
+    return f" ({min(rounds):.3g}-{max(rounds):.3g})" if len(rounds) > 1 else ""
 
 
 def bars(samples: Samples) -> list[tuple[str, float, float, float]]:

@@ -51,6 +51,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_until_close",
         "exchange",
         "idle_since",
+        "on_body",
         "reused",
         "send",
         "upstream",
@@ -67,6 +68,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self._body: list[bytes] = []
+        self.on_body = self._body.append  # the parser's callback: the list's own, as it comes with every event
         self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -75,7 +78,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head: list[Header] = []
         self._overhead = 0
         self._status = 0
-        self._body: list[bytes] = []
+        self._body.clear()
         self._answered = False
         self._interim = False
         self._head_done = False
@@ -238,9 +241,6 @@ class UpstreamConnection(asyncio.Protocol):
         if not self._keep_alive and status not in (204, 304):
             names = {name for name, _ in headers}
             self._until_close = names.isdisjoint((b"content-length", b"transfer-encoding"))
-
-    def on_body(self, data: bytes) -> None:
-        self._body.append(data)
 
     def on_message_complete(self) -> None:
         self._complete = not self._interim

@@ -1,0 +1,42 @@
+"""The benchmark's report says what was measured; the measuring itself is run by hand."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from bench import report
+
+
+def samples(gateway: float, router: float) -> report.Samples:
+    cells: report.Samples = {}
+    for arm, one in (("gateway", gateway), ("vllm-router", router)):
+        cells.setdefault("json-64", {})[arm] = {"cpu_us_per_request": [one, one * 9, one]}
+    for arm, one in (("direct", 1.0), ("gateway", 1.0 + gateway), ("vllm-router", 1.0 + router)):
+        cells.setdefault("streams-300", {})[arm] = {"delay_p99_ms": [one * 50, one]}
+    return cells
+
+
+def test_a_bar_is_held_by_the_median_and_a_delay_by_the_least() -> None:
+    bars = {name: (is_, most) for name, is_, most, _ in report.bars(samples(gateway=50, router=100))}
+    assert bars == {
+        "CPU per JSON request, of vllm-router's": (0.5, 0.6),
+        "added event delay p99 at 300 streams, of vllm-router's": (0.5, 1.0),
+    }
+
+
+def test_a_bar_that_is_missed_is_said_to_be() -> None:
+    assert "**misses**" not in report.bars_as_text(samples(gateway=50, router=100))
+    assert report.bars_as_text(samples(gateway=70, router=100)).count("**misses**") == 1
+
+
+def test_the_table_shows_medians_and_spread_and_a_dash_for_what_was_not_measured() -> None:
+    table = report.table(samples(gateway=50, router=100), ["direct", "gateway"])
+    assert "| CPU per JSON request, 64 connections, µs | - | 50 (50-450) |" in table
+    assert "67 KB" not in table
+
+
+def test_the_chart_is_well_formed_and_names_the_arms() -> None:
+    chart = report.chart(samples(gateway=50, router=100), ["direct", "gateway", "vllm-router"], "A <title>")
+    texts = [element.text for element in ElementTree.fromstring(chart).iter() if element.tag.endswith("text")]
+    assert {"A <title>", "gateway", "vllm-router", "50", "100"} <= set(texts)
+    assert "direct" not in texts
