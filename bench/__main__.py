@@ -29,8 +29,7 @@ from bench.processes import rss_kb, signal_all
 RESULTS = Path(__file__).parent / "results"
 QUICK = ["vllm-router", "gateway"]
 ALL = ["nginx", "vllm-router", "gateway", "gateway-asgi", "gateway-simplified", "starlette-httpx", "litellm"]
-# These take seconds for what the others do in one: one round, and not every cell.
-SLOW = {"starlette-httpx", "litellm"}
+# The slow ones have one round, and not every cell.
 FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
 # What a process has once grown to it keeps, so that only its first streams tell what they take.
 ONCE = {"open-2000"}
@@ -104,7 +103,7 @@ def _run(
 
 
 def _wanted(arm: str, cell: str, number: int) -> bool:
-    if arm in SLOW:
+    if arm in arms_.SLOW:
         return number == 0 and cell in FOR_SLOW
     return number == 0 or cell not in ONCE
 

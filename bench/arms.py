@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-gateway" / "bench"
 MOCK_PORT = 18008
+# These take seconds for what the others do in one.
+SLOW = {"starlette-httpx", "litellm"}
 
 _NGINX = """
 daemon off;
@@ -56,12 +58,13 @@ litellm_settings: {{num_retries: 0}}
 
 @dataclass
 class Arm:
-    """A gateway that runs; `simplified` says that it is asked in the simplified form."""
+    """A gateway that runs; `simplified` says that it is asked in the simplified form, `slow` that it needs time."""
 
     name: str
     port: int
     process: subprocess.Popen[bytes]
     simplified: bool = False
+    slow: bool = False
 
     @property
     def pid(self) -> int:
@@ -141,7 +144,7 @@ def running(
             process = processes.start(command, cores[1], log, {**path, **extra})
             started.append(process)
             _wait(port, health, process, log)
-            arms[name] = Arm(name, port, process, name == "gateway-simplified")
+            arms[name] = Arm(name, port, process, name == "gateway-simplified", name in SLOW)
         yield arms, upstream
     finally:
         for process in started:

@@ -55,7 +55,14 @@ class Cells:
             file = self._folder / "body.json"
             file.write_text(body(simplified=arm.simplified, prompt=prompt))
             url = f"http://127.0.0.1:{arm.port}/v1/chat/completions"
-            command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(REPOSITORY / "bench" / "post.lua")]
+            command = [
+                "wrk",
+                "-t1",
+                f"-c{connections}",
+                f"-d{8 if arm.slow else seconds}s",
+                "-s",
+                str(REPOSITORY / "bench" / "post.lua"),
+            ]
             with self._checked():
                 cpu = cpu_us(arm.pid)
                 said = self._run([*command, "--timeout", "20s", url], {"BENCH_BODY": str(file)})

@@ -14,12 +14,12 @@ _FIELD_BEFORE = re.compile(r'"([A-Za-z0-9_]{1,64})"\s*:\s*"?[^",:{}\[\]]*$')
 _NOT_JSON_NUMBER = re.compile(r"-?(NaN|Infinity)", re.IGNORECASE)
 
 
-def to_object(body: bytes) -> dict[str, Any]:
+def to_object(body: bytes | memoryview) -> dict[str, Any]:
     """The object in `body`; raises BadRequest, which says what is wrong and where."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise _not_json(body, error) from None
+        raise _not_json(bytes(body), error) from None
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
         raise BadRequest(f"The request's body must be a JSON object, but it is {kind}.")

@@ -253,7 +253,7 @@ class Exchange:
         self._state = _RECEIVING
         self._pieces: list[bytes] = []
         self._size = 0
-        self._content = b""
+        self._content: bytes | memoryview = b""
         self._simplified: simplified.Simplified | None = None
         self._connection: Connection | None = None
         self._retried = False
@@ -314,13 +314,13 @@ class Exchange:
             self._pieces = []
             self._pass_on(content)
 
-    def request(self, content: bytes) -> None:
+    def request(self, content: bytes | memoryview) -> None:
         """The whole request is there."""
         self.begin(len(content))
         if self._state is _RECEIVING:
             self._pass_on(content)
 
-    def _pass_on(self, content: bytes) -> None:
+    def _pass_on(self, content: bytes | memoryview) -> None:
         now = self.received_at = self._path.time()
         try:
             self._content = self._to_upstream_body(content)
@@ -335,7 +335,7 @@ class Exchange:
             f"The request's body must be at most {self._path.limits.max_body} bytes (GATEWAY_MAX_BODY_BYTES)."
         )
 
-    def _to_upstream_body(self, content: bytes) -> bytes:
+    def _to_upstream_body(self, content: bytes | memoryview) -> bytes | memoryview:
         """What goes to the upstream: the bytes that came, or, for the simplified form, a chat call."""
         endpoint = self.route.endpoint
         if endpoint == "models":
@@ -499,15 +499,12 @@ class Exchange:
         self.upstream_ended_at = self._path.time()
         if connection is not None:
             connection.release()
-        try:
-            self._complete()
-        except GatewayError as error:
-            self._upstream_failed(error)
+        self._complete()
 
     def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
         """The whole answer is there, at once."""
-        if head.streams or self._simplified is not None:
-            self.upstream_head(head, b"%d" % len(content))
+        if head.streams:
+            self.upstream_head(head, None)
             if content:
                 self.upstream_body(content)
             self.upstream_end()
@@ -519,10 +516,7 @@ class Exchange:
             if connection is not None:
                 connection.release()
             self.status = head.status
-            self.bytes_out = len(content)
-            self._last = content
-            self._answered(failed=head.status >= 500)
-            self._client.whole(head, content, self.request_id)
+            self._answer(head, content)
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         """The connection is gone before the answer's end; `answered` once any byte of it had come."""
@@ -573,17 +567,11 @@ class Exchange:
             self._upstream_failed(UpstreamBroken(f"The model server's answer is larger than {COLLECTED} bytes."))
 
     def _complete(self) -> None:
-        failed = self.status >= 500
         if self._way is _COLLECTED:
-            assert self._simplified is not None
-            answer = b"".join(self._pieces)
-            self._pieces = []
-            reply = simplified.to_reply(self._simplified, answer)
-            self._last = answer
-            self.bytes_out = len(reply)
-            self._answered(failed=False)
-            self._client.whole(_REPLY, reply, self.request_id)
+            assert self._head is not None
+            self._answer(self._head, b"".join(self._pieces))
             return
+        failed = self.status >= 500
         if self._sse:
             if self._held and (self.status != 200 or sse.has_done(self._held)):
                 # The last event lacks its blank line, but nothing else.
@@ -591,7 +579,7 @@ class Exchange:
                 self.upstream_body(self._held if self._repr is None else self._held + b"\n\n")
             end = self._before_last + self._last
             if self.status == 200 and not sse.has_done(end):
-                raise UpstreamBroken("The model server ended its stream without [DONE].")
+                self._upstream_failed(UpstreamBroken("The model server ended its stream without [DONE]."))
             failed = failed or b'data: {"error"' in end
         if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
             return
@@ -601,6 +589,19 @@ class Exchange:
             client.start(self._head, self._length, self.request_id)
         self._answered(failed=failed)
         client.end()
+
+    def _answer(self, head: AnswerHead, content: bytes) -> None:
+        """Answer with all of it at once, in the simplified form where that was asked for."""
+        self._last = content
+        if self._simplified is not None and head.status == 200:
+            try:
+                head, content = _REPLY, simplified.to_reply(self._simplified, content)
+            except GatewayError as error:
+                self._upstream_failed(error)
+                return
+        self.bytes_out = len(content)
+        self._answered(failed=head.status >= 500)
+        self._client.whole(head, content, self.request_id)
 
     def _answered(self, *, failed: bool) -> None:
         upstream = self.upstream

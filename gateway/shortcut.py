@@ -226,7 +226,7 @@ class Shortcut(Protocol):
         """What is in `data` whole, its body beginning at `at`, is the request."""
         exchange = self._begin(head, route)
         try:
-            exchange.request(data[at:])
+            exchange.request(memoryview(data)[at:])  # a large one is not copied
         except Exception as error:
             self._failed(exchange, error)
 

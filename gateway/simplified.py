@@ -97,7 +97,8 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
         "output_guardrail_params": body.get("output_guardrail_params"),
         "data": _data(body),
     }
-    _dumped(echoed)
+    if echoed["output_guardrail_params"] or echoed["data"]:
+        _dumped(echoed)  # while it can still be refused
     return Simplified(chat, _model(body), streaming, _style(body, style), echoed)
 
 
