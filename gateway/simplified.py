@@ -51,7 +51,7 @@ _OWN_FIELDS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Simplified:
     """A simplified request that has been checked.
 
@@ -80,14 +80,12 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     if system_role == "merge":
         messages = _merged(messages)
     streaming = _streaming(body) and not whole
-    chat = {
-        **{name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None},
-        "messages": messages,
-        "max_tokens": _max_tokens(body),
-        "temperature": _temperature(body),
-        "top_p": _top_p(body),
-        "stream": streaming,
-    }
+    chat = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
+    chat["messages"] = messages
+    chat["max_tokens"] = _max_tokens(body)
+    chat["temperature"] = _temperature(body)
+    chat["top_p"] = _top_p(body)
+    chat["stream"] = streaming
     if not streaming:
         chat.pop("stream_options", None)
     echoed = {
@@ -244,15 +242,19 @@ def _streaming(body: Json) -> bool:
 
 def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
     """The name and value of a field that goes by several names; they may not contradict each other."""
-    sent = [(name, body[name]) for name in names if body.get(name) is not None]
-    for name, value in sent[1:]:
-        if value != sent[0][1] or type(value) is not type(sent[0][1]):
-            first, said = sent[0]
+    first, said = None, default
+    for name in names:
+        value = body.get(name)
+        if value is None:
+            continue
+        if first is None:
+            first, said = name, value
+        elif value != said or type(value) is not type(said):
             raise BadRequest(
                 f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
                 param=first,
             )
-    return sent[0] if sent else (names[0], default)
+    return first or names[0], said
 
 
 def _temperature(body: Json) -> float:
