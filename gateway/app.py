@@ -67,13 +67,16 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
     seconds = min(_LOOK_AFTER, min(limits.first_token, limits.idle, limits.total, limits.body) / 10)
     while True:
         await asyncio.sleep(seconds)
+        # What fails here is a bug of ours, and must not be the end of all time limits.
         for exchange in data_path.due():
             try:
                 exchange.look_at_limits()
             except Exception:
-                # A bug of ours, which must not be the end of all time limits.
                 _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
-        ended.settle()
+        try:
+            ended.settle()
+        except Exception:
+            _log.exception("requests that have ended could not be counted or logged")
 
 
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
