@@ -51,7 +51,7 @@ def launch(
 ) -> Launch:
     """Turn the settings into vLLM's command line and environment. Raises CannotStart for odd EXTRA_ARGS."""
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--host", "127.0.0.1", "--port", str(settings.port), "--enable-request-id-headers"]
+    argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
     # In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
     options = {
         "--served-model-name": DEMO_NAME if demo else None,

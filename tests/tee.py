@@ -42,9 +42,9 @@ class Tee:
                 data = source.recv(65536)
                 if not data:
                     return
-                (server if source is client else client).sendall(data)
                 if source is server:
-                    ear.feed(data)
+                    ear.feed(data)  # first: who gets it may look at once for what was heard
+                (server if source is client else client).sendall(data)
 
     def __enter__(self) -> Tee:
         self._thread = threading.Thread(target=self._listener.serve_forever)

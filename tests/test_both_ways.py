@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import socket
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -65,7 +68,8 @@ LAST = post(WHOLE, BYE, name=b"last")
 GARBAGE = b"\x16\x03\x01\x02\x00 what is this\r\n\r\n"
 
 # What the client sends, in turn. Text is waited for in what comes back, a callable does something to the connection.
-Sent = bytes | str | Callable[[socket.socket], None]
+# A list is a call in several writes, whose answer is waited for.
+Sent = bytes | str | list[bytes] | Callable[[socket.socket], None]
 
 
 def half_close(connection: socket.socket) -> None:
@@ -201,6 +205,16 @@ def talk(connection: socket.socket, script: Sequence[Sent]) -> bytes:
                 assert data, f"closed before {step!r} came, after {got!r}"
                 got += data
             seen = at + len(step)
+        elif isinstance(step, list):
+            if b"connection: close" in got:
+                break
+            answers = got.count(b"x-request-id: ")
+            for write in step:
+                connection.sendall(write)
+            while got.count(b"x-request-id: ") == answers:
+                data = connection.recv(65536)
+                assert data, f"closed before an answer to {step!r} came, after {got!r}"
+                got += data
         else:
             step(connection)
     with contextlib.suppress(ConnectionResetError):
@@ -406,3 +420,25 @@ def test_a_uvicorn_that_lacks_something_is_named_for_it() -> None:
     lacking = missing_in(Other)
     assert {"on_headers_complete", "send_400_response", "pipeline"} <= set(lacking)
     assert not {"on_body", "cycle", "data_received"} & set(lacking)
+
+
+BODIES = st.sampled_from([WHOLE, WHOLE + b" " * 300, STREAM, SIMPLIFIED, b"{", b"", b"x" * 2600])
+HEADER = st.sampled_from(
+    [b"X-A: 1", b"Content-Type: application/json", b"Content-Encoding: gzip", b"Cookie: a=b", b"Host: y", b"X: y\r\n z"]
+)
+SPELLING = st.sampled_from([b"Content-Length: ", b"content-length: ", b"Content-Length:", b"Content-Length: 0"])
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> list[bytes]:
+    """A call in one to three writes, often not quite right."""
+    sent = post(draw(BODIES), *draw(st.lists(HEADER, max_size=1))).replace(b"Content-Length: ", draw(SPELLING))
+    cuts = sorted(draw(st.lists(st.integers(1, len(sent) - 1), max_size=2, unique=True)))
+    return [sent[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(sent)])]
+
+
+@given(calls=st.lists(messages(), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=30)
+def test_calls_of_every_kind_after_a_usual_one_go_alike(both: Both, calls: list[list[bytes]]) -> None:
+    writes = [write for call in calls for write in ([post()], call)]
+    both.play([*writes, [LAST]])

@@ -82,7 +82,7 @@ def test_the_demo_models_command() -> None:
     argv, environment = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"}, demo=True)
     assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(argv[3:]) == (
-        "--model /demo --host 127.0.0.1 --port 8008 --enable-request-id-headers "
+        "--model /demo --host 127.0.0.1 --port 8008 "
         "--served-model-name demo-model --dtype float32 --max-model-len 4096 --enforce-eager"
     )
     assert environment == {
@@ -112,7 +112,7 @@ def test_every_setting_has_its_place() -> None:
     environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
     argv, environment = launch(given, PYTHON, "org/name", environ)
     assert " ".join(argv[3:-1]) == (
-        "--model org/name --host 127.0.0.1 --port 8100 --enable-request-id-headers --dtype bfloat16 "
+        "--model org/name --host 127.0.0.1 --port 8100 --dtype bfloat16 "
         "--max-model-len 2048 --max-num-seqs 4 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
         "--chat-template /t.jinja --kv-cache-dtype fp8_e5m2 --override-generation-config"
     )
