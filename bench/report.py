@@ -63,10 +63,9 @@ def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
         return value(samples, cell, arm, figure)
 
     def added(arm: str) -> float | None:
-        delays = [samples.get("streams-300", {}).get(one, {}).get("delay_p99_ms") for one in (arm, "direct")]
-        # The least of the rounds: what else runs on the machine can only add to a delay.
-        own, direct = (min(rounds) if rounds else None for rounds in delays)
-        return None if own is None or direct is None else max(own - direct, 0.01)
+        own, direct = of("streams-300", "delay_p99_ms", arm), of("streams-300", "delay_p99_ms", "direct")
+        # On a machine with much else to do the direct delay may be the longest: then there is nothing to compare.
+        return None if own is None or direct is None or own <= direct else own - direct
 
     found: list[tuple[str, float, float, float]] = []
 

@@ -12,11 +12,11 @@ def samples(gateway: float, router: float) -> report.Samples:
     for arm, one in (("gateway", gateway), ("vllm-router", router)):
         cells.setdefault("json-64", {})[arm] = {"cpu_us_per_request": [one, one * 9, one]}
     for arm, one in (("direct", 1.0), ("gateway", 1.0 + gateway), ("vllm-router", 1.0 + router)):
-        cells.setdefault("streams-300", {})[arm] = {"delay_p99_ms": [one * 50, one]}
+        cells.setdefault("streams-300", {})[arm] = {"delay_p99_ms": [one * 50, one, one / 2]}
     return cells
 
 
-def test_a_bar_is_held_by_the_median_and_a_delay_by_the_least() -> None:
+def test_a_bar_is_held_by_the_median() -> None:
     bars = {name: (is_, most) for name, is_, most, _ in report.bars(samples(gateway=50, router=100))}
     assert bars == {
         "CPU per JSON request, of vllm-router's": (0.5, 0.6),
