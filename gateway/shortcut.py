@@ -347,7 +347,7 @@ class Shortcut(Protocol):
     def body(self, data: bytes) -> None:
         """A piece of the answer."""
         if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
         if self._head:
             data, self._head = self._head + data, b""
         self.transport.write(data)

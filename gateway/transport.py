@@ -137,41 +137,53 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
+        begins = not self._answered
         if exchange is None:
             # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
             self._forget()
             self.discard()
-        elif self._same is not None and not self._answered and (at := self._same[0].body_at(data)):
-            exchange.upstream_answer(self._same[1], data[at:])
-        else:
-            self._parse(exchange, data)
-
-    def _parse(self, exchange: Exchange, data: bytes) -> None:
-        begins, self._answered = not self._answered, True
+            return
+        if begins:
+            if self._same is not None and (at := self._same[0].body_at(data)):
+                exchange.upstream_answer(self._same[1], data[at:])
+                return
+            self._answered = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._problem = "it answered with a protocol that was not asked for"
-        except httptools.HttpParserError as error:
-            self._problem = self._problem or f"its answer is not HTTP ({error})"
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._unreadable(error)
         # What one read brought is handed on in order: head, body, end or problem; its body is one call.
         if self._new_head:
             self._hand_on_head(exchange, data, begins=begins)
-        if self._body:
-            body = self._body.pop() if len(self._body) == 1 else b"".join(self._body)
-            self._body.clear()
+        body = self._body
+        if body:
+            piece = body.pop() if len(body) == 1 else b"".join(body)
+            body.clear()
             self._overhead = 0
             if self.exchange is exchange:  # it may have left in its answer's head
-                exchange.upstream_body(body)
+                exchange.upstream_body(piece)
         else:
-            self._overhead += len(data)
-            if self._overhead > HEADER_BYTES and not self._problem:
-                self._problem = _TOO_LARGE
+            self._count_overhead(data)
+        if self._complete or self._problem:
+            self._end(exchange)
+
+    def _unreadable(self, error: Exception) -> None:
+        if isinstance(error, httptools.HttpParserUpgrade):
+            self._problem = "it answered with a protocol that was not asked for"
+        else:
+            self._problem = self._problem or f"its answer is not HTTP ({error})"
+
+    def _count_overhead(self, data: bytes) -> None:
+        self._overhead += len(data)
+        if self._overhead > HEADER_BYTES and not self._problem:
+            self._problem = _TOO_LARGE
+
+    def _end(self, exchange: Exchange) -> None:
         if self.exchange is not exchange:
             return  # it has ended, and may have given this connection back
         if self._complete:
             exchange.upstream_end()
-        elif self._problem:
+        else:
             self.exchange = None
             exchange.upstream_lost(self._problem, answered=True)
             self.discard()
