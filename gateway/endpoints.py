@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -72,6 +73,7 @@ class _AsgiClient:
     """The exchange's client: queues what goes out, as `send` has to be awaited."""
 
     exchange: Exchange
+    chunk: Callable[[bytes], None] | None = None  # the server does the framing
 
     def __init__(self) -> None:
         self._queue: deque[Message] = deque()

@@ -46,7 +46,12 @@ FAILED = "The gateway failed; its log says why under this request id."
 
 
 class Client(Protocol):
-    """The side that asked; each adapter does its own framing."""
+    """The side that asked; each adapter does its own framing.
+
+    `chunk` takes a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
+    """
+
+    chunk: Callable[[bytes], None] | None
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
         """The answer's head; comes with the first byte of its body, or its end. `length` as in content-length."""
@@ -206,6 +211,7 @@ class Exchange:
         "_usage",
         "_usage_text",
         "_way",
+        "_write_chunk",
         "bytes_out",
         "due",
         "ended_at",
@@ -261,6 +267,7 @@ class Exchange:
         self._paused = False
         self._sse = False
         self._way = _RELAYED
+        self._write_chunk: Callable[[bytes], None] | None = None
         self._repr: simplified.ReprStream | None = None
         self._held = b""
         self._cut_event = False
@@ -483,13 +490,32 @@ class Exchange:
             data = self._to_repr(data)
             if not data:
                 return
-        client = self._client
         if not self._started:
-            self._started = True
-            assert self._head is not None
-            client.start(self._head, self._length, self.request_id)
+            self._start()
         self.bytes_out += len(data)
-        client.body(data)
+        self._client.body(data)
+
+    def _start(self) -> None:
+        self._started = True
+        assert self._head is not None
+        self._client.start(self._head, self._length, self.request_id)
+        if self._way is _IN_EVENTS and self._repr is None:
+            self._write_chunk = self._client.chunk
+
+    def upstream_chunk(self, chunk: bytes, size: int) -> None:
+        """What one read brought, where that was one HTTP chunk of `size` bytes that ends in a blank line.
+
+        That is how most events come; they cost least by going on as they are.
+        """
+        write = self._write_chunk
+        if write is None or self._held or self._cut_event:
+            self.upstream_body(chunk[-size - 2 : -2])
+            return
+        self._last_read_at = self._path.time()
+        self.events += chunk.count(b"\n\n")
+        self._before_last, self._last = self._last, chunk  # framed, but what is looked for in them is found
+        self.bytes_out += size
+        write(chunk)
 
     def upstream_end(self) -> None:
         """The answer is complete."""
@@ -722,4 +748,5 @@ class Exchange:
         # Whoever counts and logs it may keep it for a while.
         self._content = self._held = self._last = self._before_last = b""
         self._pieces = []
+        self._write_chunk = None
         path.finished(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
@@ -185,6 +186,7 @@ class Shortcut(Protocol):
         "_head",
         "_in_message",
         "_same",
+        "chunk",
         "keep_alive",
         "response_complete",
         "response_started",
@@ -206,6 +208,7 @@ class Shortcut(Protocol):
         # The answer's head until it is written.
         self._head = b""
         self._chunked = False
+        self.chunk: Callable[[bytes], None] | None = None
         # What came last on the connection, for the next that is like it but for its length.
         self._same: tuple[SameHead, RequestHead, Route] | None = None
         self._in_message = False
@@ -329,6 +332,7 @@ class Shortcut(Protocol):
         """The answer's head, to be written with what comes first."""
         self.response_started = True
         self._chunked = length is None and head.status not in (204, 304)
+        self.chunk = self.transport.write if self._chunked else None
         more = f"x-request-id: {request_id}\r\n"
         if length is not None:
             more = f"content-length: {length.decode()}\r\n{more}"

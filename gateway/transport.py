@@ -19,6 +19,8 @@ from gateway.upstreams import Upstream
 IDLE_FOR = 4.0
 # Most that an answer may send before its head is complete, or after that without any of its body.
 HEADER_BYTES = 64 * 1024
+# What a chunk begins with, by its whole length: an event of a usual size need not be parsed and framed anew.
+_CHUNK_HEADS = {len(b"%x\r\n" % size) + size + 2: b"%x\r\n" % size for size in range(1, 512)}
 _TOO_LARGE = f"its headers are larger than {HEADER_BYTES} bytes"
 
 
@@ -32,6 +34,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_answered",
+        "_between_chunks",
         "_body",
         "_complete",
         "_head",
@@ -79,6 +82,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._overhead = 0
         self._status = 0
         self._body.clear()
+        self._between_chunks = False
         self._answered = False
         self._interim = False
         self._head_done = False
@@ -137,12 +141,21 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
-        begins = not self._answered
         if exchange is None:
             # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
             self._forget()
             self.discard()
             return
+        if self._between_chunks:
+            head = _CHUNK_HEADS.get(len(data))
+            # By slices, as startswith and endswith take longer; the blank line is an event's end.
+            if head is not None and data[: len(head)] == head and data[-4:] == b"\n\n\r\n":
+                exchange.upstream_chunk(data, len(data) - len(head) - 2)
+                return
+        self._parse(exchange, data)
+
+    def _parse(self, exchange: Exchange, data: bytes) -> None:
+        begins = not self._answered
         if begins:
             if self._same is not None and (at := self._same[0].body_at(data)):
                 exchange.upstream_answer(self._same[1], data[at:])
@@ -152,6 +165,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._unreadable(error)
+        if data[-1:] != b"\n":
+            self._between_chunks = False  # the next chunk's head may have begun
         # What one read brought is handed on in order: head, body, end or problem; its body is one call.
         if self._new_head:
             self._hand_on_head(exchange, data, begins=begins)
@@ -253,6 +268,12 @@ class UpstreamConnection(asyncio.Protocol):
         if not self._keep_alive and status not in (204, 304):
             names = {name for name, _ in headers}
             self._until_close = names.isdisjoint((b"content-length", b"transfer-encoding"))
+
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
 
     def on_message_complete(self) -> None:
         self._complete = not self._interim

@@ -72,6 +72,8 @@ class FakeTimer:
 class ClientRecorder:
     """The client: what it got. `during_body` is called inside each `body`, as a write may call back at once."""
 
+    chunk: Callable[[bytes], None] | None = None
+
     def __init__(self) -> None:
         self.status = 0
         self.headers: list[Header] = []

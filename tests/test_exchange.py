@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,54 @@ def test_an_openai_stream_is_relayed_untouched() -> None:
     assert talk.client.header(b"transfer-encoding") is None
     assert (talk.exchange.outcome, talk.exchange.streaming, talk.exchange.events) == ("done", True, len(EVENTS))
     assert talk.exchange.bytes_out == len(CONTENT)
+    talk.assert_settled()
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([*EVENTS, EVENTS[0] + EVENTS[1], EVENTS[0][:9], EVENTS[0][9:], b": ping\n\n"])),
+    as_chunks=st.booleans(),
+    body=st.sampled_from([OPENAI_STREAM, SIMPLIFIED_STREAM, {**SIMPLIFIED_STREAM, "stream_style": "repr"}]),
+    ends=st.sampled_from([b"", DONE, b'data: {"error":{}}\n\n' + DONE, b'data: {"usage":\n\n']),
+)
+def test_a_stream_of_chunks_is_the_one_that_comes_in_pieces(
+    pieces: list[bytes], as_chunks: bool, body: object, ends: bytes
+) -> None:
+    plain, framed = Conversation(), Conversation()
+    for talk in (plain, framed):
+        talk.ask(body)
+        talk.connect()
+        talk.exchange.upstream_head(*answer_head(200, SSE))
+    if as_chunks:
+        framed.client.chunk = lambda chunk: framed.client.body(chunk.split(b"\r\n", 1)[1][:-2])
+    for piece in [*pieces, ends]:
+        if piece:
+            plain.exchange.upstream_body(piece)
+            if piece.endswith(b"\n\n"):
+                framed.exchange.upstream_chunk(b"%x\r\n%b\r\n" % (len(piece), piece), len(piece))
+            else:
+                framed.exchange.upstream_body(piece)
+    for talk in (plain, framed):
+        talk.exchange.upstream_end()
+        talk.assert_settled()
+    assert (framed.client.status, framed.client.ending) == (plain.client.status, plain.client.ending)
+    assert without_ids(framed.client.pieces) == without_ids(plain.client.pieces)
+    for name in ("outcome", "status", "bytes_out", "usage", "events", "first_byte_at"):
+        assert getattr(framed.exchange, name) == getattr(plain.exchange, name)
+    assert framed.upstreams[0].broken_in_a_row == plain.upstreams[0].broken_in_a_row
+
+
+def without_ids(pieces: list[bytes]) -> list[bytes]:
+    return [re.sub(rb"[0-9a-f]{32}", b"ID", piece) for piece in pieces]
+
+
+def test_a_chunk_for_a_client_that_has_left_reaches_nobody() -> None:
+    talk = answering()
+    talk.client.chunk = talk.client.body
+    talk.exchange.upstream_body(EVENTS[0])
+    talk.leave()
+    talk.exchange.upstream_chunk(b"%x\r\n%b\r\n" % (len(EVENTS[1]), EVENTS[1]), len(EVENTS[1]))
+    assert talk.client.pieces == [EVENTS[0]]
     talk.assert_settled()
 
 

@@ -39,6 +39,7 @@ class Caller:
         self.headers: list[Header] = []
         self.length: bytes | None = None
         self.pieces: list[bytes] = []
+        self.chunks: list[bytes] = []
         self.ended = ""
         self.answered: bool | None = None
         self.timed_out: float | None = None
@@ -70,6 +71,13 @@ class Caller:
         assert not self.ended
         self.pieces.append(data)
         self._changed.set()
+
+    def upstream_chunk(self, chunk: bytes, size: int) -> None:
+        piece = chunk[-size - 2 : -2]
+        assert chunk == b"%x\r\n%b\r\n" % (len(piece), piece), "no chunk"
+        assert piece.endswith(b"\n\n"), "no event"
+        self.chunks.append(chunk)
+        self.upstream_body(piece)
 
     def upstream_end(self) -> None:
         assert self.status, "an end before the head"
@@ -430,6 +438,56 @@ def test_any_split_of_an_answer_is_heard_alike(answer: Answer, data: st.DataObje
         assert split.body == whole.body == answer.body
 
     asyncio.run(work())
+
+
+EVENT = b'data: {"choices":[{"index":0,"delta":{"content":" tok"},"logprobs":null,"finish_reason":null}]}\n\n'
+# Some that look like a chunk of a chunk, or like its end.
+BODIES = st.sampled_from(
+    [EVENT, EVENT[:-1], EVENT * 9, b"\n\n", b"5\r\nhel\n\n\r\n", b"4\r\n\n\n\r\n", b"\r\n", b"0\r\n\r\n"]
+)
+CHUNK_HEADS = st.sampled_from([b"%x\r\n", b"%X\r\n", b"0%x\r\n", b"%x;a=b\r\n"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(chunks=st.lists(st.tuples(CHUNK_HEADS, BODIES), max_size=12), data=st.data())
+def test_chunks_are_heard_alike_however_they_come(chunks: list[tuple[bytes, bytes]], data: st.DataObject) -> None:
+    framed = [CHUNKED, *(head % len(body) + body + b"\r\n" for head, body in chunks), b"0\r\n\r\n"]
+    sent = b"".join(framed)
+    # Most of the reads are whole chunks.
+    ends = list(itertools.accumulate(map(len, framed)))
+    cuts = data.draw(st.lists(st.sampled_from(ends) | st.integers(0, len(sent)), min_size=len(ends)))
+    reads = [sent[start:stop] for start, stop in itertools.pairwise(sorted({0, *cuts, len(sent)}))]
+    caller, kept = asyncio.run(heard_in(reads, closes=False))
+    assert (caller.ended, caller.body, kept) == ("end", b"".join(body for _, body in chunks), 1)
+
+
+def test_an_event_that_is_one_chunk_and_one_read_goes_on_as_it_came() -> None:
+    chunk = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+    done = b"e\r\ndata: [DONE]\n\n\r\n"
+    caller, kept = asyncio.run(heard_in([CHUNKED + chunk, chunk, chunk, done, b"0\r\n\r\n"], closes=False))
+    assert (caller.chunks, kept) == ([chunk, chunk, done], 1)
+    assert caller.body == EVENT * 3 + b"data: [DONE]\n\n"
+
+
+LOOKS_LIKE_ONE = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        # Its head has come, or a part of it; then comes something in it that looks like a chunk.
+        [b"200\r\n", LOOKS_LIKE_ONE, b"x" * (512 - len(LOOKS_LIKE_ONE)) + b"\r\n"],
+        [b"200\r\nx", LOOKS_LIKE_ONE, b"x" * (511 - len(LOOKS_LIKE_ONE)) + b"\r\n"],
+        [b"1", b"c\r\n0123456789\n\n\r\n", b"x" * (28 - 14) + b"\r\n"],
+        [b"200\r", b"\n" + LOOKS_LIKE_ONE, b"x" * (512 - len(LOOKS_LIKE_ONE)) + b"\r\n"],
+    ],
+)
+def test_what_comes_inside_a_chunk_is_not_taken_for_one(reads: list[bytes]) -> None:
+    before = [CHUNKED + LOOKS_LIKE_ONE[:-1], LOOKS_LIKE_ONE[-1:] + reads[0], *reads[1:]]
+    for first in ([CHUNKED + LOOKS_LIKE_ONE + reads[0], *reads[1:]], before):
+        whole, _ = asyncio.run(heard_in([b"".join(first), b"0\r\n\r\n"], closes=False))
+        caller, _ = asyncio.run(heard_in([*first, b"0\r\n\r\n"], closes=False))
+        assert (caller.ended, caller.body, caller.chunks) == (whole.ended, whole.body, []) == ("end", whole.body, [])
 
 
 ALIKE = [

@@ -26,7 +26,7 @@ from gateway.upstreams import UpstreamPool
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.sink import Sink
 
-REQUEST, EVENT = 45, 7
+REQUEST, EVENT = 45, 5
 
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
 STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo","stream":true}'
