@@ -68,7 +68,7 @@ def _run(
 ) -> tuple[report.Samples, list[str]]:
     """What was measured, and the cells that failed, in words."""
     samples: report.Samples = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    failures = []
+    failures: list[str] = []
     rounds = 3 if quick else 5
     with tempfile.TemporaryDirectory() as folder, arms_.running(names, Path(folder), cores) as (arms, mock):
         direct = Arm("direct", arms_.MOCK_PORT, mock)
@@ -85,27 +85,35 @@ def _run(
                     order = [direct, *order[number % len(order) :], *order[: number % len(order)]]
                     for arm in order:
                         progress.update(task, advance=1, description=f"round {number + 1}: {cell}, {arm.name}")
-                        if not _wanted(arm.name, cell, number):
-                            continue
-                        try:
-                            figures = _measure(arm, work)
-                        except Failed as error:
-                            failures.append(f"{arm.name}, {cell}: {error}")
-                            continue
-                        for figure, one in figures.items():
-                            samples[cell][arm.name][figure].append(one)
+                        if _wanted(arm.name, cell, number):
+                            _add(samples, failures, arm, cell, work)
         for arm in arms.values():
-            samples["after"][arm.name]["rss_mb"] = [rss_kb(arm.pid) / 1024]
-        for cell in ("json-64", "streams-100"):
-            _measure(arms["gateway"], cells[cell])
-        samples["again"]["gateway"]["rss_mb"] = [rss_kb(arms["gateway"].pid) / 1024]
+            samples["after"][arm.name]["rss_mb"] = [_measure(arm, _at_rest)["rss_mb"]]
+        for cell, work in cells.items():
+            _add(samples, failures, arms["gateway"], f"{cell}, again", work)
+        samples["again"]["gateway"]["rss_mb"] = [_measure(arms["gateway"], _at_rest)["rss_mb"]]
     return samples, failures
+
+
+def _add(samples: report.Samples, failures: list[str], arm: Arm, cell: str, work: Work) -> None:
+    try:
+        figures = _measure(arm, work)
+    except Failed as error:
+        failures.append(f"{arm.name}, {cell}: {error}")
+    else:
+        for figure, one in figures.items():
+            samples[cell][arm.name][figure].append(one)
 
 
 def _wanted(arm: str, cell: str, number: int) -> bool:
     if arm in arms_.SLOW:
         return number == 0 and cell in FOR_SLOW
     return number == 0 or cell not in ONCE
+
+
+def _at_rest(arm: Arm) -> Figures:
+    time.sleep(0.7)
+    return {"rss_mb": rss_kb(arm.pid) / 1024}
 
 
 def _measure(arm: Arm, work: Work) -> Figures:

@@ -19,6 +19,7 @@ from gateway.config import Settings
 from gateway.exchange import ROUTES, DataPath, Exchange, Limits
 from gateway.health import Prober
 from gateway.logs import LineWriter, RequestLog
+from gateway.memory import Peak
 from gateway.metrics import Metrics
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
@@ -65,6 +66,7 @@ class Ended:
 async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
     limits = data_path.limits
     seconds = min(_LOOK_AFTER, min(limits.first_token, limits.idle, limits.total, limits.body) / 10)
+    peak = Peak()
     while True:
         await asyncio.sleep(seconds)
         # What fails here is a bug of ours, and must not be the end of all time limits.
@@ -77,6 +79,7 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
             ended.settle()
         except Exception:
             _log.exception("requests that have ended could not be counted or logged")
+        peak.look(len(data_path.in_flight))
 
 
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:

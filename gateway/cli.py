@@ -11,11 +11,9 @@ import click
 from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
-from gateway.environment import write_demo_model
 from gateway.preflight import CannotStart
 from gateway.server import CannotListen
 from gateway.server import serve as run_server
-from gateway.up import up as run_both
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
 
@@ -54,6 +52,9 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
 
     Without --vllm-python that is vLLM for the CPU, installed once into the user's cache.
     """
+    # Here, as its progress display (rich) takes megabytes that `serve` need not have.
+    from gateway.up import up as run_both
+
     try:
         environ = config.environment(env_file)
         # What is tried out on a laptop is not for its whole network.
@@ -70,6 +71,8 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def demo_model(folder: Path) -> None:
     """Write the demo model to FOLDER, readable by all."""
+    from gateway.environment import write_demo_model
+
     try:
         write_demo_model(folder, config.environment())
     except CannotStart as error:

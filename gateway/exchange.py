@@ -497,8 +497,9 @@ class Exchange:
 
     def _start(self) -> None:
         self._started = True
-        assert self._head is not None
-        self._client.start(self._head, self._length, self.request_id)
+        head, self._head = self._head, None  # not kept for as long as a stream lasts
+        assert head is not None
+        self._client.start(head, self._length, self.request_id)
         if self._way is _IN_EVENTS and self._repr is None:
             self._write_chunk = self._client.chunk
 

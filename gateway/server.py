@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -17,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.app import create_app
 from gateway.config import Settings
 from gateway.logs import LineWriter, configure
+from gateway.memory import settle
 from gateway.shortcut import Protocol, Shortcut, missing_in
 
 _log = logging.getLogger(__name__)
@@ -24,8 +24,6 @@ _log = logging.getLogger(__name__)
 # Longer than the idle limit of the usual load balancers (60 s), so that none reuses a closing connection.
 _KEEP_ALIVE = 75
 _BACKLOG = 2048
-# New objects that outlive their making, until garbage is looked for; a request leaves hardly a cycle behind.
-_GARBAGE = 20_000
 
 
 class CannotListen(Exception):
@@ -81,10 +79,7 @@ def create_server(settings: Settings, app: Starlette) -> uvicorn.Server:
 class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What lives as long as the process need not be looked through again and again for cycles of garbage.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(_GARBAGE, 10, 10)
+        settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -61,6 +62,10 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
     return methods + [name for name in _ATTRIBUTES if name not in attributes]
 
 
+# In the place of a deque for each connection, of which hardly any pipelines.
+_NOTHING_WAITS: deque[Any] = deque(maxlen=0)
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
 
@@ -77,12 +82,15 @@ class Protocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.pipeline = _NOTHING_WAITS
         self._in_body = False
         self._refused = False
         self._idle_since: float | None = None
 
     def on_headers_complete(self) -> None:
         self._in_body = True
+        if self.pipeline is _NOTHING_WAITS and self.cycle is not None and not self.cycle.response_complete:
+            self.pipeline = deque()
         super().on_headers_complete()
         self.headers = []  # the parser goes on to fill the scope's own list, with trailers
 

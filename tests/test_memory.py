@@ -1,0 +1,52 @@
+"""The memory of many requests at once goes back to the system when they are over."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gateway.memory import Peak
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """The generations that the garbage collector looked through."""
+    seen: list[int] = []
+
+    def note(phase: str, info: dict[str, Any]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "times"),
+    [
+        ([2000, 0, 0, 0], 1),
+        ([0, 300, 2000, 900, 499, 498, 0, 0], 2),
+        ([2000, 0, 0, 2000, 0, 0, 0], 2),
+        ([2000, 0, 2000, 0, 2000], 0),
+        ([2000, 600, 600, 600], 0),
+        ([100, 0, 0, 0], 0),
+    ],
+)
+def test_memory_is_given_back_once_most_of_many_are_over(
+    in_flight: list[int], times: int, collections: list[int]
+) -> None:
+    peak = Peak()
+    for count in in_flight:
+        peak.look(count)
+    assert collections.count(2) == times
+
+
+def test_a_server_loads_nothing_that_it_never_uses() -> None:
+    code = "import sys, gateway.cli, gateway.app; sys.exit('rich' in sys.modules or 'pygments' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
