@@ -32,7 +32,10 @@ class LineWriter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         os.set_blocking(fd, True)
-        self._pending: deque[bytes] = deque()
+        self._pending: deque[tuple[bytes, int]] = deque()
+        # Each is changed by one thread alone.
+        self._taken = 0
+        self._written = 0
         self._lost = 0
         self._closing = False
         self._woken = False
@@ -40,12 +43,13 @@ class LineWriter:
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def write(self, line: bytes) -> None:
-        """Write a line, without its end, soon."""
-        if len(self._pending) >= _PENDING:
-            self._lost += 1
+    def write(self, lines: bytes, count: int = 1) -> None:
+        """Write so many lines, the last without its end, soon."""
+        if self._taken - self._written >= _PENDING:
+            self._lost += count
             return
-        self._pending.append(line)
+        self._taken += count
+        self._pending.append((lines, count))
         if not self._woken:
             self._woken = True
             self._wake.set()
@@ -66,7 +70,9 @@ class LineWriter:
         self._flush()
 
     def _flush(self) -> None:
-        lines = [self._pending.popleft() for _ in range(len(self._pending))]
+        taken = [self._pending.popleft() for _ in range(len(self._pending))]
+        lines = [block for block, _ in taken]
+        self._written += sum(count for _, count in taken)
         if self._lost:
             lost, self._lost = self._lost, 0
             lines.append(b'{"level":"WARNING","message":"%d log lines were lost: their reader is too slow"}' % lost)
@@ -134,13 +140,15 @@ class RequestLog:
         if self._writer is not None:
             # What the wall's clock shows more than the exchanges'.
             ahead = time.time() - time.monotonic()
-            for exchange in exchanges:
-                self._exchange(exchange, ahead)
+            # As one piece: thousands of small ones a second would fill megabytes before the thread has its turn.
+            lines = [self._exchange(exchange, ahead) for exchange in exchanges]
+            if lines:
+                self._writer.write(b"\n".join(lines), len(lines))
 
-    def _exchange(self, exchange: Exchange, ahead: float) -> None:
+    def _exchange(self, exchange: Exchange, ahead: float) -> bytes:
         started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
         usage = exchange.usage
-        self._line(
+        return self._line(
             {
                 "time": _iso(started + ahead),
                 "request_id": exchange.request_id,
@@ -163,7 +171,7 @@ class RequestLog:
         """The line of a request that is not relayed; `total` in seconds."""
         if self._writer is None:
             return
-        self._line(
+        line = self._line(
             {
                 "time": _iso(time.time() - total),
                 "request_id": request_id,
@@ -174,13 +182,12 @@ class RequestLog:
                 "outcome": "done",
             }
         )
+        self._writer.write(line)
 
-    def _line(self, fields: dict[str, Any]) -> None:
-        assert self._writer is not None
+    def _line(self, fields: dict[str, Any]) -> bytes:
         if self._form == "json":
-            self._writer.write(orjson.dumps(fields))
-        else:
-            self._writer.write(_as_text(fields).encode(errors="backslashreplace"))
+            return orjson.dumps(fields)
+        return _as_text(fields).encode(errors="backslashreplace")
 
 
 def _as_text(fields: dict[str, Any]) -> str:
