@@ -749,5 +749,6 @@ class Exchange:
         # Whoever counts and logs it may keep it for a while.
         self._content = self._held = self._last = self._before_last = b""
         self._pieces = []
+        self._simplified = None
         self._write_chunk = None
         path.finished(self)

@@ -25,6 +25,10 @@ MAX_NEW_TOKENS = 1024
 TEMPERATURE = 0.01
 TOP_P = 0.95
 
+# Names of one field, the first of them our own.
+_MAX_TOKENS = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+_STREAMING = ("streaming", "stream")
+
 # vLLM counts tokens in 32 bits; what fits there is for the model's own limit to judge.
 _MOST_TOKENS = 2**31 - 1
 
@@ -55,7 +59,7 @@ _OWN_FIELDS = frozenset(
 class Simplified:
     """A simplified request that has been checked.
 
-    `chat` is the chat call's body without its model, `model` what the request names, if anything;
+    `chat` is the chat call's body but for its model, `model` what the request names, if anything;
     `echoed` is what the reply repeats of the request.
     """
 
@@ -76,33 +80,43 @@ def is_simplified(body: Json) -> bool:
 
 def from_body(body: Json, style: Style, system_role: Literal["system", "merge"], *, whole: bool) -> Simplified:
     """A checked request; `whole` answers every request whole. Raises BadRequest, which names the field."""
-    messages, prompt = _messages(body)
+    messages, prompt = _from_object(said) if isinstance(said := body.get("messages"), dict) else _messages(body)
     if system_role == "merge":
         messages = _merged(messages)
     streaming = _streaming(body) and not whole
-    chat = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
-    chat["messages"] = messages
-    chat["max_tokens"] = _max_tokens(body)
-    chat["temperature"] = _temperature(body)
-    chat["top_p"] = _top_p(body)
-    chat["stream"] = streaming
-    if not streaming:
-        chat.pop("stream_options", None)
+    chat = {
+        "messages": messages,
+        "max_tokens": _max_tokens(body),
+        "temperature": TEMPERATURE if body.get("temperature") is None else _temperature(body["temperature"]),
+        "top_p": TOP_P if body.get("top_p") is None else _top_p(body["top_p"]),
+        "stream": streaming,
+    }
+    if not body.keys() <= _OWN_FIELDS:
+        others = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
+        if not streaming:
+            others.pop("stream_options", None)
+        chat |= others
+    guardrail, data = body.get("output_guardrail_params"), body.get("data")
+    if data is not None and not isinstance(data, dict):
+        raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
     echoed = {
         "prompt": prompt,
         "streaming": streaming,
         "stream": streaming,
-        "output_guardrail_params": body.get("output_guardrail_params"),
-        "data": _data(body),
+        "output_guardrail_params": guardrail,
+        "data": data,
     }
-    if echoed["output_guardrail_params"] or echoed["data"]:
+    if guardrail or data:
         _dumped(echoed)  # while it can still be refused
-    return Simplified(chat, _model(body), streaming, _style(body, style), echoed)
+    if body.get("stream_style") is not None:
+        style = _style(body["stream_style"])
+    return Simplified(chat, _model(body.get("model")), streaming, style, echoed)
 
 
 def to_chat_call(request: Simplified, model: str) -> bytes:
     """The chat call's body; raises BadRequest for what cannot be written."""
-    return _dumped({"model": model, **request.chat})
+    request.chat["model"] = model
+    return _dumped(request.chat)
 
 
 def to_reply(request: Simplified, answer: bytes) -> bytes:
@@ -168,8 +182,6 @@ def _can_be_written(value: Any) -> bool:
 
 def _messages(body: Json) -> tuple[list[Json], str]:
     messages = body.get("messages")
-    if isinstance(messages, dict):
-        return _from_object(messages)
     if isinstance(messages, list):
         return _from_list(messages)
     name = "query" if messages is None else "messages"
@@ -182,8 +194,8 @@ def _from_object(messages: Json) -> tuple[list[Json], str]:
     system = messages.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRequest(f"messages.system must be a string, but it is {kind_of(system)}.", param="messages.system")
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": user}], user
+    turn = {"role": "user", "content": user}
+    return [{"role": "system", "content": system}, turn] if system else [turn], user
 
 
 def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
@@ -226,15 +238,14 @@ def _text(value: Any, name: str) -> str:
 
 
 def _max_tokens(body: Json) -> int:
-    names = ("max_new_tokens", "max_tokens", "max_completion_tokens")
-    name, value = _one_of(body, names, MAX_NEW_TOKENS)
+    name, value = _one_of(body, _MAX_TOKENS, MAX_NEW_TOKENS)
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
         raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {_shown(value)}.", param=name)
     return value
 
 
 def _streaming(body: Json) -> bool:
-    name, value = _one_of(body, ("streaming", "stream"), True)
+    name, value = _one_of(body, _STREAMING, True)
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false, but it is {_shown(value)}.", param=name)
     return value
@@ -242,69 +253,44 @@ def _streaming(body: Json) -> bool:
 
 def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
     """The name and value of a field that goes by several names; they may not contradict each other."""
-    first, said = None, default
-    for name in names:
-        value = body.get(name)
-        if value is None:
-            continue
-        if first is None:
-            first, said = name, value
-        elif value != said or type(value) is not type(said):
+    values = list(map(body.get, names))
+    if values.count(None) == len(names):
+        return names[0], default
+    if values[0] is not None and values.count(None) == len(names) - 1:
+        return names[0], values[0]
+    (first, said), *others = [(name, body[name]) for name in names if body.get(name) is not None]
+    for name, value in others:
+        if value != said or type(value) is not type(said):
             raise BadRequest(
                 f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
                 param=first,
             )
-    return first or names[0], said
+    return first, said
 
 
-def _temperature(body: Json) -> float:
-    value = _number(body, "temperature", TEMPERATURE)
-    if value is None or value < 0:
-        raise _not_a_number(body, "temperature", "of at least 0")
-    return value
+def _temperature(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise BadRequest(f"temperature must be a number of at least 0, but it is {_shown(value)}.", param="temperature")
+    return cast(float, value)
 
 
-def _top_p(body: Json) -> float:
-    value = _number(body, "top_p", TOP_P)
-    if value is None or not 0 < value <= 1:
-        raise _not_a_number(body, "top_p", "above 0 and at most 1")
-    return value
+def _top_p(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise BadRequest(f"top_p must be a number above 0 and at most 1, but it is {_shown(value)}.", param="top_p")
+    return cast(float, value)
 
 
-def _number(body: Json, name: str, default: float) -> float | None:
-    """The number sent, the default where none was, None where it is no finite number."""
-    value = body.get(name)
-    if value is None:
-        return default
-    return value if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def _not_a_number(body: Json, name: str, allowed: str) -> BadRequest:
-    return BadRequest(f"{name} must be a number {allowed}, but it is {_shown(body[name])}.", param=name)
-
-
-def _style(body: Json, default: Style) -> Style:
-    value = body.get("stream_style")
-    if value is None:
-        return default
+def _style(value: Any) -> Style:
     if value not in get_args(Style):
         allowed = " or ".join(map(repr, get_args(Style)))
         raise BadRequest(f"stream_style must be {allowed}, but it is {_shown(value)}.", param="stream_style")
     return cast(Style, value)
 
 
-def _model(body: Json) -> str | None:
-    value = body.get("model")
+def _model(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise BadRequest(f"model must be a string, but it is {kind_of(value)}.", param="model")
     return value or None
-
-
-def _data(body: Json) -> Json | None:
-    value = body.get("data")
-    if value is not None and not isinstance(value, dict):
-        raise BadRequest(f"data must be an object, but it is {kind_of(value)}.", param="data")
-    return value
 
 
 def kind_of(value: Any) -> str:
