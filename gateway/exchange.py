@@ -369,18 +369,15 @@ class Exchange:
         request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
         self._simplified = request
         self.streaming = request.streaming
-        self.model = self._served(request.model or path.model)
-        return simplified.to_chat_call(request, self.model)
-
-    def _served(self, model: str | None) -> str:
-        served = self._path.pool.models
+        model, served = request.model or path.model, path.pool.models
         if model is None:
             if not served:
                 raise NoneReady("No model server has answered yet: it may still be loading. Try again soon.")
-            return served[0]
-        if served and model not in served:
+            model = served[0]
+        elif served and model not in served:
             raise ModelNotFound(f"The model {model[:200]!r} is not served; served: {', '.join(served)}.", param="model")
-        return model
+        self.model = model
+        return simplified.to_chat_call(request, model)
 
     # The upstream
 

@@ -106,8 +106,8 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
         "output_guardrail_params": guardrail,
         "data": data,
     }
-    if guardrail or data:
-        _dumped(echoed)  # while it can still be refused
+    if (guardrail or data) and not _can_be_written(echoed):
+        raise _too_deep(echoed)  # while it can still be refused
     if body.get("stream_style") is not None:
         style = _style(body["stream_style"])
     return Simplified(chat, _model(body.get("model")), streaming, style, echoed)
@@ -116,7 +116,10 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
 def to_chat_call(request: Simplified, model: str) -> bytes:
     """The chat call's body; raises BadRequest for what cannot be written."""
     request.chat["model"] = model
-    return _dumped(request.chat)
+    try:
+        return orjson.dumps(request.chat)
+    except TypeError:
+        raise _too_deep(request.chat) from None
 
 
 def to_reply(request: Simplified, answer: bytes) -> bytes:
@@ -162,19 +165,15 @@ class ReprStream:
         return b"".join(sse.encode(repr(piece).encode()) for piece in text if piece is not None)
 
 
-def _dumped(fields: Json) -> bytes:
-    try:
-        return orjson.dumps(fields)
-    except TypeError:
-        # orjson reads four times the depth that it writes.
-        name = next(name for name, value in fields.items() if not _can_be_written(value))
-        raise BadRequest(f"{name} is nested too deeply.", param=name) from None
+def _too_deep(fields: Json) -> BadRequest:
+    # orjson reads four times the depth that it writes.
+    name = next(name for name, value in fields.items() if not _can_be_written([value]))
+    return BadRequest(f"{name} is nested too deeply.", param=name)
 
 
 def _can_be_written(value: Any) -> bool:
     try:
-        # One level deeper, as it will be.
-        orjson.dumps([value])
+        orjson.dumps(value)
     except TypeError:
         return False
     return True
