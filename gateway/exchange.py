@@ -423,7 +423,7 @@ class Exchange:
                 head += "content-type: application/json\r\n"
         if self._path.authorization:
             head += f"authorization: {self._path.authorization}\r\n"
-        lines = request.lines(rewritten=self._simplified is not None)
+        lines = request.lines if self._simplified is None else request.lines_rewritten
         return b"".join((head.encode("latin-1"), lines, b"\r\n", content))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:

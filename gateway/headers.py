@@ -54,47 +54,33 @@ def lines(headers: list[Header]) -> bytes:
 
 
 class RequestHead:
-    """What is read of a request's head but for its target and length.
+    """What is read of a request's head but for its target.
 
-    `request_id` is the client's, where it is sane. `encoding` is the body's, in lower case, `json`
-    whether it says that it is JSON.
+    `request_id` is the client's, where it is sane. `length` is what content-length says, 0 where it
+    is missing or no number. `encoding` is the body's, in lower case, `json` whether it says that it
+    is JSON. `lines` is what goes to the upstream; in `lines_rewritten` nothing asks for an answer
+    that comes compressed, and so cannot be rewritten here.
     """
 
-    __slots__ = ("_headers", "_known", "_lines", "_rewritten", "encoding", "json", "request_id")
+    # None of the headers themselves: a connection keeps this for as long as it is open.
+    __slots__ = ("encoding", "json", "length", "lines", "lines_rewritten", "request_id")
 
     def __init__(self, headers: list[Header]) -> None:
-        """`headers` have names in lower case; nobody may change the list from now on."""
+        """`headers` have names in lower case."""
         known = by_name(headers)
         self.request_id = sane_request_id(known.get(b"x-request-id"))
+        length = known.get(b"content-length", b"")
+        self.length = int(length) if length.isdigit() else 0
         self.encoding = known.get(b"content-encoding", b"identity").lower()
         # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
         self.json = known.get(b"content-type", b"")[:16].lower() == b"application/json"
-        self._known = known
-        self._headers = headers
-        self._lines: bytes | None = None
-        self._rewritten: bytes | None = None
-
-    @property
-    def length(self) -> int:
-        """What content-length says, 0 where it is missing or no number."""
-        length = self._known.get(b"content-length", b"")
-        return int(length) if length.isdigit() else 0
-
-    def lines(self, *, rewritten: bool) -> bytes:
-        """What goes to the upstream; an answer that is to be rewritten here must not come compressed."""
-        if rewritten:
-            if self._rewritten is None:
-                self._rewritten = self._without(b"accept-encoding")
-            return self._rewritten
-        if self._lines is None:
-            self._lines = self._without()
-        return self._lines
-
-    def _without(self, *more: bytes) -> bytes:
-        dropped = not_forwarded(NOT_TO_UPSTREAM, self._known).union(more)
+        dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}
-        return lines([header for header in self._headers if header[0] not in dropped])
+        self.lines = self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
+        if b"accept-encoding" in known:
+            dropped |= {b"accept-encoding"}
+            self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
 
 
 class AnswerHead:

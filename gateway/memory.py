@@ -6,7 +6,9 @@ import ctypes
 import gc
 
 # Fewer than so many in flight leave too little behind to be worth the look.
-_MANY = 200
+_MANY = 32
+# Looks in a row that find them over: the connections of those that have just ended are still to be closed.
+_QUIET = 4
 # New objects that outlive their making, until garbage is looked for; a request leaves hardly a cycle behind.
 _GARBAGE = 20_000
 
@@ -26,7 +28,7 @@ class Peak:
 
     def __init__(self) -> None:
         self._most = 0
-        self._before = 0
+        self._quiet = 0
 
     def look(self, in_flight: int) -> None:
         """To be called again and again: once most of them are over, their memory goes back to the system.
@@ -35,10 +37,12 @@ class Peak:
         around them, and lets go of them in a full collection; glibc keeps what is free below what is not.
         """
         self._most = max(self._most, in_flight)
-        # Twice in a row: the connections of those that have just ended may still be closing.
-        if self._most >= _MANY and max(in_flight, self._before) < self._most / 4:
-            self._most = in_flight
+        if self._most < _MANY or in_flight >= self._most / 4:
+            self._quiet = 0
+            return
+        self._quiet += 1
+        if self._quiet >= _QUIET:
+            self._most = self._quiet = 0
             gc.collect()
             if _trim is not None:
                 _trim(0)
-        self._before = in_flight

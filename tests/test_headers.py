@@ -13,7 +13,7 @@ from gateway.headers import Header, RequestHead, SameHead, answer_head, by_name,
 
 
 def to_upstream(headers: list[Header]) -> list[Header]:
-    lines = RequestHead(headers).lines(rewritten=False).split(b"\r\n")[:-1]
+    lines = RequestHead(headers).lines.split(b"\r\n")[:-1]
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
@@ -203,6 +203,7 @@ BODIES = st.sampled_from([b"", b"{}", b"x" * 12, b"content-length: 1\r\n\r\n", b
 
 @given(lines=LINES, first=BODIES, second=BODIES, more=st.sampled_from([b"", b"", b"\r\n", b"G", b"x" * 9]))
 @example(lines=[b"Host: x", b"Content-Length: LENGTH"], first=b"{}", second=b"x" * 12, more=b"")
+@example(lines=[b"Content-Length: LENGTH", b""], first=b"", second=b"", more=b"")
 @settings(deadline=None, max_examples=500)
 def test_a_head_that_is_known_again_is_what_a_parser_would_read(
     lines: list[bytes], first: bytes, second: bytes, more: bytes
@@ -216,7 +217,8 @@ def test_a_head_that_is_known_again_is_what_a_parser_would_read(
     if same is None or before.ended != 1 or not before.told[-2]:
         return
     at = same.body_at(again)
-    assert bool(at) is not bool(more)
+    # An empty line among them ends the head, and more comes behind the body.
+    assert bool(at) is not bool(more) or (b"" in lines and not at)
     if at:
         after = Parsed(again)
         assert (after.told, after.ended) == (before.told, 1)
