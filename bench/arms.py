@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import httpx
 
 from bench import processes
@@ -96,7 +97,7 @@ def environment(name: str, lock: Path, interpreter: str) -> Path:
     folder = CACHE / f"{name}-{key}"
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"installing {name} (once, into {folder})", flush=True)  # noqa: T201
+        click.echo(f"installing {name} (once, into {folder})")
         subprocess.run([interpreter, "-m", "venv", "--without-pip", str(folder)], check=True)
         # The pip that runs this one: a distribution's Python may come without.
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]

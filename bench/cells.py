@@ -67,7 +67,10 @@ class Cells:
                 cpu = cpu_us(arm.pid)
                 said = self._run([*command, "--timeout", "20s", url], {"BENCH_BODY": str(file)})
                 cpu = cpu_us(arm.pid) - cpu
-            result = json.loads(re.search("RESULT (.*)", said)[1])  # type: ignore[index]
+            found = re.search("RESULT (.*)", said)
+            if found is None:
+                raise Failed(f"wrk told no result, but {said[-200:]!r}")
+            result = json.loads(found[1])
             if result["errors"] or not result["requests"]:
                 raise Failed(str(result))
             return {

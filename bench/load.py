@@ -169,4 +169,4 @@ def _percentile(values: list[int], part: float) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(uvloop.run(Load(Plan(**json.loads(sys.argv[1]))).run())))  # noqa: T201
+    json.dump(uvloop.run(Load(Plan(**json.loads(sys.argv[1]))).run()), sys.stdout)

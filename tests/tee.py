@@ -26,10 +26,12 @@ class Tee:
     def __init__(self, port: int) -> None:
         self.answers: list[Answer] = []
 
+        tee = self
+
         class Forward(socketserver.BaseRequestHandler):
-            def handle(handler) -> None:  # noqa: N805 - `self` is the tee's
+            def handle(self) -> None:
                 with socket.create_connection(("127.0.0.1", port)) as server:
-                    self._forward(handler.request, server)
+                    tee._forward(self.request, server)
 
         self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Forward)
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
