@@ -252,12 +252,8 @@ def _streaming(body: Json) -> bool:
 
 def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
     """The name and value of a field that goes by several names; they may not contradict each other."""
-    values = list(map(body.get, names))
-    if values.count(None) == len(names):
-        return names[0], default
-    if values[0] is not None and values.count(None) == len(names) - 1:
-        return names[0], values[0]
-    (first, said), *others = [(name, body[name]) for name in names if body.get(name) is not None]
+    sent = [(name, body[name]) for name in names if body.get(name) is not None]
+    (first, said), *others = sent or [(names[0], default)]
     for name, value in others:
         if value != said or type(value) is not type(said):
             raise BadRequest(
