@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+import pytest
+
 from bench import report
 
 
@@ -40,3 +42,14 @@ def test_the_chart_is_well_formed_and_names_the_arms() -> None:
     texts = [element.text for element in ElementTree.fromstring(chart).iter() if element.tag.endswith("text")]
     assert {"A <title>", "gateway", "vllm-router", "50", "100"} <= set(texts)
     assert "direct" not in texts
+
+
+@pytest.mark.parametrize(
+    ("gateway", "router", "is_"), [(0.5, -0.1, 50), (-0.1, 0.5, 0.02), (-0.1, -0.2, 1), (0.5, 1, 0.5)]
+)
+def test_a_peer_that_adds_no_delay_is_not_left_out(gateway: float, router: float, is_: float) -> None:
+    delays = {"direct": 1.0, "gateway": 1.0 + gateway, "vllm-router": 1.0 + router}
+    arms = {arm: {"delay_p99_ms": [one]} for arm, one in delays.items()}
+    found: report.Samples = {"streams-300": arms}
+    ((name, ratio, *_),) = report.bars(found)
+    assert (name[:17], ratio) == ("added event delay", pytest.approx(is_))
