@@ -52,4 +52,5 @@ def test_a_peer_that_adds_no_delay_is_not_left_out(gateway: float, router: float
     arms = {arm: {"delay_p99_ms": [one]} for arm, one in delays.items()}
     found: report.Samples = {"streams-300": arms}
     ((name, ratio, *_),) = report.bars(found)
-    assert (name[:17], ratio) == ("added event delay", pytest.approx(is_))
+    assert name.startswith("added event delay")
+    assert ratio == pytest.approx(is_)
