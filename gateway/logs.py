@@ -210,7 +210,7 @@ def _iso(seconds: float) -> str:
     return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1)
 def _second(seconds: int) -> str:
     # The same for thousands of lines in a row, and most of a line's cost.
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

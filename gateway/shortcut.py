@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -26,6 +27,7 @@ _ROUTES = {(route.method.encode(), route.path.encode()): route for route in ROUT
 # What is used here of a class that promises nothing to those that inherit from it.
 _METHODS = (
     "connection_lost",
+    "connection_made",
     "data_received",
     "on_body",
     "on_headers_complete",
@@ -66,6 +68,31 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
 _NOTHING_WAITS: deque[Any] = deque(maxlen=0)
 
 
+class _Flow(FlowControl):
+    """uvicorn's, without an event for each connection, which takes as much memory as the exchange."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = False
+        self.write_paused = False
+        self._writable: asyncio.Event | None = None
+
+    async def drain(self) -> None:
+        if self.write_paused:
+            if self._writable is None:
+                self._writable = asyncio.Event()
+            await self._writable.wait()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
 
@@ -86,6 +113,10 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._refused = False
         self._idle_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport)
 
     def on_headers_complete(self) -> None:
         self._in_body = True
