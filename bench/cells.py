@@ -59,7 +59,7 @@ class Cells:
                 "wrk",
                 "-t1",
                 f"-c{connections}",
-                f"-d{8 if arm.slow else seconds}s",
+                f"-d{5 if arm.slow else seconds}s",
                 "-s",
                 str(REPOSITORY / "bench" / "post.lua"),
             ]
