@@ -87,13 +87,11 @@ def _run(
                         progress.update(task, advance=1, description=f"round {number + 1}: {cell}, {arm.name}")
                         if _wanted(arm.name, cell, number):
                             _add(samples, failures, arm, cell, work)
-        for arm in arms.values():
-            samples["after"][arm.name]["rss_mb"] = [_measure(arm, _at_rest)["rss_mb"]]
+        for name, megabytes in _at_rest(list(arms.values())).items():
+            samples["after"][name]["rss_mb"] = [megabytes]
         for cell, work in cells.items():
             _add(samples, failures, arms["gateway"], f"{cell}, again", work)
-        # The idle connections of the last cell are not at rest yet, as those of all rounds were.
-        time.sleep(5)
-        samples["again"]["gateway"]["rss_mb"] = [_measure(arms["gateway"], _at_rest)["rss_mb"]]
+        samples["again"]["gateway"]["rss_mb"] = [_at_rest([arms["gateway"]])["gateway"]]
     return samples, failures
 
 
@@ -113,9 +111,14 @@ def _wanted(arm: str, cell: str, number: int) -> bool:
     return number == 0 or cell not in ONCE
 
 
-def _at_rest(arm: Arm) -> Figures:
-    time.sleep(1.5)
-    return {"rss_mb": rss_kb(arm.pid) / 1024}
+def _at_rest(arms: list[Arm]) -> dict[str, float]:
+    """The arms' memory in MB, once their idle connections are over and they have had time to tidy up."""
+    for arm in arms:
+        signal_all(arm.process, signal.SIGCONT)
+    time.sleep(10)
+    for arm in arms:
+        signal_all(arm.process, signal.SIGSTOP)
+    return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
 
 
 def _measure(arm: Arm, work: Work) -> Figures:
@@ -133,7 +136,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Work]:
     chosen: dict[str, Work] = {
         "json-64": cells.json(64, seconds=2),
         "prompt-67k": cells.json(32, prompt_67k()),
-        "streams-100": cells.streams(100, 160, 20),
+        "streams-100": cells.streams(100, 120, 20),
         "streams-300": cells.streams(300, 100, 20),
     }
     if not quick:

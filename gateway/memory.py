@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
+import sys
 
 # Fewer than so many in flight leave too little behind to be worth the look.
 _MANY = 32
-# Looks in a row that find them over: the connections of those that have just ended are still to be closed.
-_QUIET = 4
+# Looks in a row that find them over: the connections of those that have just ended are still to be closed, and what
+# probes had made meanwhile, amid all that has gone, is made anew by the next.
+_QUIET = (4, 70)
+# uvloop keeps 250 of its handles for the next ones; so many are made for new ones to be among them.
+_HANDLES = 1000
 # New objects that outlive their making, until garbage is looked for; a request leaves hardly a cycle behind.
 _GARBAGE = 20_000
 
@@ -33,16 +38,34 @@ class Peak:
     def look(self, in_flight: int) -> None:
         """To be called again and again: once most of them are over, their memory goes back to the system.
 
-        Python keeps freed objects of many kinds for the next ones, which hold the pages of all that lay
-        around them, and lets go of them in a full collection; glibc keeps what is free below what is not.
+        Python and uvloop keep freed objects of many kinds for the next ones, which hold the megabytes
+        that they lie in; glibc keeps what is free below what is not.
         """
         self._most = max(self._most, in_flight)
         if self._most < _MANY or in_flight >= self._most / 4:
             self._quiet = 0
             return
         self._quiet += 1
-        if self._quiet >= _QUIET:
+        if self._quiet in _QUIET:
+            _give_back()
+        if self._quiet >= max(_QUIET):
             self._most = self._quiet = 0
-            gc.collect()
-            if _trim is not None:
-                _trim(0)
+
+
+def _give_back() -> None:
+    gc.collect()
+    # Of each name that C code has asked a type for; a full collection leaves them.
+    if sys.version_info < (3, 13):
+        sys._clear_type_cache()
+    loop = asyncio.get_running_loop()
+    loop.call_soon(_let_go, [loop.call_soon(_nothing) for _ in range(_HANDLES)])
+
+
+def _nothing() -> None: ...
+
+
+def _let_go(handles: list[asyncio.Handle]) -> None:
+    # From the end: the newest are kept for the next ones, and the old are free.
+    handles.clear()
+    if _trim is not None:
+        _trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvloop
 
 from gateway.memory import Peak
 
@@ -33,6 +35,7 @@ def collections() -> Iterator[list[int]]:
         ([2000, 0, 0, 0, 0, 0, 0, 0, 0], 1),
         ([0, 300, 2000, 900, 499, 498, 9, 9, 9, 0], 1),
         ([2000, 0, 0, 0, 0, 2000, 0, 0, 0, 0], 2),
+        ([2000] + [0] * 200, 2),
         ([2000, 0, 0, 0, 2000, 0, 0, 0], 0),
         ([2000, 600, 600, 600, 600, 600], 0),
         ([30, 0, 0, 0, 0, 0], 0),
@@ -41,10 +44,29 @@ def collections() -> Iterator[list[int]]:
 def test_memory_is_given_back_once_most_of_many_are_over(
     in_flight: list[int], times: int, collections: list[int]
 ) -> None:
-    peak = Peak()
-    for count in in_flight:
-        peak.look(count)
+    async def look() -> None:
+        peak = Peak()
+        for count in in_flight:
+            peak.look(count)
+
+    asyncio.run(look())
     assert collections.count(2) == times
+
+
+def test_new_handles_are_kept_in_the_place_of_old_ones() -> None:
+    async def kept() -> tuple[set[int], set[int]]:
+        loop = asyncio.get_running_loop()
+        old = {id(handle) for handle in [loop.call_soon(id, None) for _ in range(250)]}
+        await asyncio.sleep(0)
+        peak = Peak()
+        for count in (2000, 0, 0, 0, 0):
+            peak.look(count)
+        await asyncio.sleep(0)
+        return old, {id(handle) for handle in [loop.call_soon(id, None) for _ in range(250)]}
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        old, new = runner.run(kept())
+    assert len(old & new) < 25
 
 
 def test_a_server_loads_nothing_that_it_never_uses() -> None:
