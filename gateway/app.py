@@ -16,13 +16,14 @@ from starlette.routing import Route
 
 from gateway import endpoints
 from gateway.config import Settings
-from gateway.exchange import ROUTES, DataPath, Exchange, Limits
+from gateway.exchange import ROUTES, DataPath, Drain, Exchange, Limits
 from gateway.health import Prober
 from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
 from gateway.metrics import Metrics
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
+from gateway.waiting import Waiting
 
 _log = logging.getLogger(__name__)
 
@@ -87,11 +88,16 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
-        pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
+        pool = UpstreamPool(
+            tuple(map(Upstream.from_url, settings.upstreams)),
+            most=settings.max_in_flight,
+            most_each=settings.max_in_flight_per_upstream or settings.max_in_flight,
+        )
         prober = create_prober(settings, pool)
         connections = ConnectionPool(settings.connect_timeout)
         in_flight: set[Exchange] = set()
-        metrics = Metrics(pool, in_flight)
+        waiting = Waiting(settings.max_queue)
+        metrics = Metrics(pool, in_flight, waiting, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         ended = Ended(metrics, request_log)
         data_path = DataPath(
@@ -100,13 +106,19 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
             time=time.monotonic,
             in_flight=in_flight,
+            waiting=waiting,
+            drain=Drain(),
             finished=ended.add,
             limits=Limits(
                 max_body=settings.max_body_bytes,
+                max_requests=settings.max_in_flight + settings.max_queue,
+                queue=settings.queue_timeout,
                 first_token=settings.first_token_timeout,
                 idle=settings.idle_timeout,
                 total=settings.total_timeout,
+                header=settings.header_timeout,
                 body=settings.body_timeout,
+                client_write=settings.client_write_timeout,
             ),
             model=settings.model,
             style=settings.stream_style,

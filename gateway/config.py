@@ -104,13 +104,31 @@ class Settings(_EnvironmentSettings):
     system_role: Literal["system", "merge"] = Field(
         "system", description="`merge` puts the system text before the user's, for models that refuse a system role."
     )
+    max_in_flight: int = Field(4096, ge=1, description="Most calls that run at the same time; more wait.")
+    max_in_flight_per_upstream: int | None = Field(
+        None, ge=1, description="Most calls that run at the same time on one upstream; unset: as many as in all."
+    )
+    max_queue: int = Field(1024, ge=0, description="Most calls that wait; more are refused with 429.")
+    queue_timeout: Seconds = Field(30, description="Seconds that a call may wait until it is refused with 429.")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body, in bytes.")
     connect_timeout: Seconds = Field(5, description="Seconds to connect to an upstream.")
     first_token_timeout: Seconds = Field(300, description="Seconds until the first byte of a streamed answer.")
     idle_timeout: Seconds = Field(60, description="Seconds between two reads of a streamed answer.")
     total_timeout: Seconds = Field(1800, description="Seconds for a whole call.")
-    body_timeout: Seconds = Field(30, description="Seconds between two reads of a request's body.")
+    header_timeout: Seconds = Field(
+        30, description="Seconds from the connecting, or a request's first byte, to the end of its head."
+    )
+    body_timeout: Seconds = Field(
+        30, description="Seconds between two reads of a request's body, and until it has come at 1 KiB/s."
+    )
+    client_write_timeout: Seconds = Field(30, description="Seconds in which a client must read some of its answer.")
     probe_interval: Seconds = Field(5, description="Seconds between two probes of an upstream that serves.")
+    drain_delay: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after SIGTERM that requests are still taken, while the health check says `draining`.",
+    )
     drain_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="Seconds that running answers get to end after SIGTERM."
     )

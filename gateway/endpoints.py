@@ -193,11 +193,12 @@ async def health_check(request: Request) -> Response:
     prober = request.state.prober
     await prober.probe_all()
     upstreams = prober.report(time.monotonic())
-    serving = any(upstream["state"] == "serving" for upstream in upstreams)
+    draining = request.state.data_path.drain.began
+    serving = not draining and any(upstream["state"] == "serving" for upstream in upstreams)
     body: dict[str, Any] = {
         "Service Title": "vllm-gateway",
         "Service Description": "A thin gateway in front of vLLM model servers",
-        "status": "serving" if serving else "unavailable",
+        "status": "draining" if draining else "serving" if serving else "unavailable",
         "upstreams": upstreams,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else {"retry-after": "2"})

@@ -80,13 +80,20 @@ class MethodNotAllowed(GatewayError):
 
 
 class RequestTimeout(GatewayError):
-    """The request's body stopped coming."""
+    """The request's body does not come, or too slowly."""
 
     status = 408
     type = "invalid_request_error"
     code = "body_timeout"
     outcome = "timeout:body"
     headers = ((b"connection", b"close"),)
+
+
+class HeadTimeout(RequestTimeout):
+    """The request's head did not come whole."""
+
+    code = "head_timeout"
+    outcome = "timeout:head"
 
 
 class TooLarge(GatewayError):
@@ -103,6 +110,25 @@ class UnsupportedEncoding(GatewayError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_content_encoding"
+
+
+class TooMany(GatewayError):
+    """There is no room for another request."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_requests"
+    outcome = "refused"
+    headers = ((b"retry-after", b"1"),)
+
+
+class Draining(GatewayError):
+    """This gateway ends; another may answer."""
+
+    status = 503
+    code = "draining"
+    outcome = "drained"
+    headers = ((b"retry-after", b"1"),)
 
 
 class UpstreamError(GatewayError):
@@ -129,7 +155,10 @@ class NoneReady(UpstreamError):
 
     status = 503
     code = "no_upstream_ready"
-    headers = ((b"retry-after", b"2"),)
+
+    def __init__(self, message: str, *, retry_after: bytes = b"2") -> None:
+        super().__init__(message)
+        self.headers = ((b"retry-after", retry_after),)
 
 
 class UpstreamTimeout(UpstreamError):

@@ -9,6 +9,7 @@ call back at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
@@ -18,12 +19,14 @@ from gateway import simplified, sse
 from gateway.body import to_object
 from gateway.errors import (
     BadRequest,
+    Draining,
     GatewayError,
     ModelNotFound,
     NoneReady,
     RequestTimeout,
     Style,
     TooLarge,
+    TooMany,
     UnsupportedEncoding,
     UpstreamBroken,
     UpstreamTimeout,
@@ -32,11 +35,14 @@ from gateway.errors import (
 from gateway.headers import AnswerHead, RequestHead
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.usage import usage_in, usage_text
+from gateway.waiting import Waiting
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
 HELD_EVENT = 64 * 1024
 # A whole answer that has to be rewritten is collected up to this size.
 COLLECTED = 64 * 1024 * 1024
+# The slowest that a body may come, in bytes a second, past its time limit.
+_BODY_RATE = 1024
 # A reused connection that closes this soon after a request was already closing when it was sent.
 STALE_WITHIN = 0.1
 
@@ -99,13 +105,25 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Largest body in bytes, and the time limits in seconds."""
+    """Largest body in bytes, most requests at once, and the time limits in seconds."""
 
     max_body: int
+    max_requests: float
+    queue: float
     first_token: float
     idle: float
     total: float
+    header: float
     body: float
+    client_write: float
+
+
+@dataclass(slots=True)
+class Drain:
+    """The gateway's end: `began` once no more is to come, and what still runs at `ends_at` is ended."""
+
+    began: bool = False
+    ends_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +138,8 @@ class DataPath:
     transport: Transport
     time: Callable[[], float]
     in_flight: set[Exchange]
+    waiting: Waiting
+    drain: Drain
     finished: Callable[[Exchange], None]
     limits: Limits
     model: str | None
@@ -134,6 +154,8 @@ class DataPath:
         To be asked for again and again: a timer of its own would cost a request more than its headers do.
         """
         now = self.time()
+        if now >= self.drain.ends_at:
+            return list(self.in_flight)
         return [exchange for exchange in self.in_flight if exchange.due <= now]
 
 
@@ -155,10 +177,11 @@ ROUTES = (
 
 # An exchange's state. No Enum: its members cost as much to look up as a call.
 _RECEIVING = 0  # the request comes in
-_CONNECTING = 1  # a connection is awaited
-_WAITING = 2  # the request is sent, no answer yet
-_ANSWERING = 3  # the answer's head is there
-_ENDED = 4
+_QUEUED = 1  # there is no room upstream
+_CONNECTING = 2  # a connection is awaited
+_WAITING = 3  # the request is sent, no answer yet
+_ANSWERING = 4  # the answer's head is there
+_ENDED = 5
 
 # What happens to the answer's body.
 _RELAYED = 0  # piece by piece, as it comes
@@ -181,8 +204,8 @@ class Exchange:
     """One request and its answer. Attributes without an underscore are for observers to read.
 
     Times are the clock's seconds, None for what has not happened. `form` is `simplified`, `openai`
-    or, where it is not known, empty. `outcome` is `done`, `client_left`, `upstream_error` or
-    `timeout:<which>`. No limit can have passed before `due`.
+    or, where it is not known, empty. `outcome` is `done`, `client_left`, `refused`,
+    `upstream_error`, `drained` or `timeout:<which>`. No limit can have passed before `due`.
     """
 
     __slots__ = (
@@ -200,6 +223,7 @@ class Exchange:
         "_paused",
         "_pieces",
         "_query",
+        "_refusal",
         "_repr",
         "_request",
         "_retried",
@@ -263,6 +287,7 @@ class Exchange:
         self._simplified: simplified.Simplified | None = None
         self._connection: Connection | None = None
         self._retried = False
+        self._refusal: bytes | None = None
         self._started = False
         self._paused = False
         self._sse = False
@@ -302,6 +327,8 @@ class Exchange:
             )
         elif length > limits.max_body:
             self.fail(self._too_large())
+        elif len(path.in_flight) > limits.max_requests:
+            self.fail(TooMany("Too many requests run and wait already: try again soon."))
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -334,8 +361,29 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
         else:
-            self.due = self._next_limit(now) if self.streaming else self.started_at + self._path.limits.total
-            self._connect(now, without=None)
+            if not self.room():
+                self._wait(now)
+
+    def _wait(self, now: float) -> None:
+        self._state = _QUEUED
+        path = self._path
+        if path.waiting.add(self):
+            self.due = now + path.limits.queue
+        else:
+            self.fail(TooMany(f"There is no room, and {path.waiting.most} requests wait already: try again soon."))
+
+    def room(self) -> bool:
+        """There may be room upstream; True if it was taken."""
+        path = self._path
+        now = path.time()
+        upstream = path.pool.choose(self.model, now)
+        if upstream is None:
+            return False
+        if self._state is _QUEUED:
+            path.waiting.leave(self)
+        self.due = self._next_limit(now) if self.streaming else self.started_at + path.limits.total
+        self._connect(upstream, fresh=False)
+        return True
 
     def _too_large(self) -> TooLarge:
         return TooLarge(
@@ -381,19 +429,30 @@ class Exchange:
 
     # The upstream
 
-    def _connect(self, now: float, *, without: Upstream | None, fresh: bool = False) -> bool:
-        """Ask for a connection; False where there is no upstream left to ask."""
-        path = self._path
-        upstream = self.upstream if fresh else path.pool.choose(self.model, now, without=without)
-        if upstream is None:
-            return False
+    def _connect(self, upstream: Upstream, *, fresh: bool) -> None:
+        """Ask for a connection to this upstream, the request's second one if there was one before."""
         self._state = _CONNECTING
-        if upstream is not self.upstream:
-            if self.upstream is not None:
-                self.upstream.in_flight -= 1
+        before = self.upstream
+        if upstream is not before:
             self.upstream = upstream
             upstream.in_flight += 1
-        path.transport.connect(upstream, self, fresh=fresh)
+            if before is not None:
+                before.in_flight -= 1
+        self._path.transport.connect(upstream, self, fresh=fresh)
+        if before is not None and upstream is not before and self._path.waiting:
+            self._path.waiting.room()
+
+    def _ask_another(self, *, ready: bool) -> bool:
+        """Whether another upstream is asked in the place of this one, which did not begin; once a request."""
+        upstream = self.upstream
+        assert upstream is not None
+        if self._retried:
+            return False
+        other = self._path.pool.another(self.model, self._path.time(), instead_of=upstream, ready=ready)
+        if other is None:
+            return False
+        self._retried = True
+        self._connect(other, fresh=False)
         return True
 
     def upstream_connected(self, connection: Connection) -> None:
@@ -432,12 +491,12 @@ class Exchange:
             return
         upstream = self.upstream
         assert upstream is not None
-        now = self._path.time()
-        upstream.broke(now)
-        retry, self._retried = not self._retried, True
-        if retry and self._connect(now, without=upstream):
+        upstream.broke(self._path.time())
+        if self._ask_another(ready=False):
             return
-        if timed_out is not None:
+        if self._refusal is not None:
+            self.fail(NoneReady("No model server takes requests now: try again later.", retry_after=self._refusal))
+        elif timed_out is not None:
             self.fail(UpstreamTimeout("connect", timed_out))
         elif not upstream.ever_served:
             self.fail(NoneReady("The model server is not up yet: it may still be loading. Try again soon."))
@@ -446,7 +505,7 @@ class Exchange:
 
     def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
-        if self._state is not _WAITING:
+        if self._state is not _WAITING or (head.status == 503 and self._taken_over(head)):
             return
         self._state = _ANSWERING
         self._content = b""
@@ -465,6 +524,20 @@ class Exchange:
             self._way = _COLLECTED
         else:
             self._length = length
+
+    def _taken_over(self, refusal: AnswerHead) -> bool:
+        """Whether another upstream, that is ready, takes what this one refuses before it has begun."""
+        upstream = self.upstream
+        connection, self._connection = self._connection, None
+        if self._ask_another(ready=True):
+            assert upstream is not None
+            upstream.broke(self._path.time())
+            self._refusal = dict(refusal.headers).get(b"retry-after", b"2")
+            if connection is not None:
+                connection.discard()  # what else it says of it
+            return True
+        self._connection = connection
+        return False
 
     def upstream_body(self, data: bytes) -> None:
         """What one read brought of the answer's body."""
@@ -522,8 +595,14 @@ class Exchange:
         connection, self._connection = self._connection, None
         self.upstream_ended_at = self._path.time()
         if connection is not None:
-            connection.release()
+            if self._lacks_done():
+                connection.discard()  # who broke off in the middle is not to be trusted with more
+            else:
+                connection.release()
         self._complete()
+
+    def _lacks_done(self) -> bool:
+        return self._sse and self.status == 200 and not sse.has_done(self._before_last + self._last + self._held)
 
     def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
         """The whole answer is there, at once."""
@@ -533,6 +612,8 @@ class Exchange:
                 self.upstream_body(content)
             self.upstream_end()
         elif self._state is _WAITING:
+            if head.status == 503 and self._taken_over(head):
+                return
             connection, self._connection = self._connection, None
             self.upstream_ended_at = self._path.time()
             if content:
@@ -557,7 +638,8 @@ class Exchange:
         )
         if stale and not self._retried:
             self._retried = True
-            self._connect(now, without=None, fresh=True)
+            assert self.upstream is not None
+            self._connect(self.upstream, fresh=True)
         else:
             self._upstream_failed(UpstreamBroken(f"The model server broke off: {why}."))
 
@@ -602,7 +684,7 @@ class Exchange:
                 self._way = _RELAYED
                 self.upstream_body(self._held if self._repr is None else self._held + b"\n\n")
             end = self._before_last + self._last
-            if self.status == 200 and not sse.has_done(end):
+            if self._lacks_done():
                 self._upstream_failed(UpstreamBroken("The model server ended its stream without [DONE]."))
             failed = failed or b'data: {"error"' in end
         if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
@@ -653,14 +735,14 @@ class Exchange:
         if self._connection is not None:
             self._connection.resume()
 
-    def client_gone(self) -> None:
-        """The client has left; the upstream is told at once, by a closed connection."""
+    def client_gone(self, outcome: str = "client_left") -> None:
+        """The client has left, or reads no more; the upstream is told at once, by a closed connection."""
         if self._state is _ENDED:
             return
         self._drop_connection()
         if not self._started:
             self.status = CLIENT_LEFT
-        self._finish("client_left")
+        self._finish(outcome)
 
     # Time
 
@@ -670,13 +752,20 @@ class Exchange:
             return
         now = self._path.time()
         limits = self._path.limits
-        if self._state is _RECEIVING:
+        if now >= self._path.drain.ends_at:
+            self.fail(Draining("The gateway ends, and the time for what was still running is over: try again."))
+        elif self._state is _QUEUED:
+            self.fail(TooMany(f"There was no room for {limits.queue:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
+        elif self._state is _RECEIVING:
             if now - self._last_read_at >= limits.body:
                 self.fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
             elif now - self.started_at >= limits.total:
                 self.fail(RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT)."))
+            elif now - self.started_at >= limits.body + self._size / _BODY_RATE:
+                self.fail(RequestTimeout(f"The request's body came more slowly than {_BODY_RATE} bytes a second."))
             else:
-                self.due = min(self._last_read_at + limits.body, self.started_at + limits.total)
+                slowest = self.started_at + limits.body + self._size / _BODY_RATE
+                self.due = min(self._last_read_at + limits.body, slowest, self.started_at + limits.total)
         elif now - self.started_at >= limits.total:
             self._upstream_failed(UpstreamTimeout("total", limits.total))
         elif self.streaming and (late := self._late(now)):
@@ -739,9 +828,9 @@ class Exchange:
         self.outcome = outcome
         path = self._path
         self.ended_at = path.time()
+        path.in_flight.discard(self)
         if self.upstream is not None:
             self.upstream.in_flight -= 1
-        path.in_flight.discard(self)
         self._usage_text = usage_text(self._before_last + self._last)
         # Whoever counts and logs it may keep it for a while.
         self._content = self._held = self._last = self._before_last = b""
@@ -749,3 +838,6 @@ class Exchange:
         self._simplified = None
         self._write_chunk = None
         path.finished(self)
+        if path.waiting:
+            path.waiting.leave(self)
+            path.waiting.room()

@@ -94,6 +94,8 @@ class Prober:
         if (state, why) != (upstream.state, upstream.why):
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
+            if state == "serving":
+                upstream.succeeded()  # it is back, and not to be held to what broke before
         upstream.state, upstream.why = state, why
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
@@ -135,16 +137,17 @@ class Prober:
         )
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """How each upstream is; one that fails its calls is down, whatever its probes say."""
+        """How each upstream is."""
         return [
             {
                 "url": upstream.url,
-                "state": "down" if upstream.failing(now) else upstream.state,
-                "why": "its last calls broke; it is on trial soon" if upstream.failing(now) else upstream.why,
+                "state": standing[0],
+                "why": standing[1],
                 "models": upstream.models,
                 "in_flight": upstream.in_flight,
             }
             for upstream in self._pool
+            for standing in [upstream.standing(now)]
         ]
 
 

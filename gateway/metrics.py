@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from gateway.exchange import Exchange
 from gateway.upstreams import UpstreamPool
+from gateway.waiting import Waiting
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -24,8 +26,12 @@ class Metrics(Collector):
     more than the rest of a request's bookkeeping.
     """
 
-    def __init__(self, pool: UpstreamPool, in_flight: set[Exchange]) -> None:
-        """`in_flight` is the data path's."""
+    def __init__(
+        self, pool: UpstreamPool, in_flight: set[Exchange], waiting: Waiting, time: Callable[[], float]
+    ) -> None:
+        """All of them the data path's."""
+        self._waiting = waiting
+        self._time = time
         self._pool = pool
         self._in_flight = in_flight
         self._registry = CollectorRegistry()
@@ -91,8 +97,9 @@ class Metrics(Collector):
         tokens.add_metric(("prompt",), self._prompt_tokens)
         tokens.add_metric(("completion",), self._completion_tokens)
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
+        waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._waiting))
         histograms = (self._first_token, self._per_event, self._total, self._added)
-        return [requests, in_flight, tokens, *(one.family() for one in histograms), *self._upstreams()]
+        return [requests, in_flight, waiting, tokens, *(one.family() for one in histograms), *self._upstreams()]
 
     def _upstreams(self) -> list[Metric]:
         state = GaugeMetricFamily(
@@ -101,11 +108,19 @@ class Metrics(Collector):
         in_flight = GaugeMetricFamily(
             "gateway_upstream_in_flight", "Requests in flight to an upstream.", labels=("upstream",)
         )
+        left = CounterMetricFamily(
+            "gateway_upstream_left",
+            "Requests that an upstream refused or did not take, and another was asked for.",
+            labels=("upstream",),
+        )
+        now = self._time()
         for upstream in self._pool:
+            standing, _ = upstream.standing(now)
             for name in ("serving", "loading", "down"):
-                state.add_metric((upstream.url, name), float(upstream.state == name))
+                state.add_metric((upstream.url, name), float(standing == name))
             in_flight.add_metric((upstream.url,), upstream.in_flight)
-        return [state, in_flight]
+            left.add_metric((upstream.url,), upstream.left)
+        return [state, in_flight, left]
 
 
 class _Histogram:

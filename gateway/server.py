@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
 from gateway.config import Settings
+from gateway.exchange import Drain
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
 from gateway.shortcut import Protocol, Shortcut, missing_in
@@ -71,18 +73,69 @@ def create_server(settings: Settings, app: Starlette) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=round(settings.drain_timeout),
+        # Calls end by a limit of their own, with an error; this one is for what does not.
+        timeout_graceful_shutdown=round(settings.drain_timeout) + 3,
     )
-    return _Server(config)
+    return _Server(config, settings.drain_delay, settings.drain_timeout)
 
 
 class _Server(uvicorn.Server):
+    """uvicorn's, with an end in three steps: say so, accept no more, and end what still runs."""
+
+    def __init__(self, config: uvicorn.Config, drain_delay: float, drain_timeout: float) -> None:
+        super().__init__(config)
+        self._drain_delay = drain_delay
+        self._drain_timeout = drain_timeout
+        self._signalled_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end, a second one is not to be argued with."""
+        if self._signalled_at is None:
+            self._captured_signals.append(sig)
+            self._signalled_at = time.monotonic()
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._look()
+        if self._signalled_at is not None:
+            self._drain.began = True
+            if time.monotonic() - self._signalled_at >= self._drain_delay:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    @property
+    def _drain(self) -> Drain:
+        drain: Drain = self.lifespan.state["data_path"].drain
+        return drain
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol):
+                try:
+                    connection.look(now)
+                except Exception:
+                    # A bug of ours, which must not be the end of the server.
+                    _log.exception("the look at a connection failed")
+
+    async def _look_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._look()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._drain.began = True
+        self._drain.ends_at = time.monotonic() + self._drain_timeout
+        looking = asyncio.create_task(self._look_again_and_again())
         await super().shutdown(sockets)
+        looking.cancel()
         # uvicorn has cancelled its tasks; the shortcut has none.
         for connection in list(self.server_state.connections):
             if isinstance(connection, Protocol):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -15,8 +17,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from gateway.errors import BadRequest, GatewayError
-from gateway.exchange import FAILED, ROUTES, Exchange, Route, new_request_id
+from gateway.errors import BadRequest, GatewayError, HeadTimeout
+from gateway.exchange import FAILED, ROUTES, DataPath, Exchange, Route, new_request_id
 from gateway.headers import AnswerHead, RequestHead, SameHead, lines
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,12 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
     return methods + [name for name in _ATTRIBUTES if name not in attributes]
 
 
+# Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
+_LAST_CALL = 1.0
+
+# struct linger: on, for no time.
+_AT_ONCE = struct.pack("ii", 1, 0)
+
 # In the place of a deque for each connection, of which hardly any pipelines.
 _NOTHING_WAITS: deque[Any] = deque(maxlen=0)
 
@@ -99,7 +107,7 @@ class Protocol(HttpToolsProtocol):
     cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
-    __slots__ = ("_idle_since", "_in_body", "_refused")
+    __slots__ = ("_awaited_since", "_idle_since", "_in_body", "_in_head", "_refused", "_stuck_since", "_unsent")
 
     def __init__(
         self,
@@ -113,20 +121,36 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._refused = False
         self._idle_since: float | None = None
+        # Since when more is to come of the client: a request's head, or the rest of a body that was refused.
+        self._awaited_since: float | None = None
+        self._in_head = False
+        self._unsent = 0
+        self._stuck_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
+        self._awaited_since = self.loop.time()
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._awaited_since = self.loop.time()
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._awaited_since = None
         self._in_body = True
         if self.pipeline is _NOTHING_WAITS and self.cycle is not None and not self.cycle.response_complete:
             self.pipeline = deque()
         super().on_headers_complete()
         self.headers = []  # the parser goes on to fill the scope's own list, with trailers
+        if self._path.drain.began:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         self._in_body = False
+        self._awaited_since = None
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -134,12 +158,14 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
+        if self._in_body:
+            self._awaited_since = self.loop.time()
         if self.flow.read_paused:
             self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif self._refused:
-            self._refuse()
+            self._refuse(_NO_HTTP)
         else:
             self._idle_since = self.loop.time()
             if self.timeout_keep_alive_task is None:
@@ -160,6 +186,47 @@ class Protocol(HttpToolsProtocol):
             else:
                 self.transport.close()
 
+    @property
+    def _path(self) -> DataPath:
+        path: DataPath = self.app_state["data_path"]
+        return path
+
+    def look(self, now: float) -> None:
+        """To be called again and again, with the loop's time: what the client keeps us waiting for has its limits.
+
+        For all connections at once, as a timer for each would cost more than all of this.
+        """
+        limits = self._path.limits
+        if self._awaited_since is not None and now - self._awaited_since >= limits.header:
+            if self._in_head and (self.cycle is None or self.cycle.response_complete):
+                self._refuse(HeadTimeout(f"No whole head came within {limits.header:g} s (GATEWAY_HEADER_TIMEOUT)."))
+            else:
+                self.transport.close()
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent >= self._unsent > 0:
+            if now - self._stuck_since >= limits.client_write:
+                self._stuck()
+        else:
+            self._stuck_since = now
+        self._unsent = unsent
+
+    def _stuck(self) -> None:
+        """The client reads nothing of what was written to it."""
+        # Reset: else the system keeps for minutes what it, too, could not send.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """No more is accepted: one that is idle may still get one request, whose answer closes it."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(_LAST_CALL, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    def _close_if_idle(self) -> None:
+        if not self._in_head and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
@@ -171,19 +238,19 @@ class Protocol(HttpToolsProtocol):
         self.parser = cast(Any, _Deaf)
         if not self._in_body:
             if self.cycle is None or self.cycle.response_complete:
-                self._refuse()
+                self._refuse(_NO_HTTP)
         elif self.pipeline:
             self.pipeline.popleft()  # the newest, which is broken in its body
         elif self.cycle.response_started:
             self.transport.close()
         else:
-            self._refuse()
+            self._refuse(_NO_HTTP)
 
-    def _refuse(self) -> None:
+    def _refuse(self, error: GatewayError) -> None:
         if self.transport.is_closing():
             return
         request_id = new_request_id()
-        content = BadRequest("What came is not an HTTP request: the connection is closed.").envelope(request_id)
+        content = error.envelope(request_id)
         headers = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
@@ -191,14 +258,17 @@ class Protocol(HttpToolsProtocol):
             (b"x-request-id", request_id.encode()),
             (b"connection", b"close"),
         ]
-        self.transport.write(STATUS_LINE[400] + lines(headers) + b"\r\n" + content)
+        self.transport.write(STATUS_LINE[error.status] + lines(headers) + b"\r\n" + content)
         self.transport.close()
-        self.app_state["metrics"].other("unknown", 400)
-        self.app_state["request_log"].other(request_id, "-", "-", 400, 0.0)
+        self.app_state["metrics"].other("unknown", error.status)
+        self.app_state["request_log"].other(request_id, "-", "-", error.status, 0.0)
 
     def cut(self) -> None:
         """The time to end in good order is over."""
         self.transport.abort()
+
+
+_NO_HTTP = BadRequest("What came is not an HTTP request: the connection is closed.")
 
 
 class _Deaf:
@@ -273,9 +343,10 @@ class Shortcut(Protocol):
             self._failed(exchange, error)
 
     def _begin(self, head: RequestHead, route: Route) -> Exchange:
-        exchange = self._exchange = Exchange(self.app_state["data_path"], self, route, b"", head)
+        path = self.app_state["data_path"]
+        exchange = self._exchange = Exchange(path, self, route, b"", head)
         self.cycle = self
-        self.keep_alive = True
+        self.keep_alive = not path.drain.began
         self.response_started = self.response_complete = False
         if self.flow.write_paused:  # by the answer before
             exchange.client_paused()
@@ -283,7 +354,8 @@ class Shortcut(Protocol):
 
     def on_message_begin(self) -> None:
         # uvicorn makes the scope here; it is made later, where one is needed.
-        self._in_message = True
+        self._in_head = self._in_message = True
+        self._awaited_since = self.loop.time()
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
@@ -303,8 +375,11 @@ class Shortcut(Protocol):
             return
         head, self.headers = RequestHead(self.headers), []  # trailers are of no interest
         exchange = self._begin(head, route)
+        self._in_head = False
+        self._awaited_since = None
         self._in_body = True
-        self.keep_alive = parser.should_keep_alive()
+        if not parser.should_keep_alive():
+            self.keep_alive = False
         if self._data:
             same = SameHead.of(self._data) if self.keep_alive else None
             self._same = (same, head, route) if same else None
@@ -313,7 +388,7 @@ class Shortcut(Protocol):
 
     def _to_the_app(self) -> None:
         url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
+        HttpToolsProtocol.on_message_begin(self)
         self.url, self.expect_100_continue = url, expect_100_continue
         self.headers += headers
         super().on_headers_complete()
@@ -327,6 +402,7 @@ class Shortcut(Protocol):
     def on_message_complete(self) -> None:
         if self.cycle is self and self._exchange is not None:
             self._in_body = False
+            self._awaited_since = None
             self._exchange.request_end()
         else:
             super().on_message_complete()
@@ -346,6 +422,12 @@ class Shortcut(Protocol):
         self.keep_alive = False
         exchange.fail(GatewayError(FAILED))
         self.transport.close()
+
+    def _stuck(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.client_gone("timeout:client_write")
+        super()._stuck()
 
     def pause_writing(self) -> None:
         super().pause_writing()

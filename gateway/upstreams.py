@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
 State = Literal["serving", "loading", "down"]
 
-# An upstream is failing after so many broken calls in a row, and on trial after so many seconds.
+# An upstream is failing after so many broken calls in a row, and gets one call for a trial each so many seconds.
 BROKEN_IN_A_ROW = 3
 TRIAL_AFTER = 15.0
+# Calls that may be tried again at once, and the part of all calls that may be in the long run: when all goes wrong,
+# twice the calls would make it worse.
+_RETRIES = 100.0
+_RETRIED_PART = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -19,6 +24,7 @@ class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
     `models` is its model list's ids, empty until it was read; `why` says why it does not serve.
+    `left` counts the calls that it did not take and that another was asked for instead.
     """
 
     url: str
@@ -34,6 +40,7 @@ class Upstream:
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
+    left: int = field(default=0, repr=False)
 
     @classmethod
     def from_url(cls, url: str) -> Upstream:
@@ -56,6 +63,15 @@ class Upstream:
         """Whether its last calls all broke and it is not yet time for another trial."""
         return self.broken_in_a_row >= BROKEN_IN_A_ROW and now - self.broken_at < TRIAL_AFTER
 
+    def standing(self, now: float) -> tuple[State, str]:
+        """Its state and why: one that fails its calls is down, whatever its probes say."""
+        if self.state == "serving" and self.failing(now):
+            return (
+                "down",
+                f"its last {self.broken_in_a_row} calls broke; it gets one for a trial each {TRIAL_AFTER:g} s",
+            )
+        return self.state, self.why
+
     @property
     def ever_served(self) -> bool:
         """Whether it has answered since the gateway started."""
@@ -65,9 +81,13 @@ class Upstream:
 class UpstreamPool:
     """All upstreams. What is known of them only ranks them: even a bad one is better than none."""
 
-    def __init__(self, upstreams: tuple[Upstream, ...]) -> None:
+    def __init__(self, upstreams: tuple[Upstream, ...], *, most: float = math.inf, most_each: float = math.inf) -> None:
+        """Room for `most` calls in flight, and for `most_each` to any one upstream."""
         self._upstreams = upstreams
+        self._most = most
+        self._most_each = min(most, most_each)
         self._turn = 0
+        self._retries = _RETRIES
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams)
@@ -79,21 +99,46 @@ class UpstreamPool:
             return self._upstreams[0].models
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
 
-    def choose(self, model: str | None, now: float, *, without: Upstream | None = None) -> Upstream | None:
-        """The upstream with the fewest calls in flight among the best that serve `model`.
+    def choose(self, model: str | None, now: float) -> Upstream | None:
+        """The upstream with the fewest calls in flight among the best that serve `model`; None where there is no room.
 
-        None only where `without` is the only one of them. A model that none serves is for any to
-        refuse. Ties go round.
+        A model that none serves is for any to refuse. Ties go round.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
-            return None if upstreams[0] is without else upstreams[0]
-        able = [upstream for upstream in upstreams if model in upstream.models] or upstreams
-        left = (upstream for upstream in able if upstream is not without)
-        best = min(left, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at), default=None)
+            return upstreams[0] if upstreams[0].in_flight < self._most_each else None
+        if sum(upstream.in_flight for upstream in upstreams) >= self._most:
+            return None
+        self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
+        return self._best(self._serving(model), now)
+
+    def another(self, model: str | None, now: float, *, instead_of: Upstream, ready: bool) -> Upstream | None:
+        """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.
+
+        `ready`: only one that would be asked first.
+        """
+        others = [one for one in self._serving(model) if one is not instead_of]
+        if ready:
+            others = [one for one in others if _rank(one, now) == 0]
+        if not others or self._retries < 1:
+            return None
+        best = self._best(others, now)
+        if best is not None:
+            self._retries -= 1
+            instead_of.left += 1
+        return best
+
+    def _serving(self, model: str | None) -> Sequence[Upstream]:
+        return [one for one in self._upstreams if model in one.models] or self._upstreams
+
+    def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
+        room = (upstream for upstream in able if upstream.in_flight < self._most_each)
+        best = min(room, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at), default=None)
         if best is not None:
             self._turn += 1
             best.chosen_at = self._turn
+            if best.broken_in_a_row >= BROKEN_IN_A_ROW:
+                best.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
         return best
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import uvicorn
 import uvloop
 
 from gateway.app import create_app
@@ -31,6 +33,7 @@ class Gateway:
     host: str
     port: int
     _log: int
+    _server: uvicorn.Server
 
     @property
     def url(self) -> str:
@@ -44,6 +47,10 @@ class Gateway:
     def connect(self) -> socket.socket:
         """A bare connection to it."""
         return socket.create_connection((self.host, self.port), timeout=20)
+
+    def signal(self) -> None:
+        """As a signal to end."""
+        self._server.handle_exit(signal.SIGTERM, None)
 
     def log(self, count: int) -> list[dict[str, Any]]:
         """The next so many request lines; waits for them."""
@@ -69,7 +76,7 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    gateway = Gateway("127.0.0.1", listener.getsockname()[1], read)
+    gateway = Gateway("127.0.0.1", listener.getsockname()[1], read, server)
     try:
         with gateway.client() as client:
             client.get("/v1/health_check")

@@ -9,13 +9,24 @@ from typing import Any
 
 import orjson
 
-from gateway.exchange import ROUTES, DataPath, Exchange, Limits, Route
+from gateway.exchange import ROUTES, DataPath, Drain, Exchange, Limits, Route
 from gateway.headers import AnswerHead, Header, RequestHead, answer_head
 from gateway.upstreams import Upstream, UpstreamPool
+from gateway.waiting import Waiting
 
 CHAT, COMPLETIONS, MODELS = ROUTES
 # No limit is a multiple of another, so that none is kept by chance.
-LIMITS = Limits(max_body=100_000, first_token=32, idle=5, total=103, body=11)
+LIMITS = Limits(
+    max_body=100_000,
+    max_requests=8,
+    queue=7,
+    first_token=32,
+    idle=5,
+    total=103,
+    header=13,
+    body=11,
+    client_write=17,
+)
 
 
 # How often the exchanges are looked at, in seconds; a binary fraction, so that sums are exact.
@@ -210,12 +221,16 @@ class Conversation:
         query: bytes = b"",
         headers: tuple[Header, ...] = (),
         limits: Limits = LIMITS,
+        most: float = 4,
+        most_each: float = 4,
+        max_queue: int = 2,
         **settings: Any,
     ) -> None:
         self.upstreams = [Upstream.from_url(f"http://vllm-{number}:8008") for number in range(upstreams)]
         for upstream in self.upstreams:
             upstream.models = models
             upstream.state = "serving" if models else "loading"
+        self.others = 0
         self.clock = FakeClock()
         self.client = ClientRecorder()
         self.transport = TransportRecorder()
@@ -229,10 +244,12 @@ class Conversation:
             "authorization": None,
         }
         self.path = DataPath(
-            pool=UpstreamPool(tuple(self.upstreams)),
+            pool=UpstreamPool(tuple(self.upstreams), most=most, most_each=most_each),
             transport=self.transport,
             time=self.clock.time,
             in_flight=set(),
+            waiting=Waiting(max_queue),
+            drain=Drain(),
             finished=self._finish,
             limits=limits,
             **{**defaults, **settings},
@@ -240,6 +257,12 @@ class Conversation:
         self.request_head = RequestHead(list(headers))
         self.exchange = Exchange(self.path, self.client, route, query, self.request_head)
         self._look()
+
+    def crowd(self, others: int) -> None:
+        """So many calls of others on each upstream, from now on."""
+        for upstream in self.upstreams:
+            upstream.in_flight += others - self.others
+        self.others = others
 
     def _look(self) -> None:
         for exchange in self.path.due():
@@ -291,5 +314,6 @@ class Conversation:
         assert self.exchange.outcome
         assert self.finished == [self.exchange]
         assert not self.path.in_flight
-        assert [upstream.in_flight for upstream in self.upstreams] == [0] * len(self.upstreams)
+        assert not self.path.waiting
+        assert [upstream.in_flight for upstream in self.upstreams] == [self.others] * len(self.upstreams)
         assert all(connection.given_back or connection.is_lost for connection in self.connections)

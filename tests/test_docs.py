@@ -33,6 +33,13 @@ def test_every_relayed_path_is_in_the_readme() -> None:
         assert f"`{route.method} {route.path}`" in README
 
 
+def test_every_promise_names_a_test_that_there_is() -> None:
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    promised = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(promised) > 30
+    assert [name for name in promised if f"def {name}(" not in tests] == []
+
+
 def test_no_file_names_a_package_registry() -> None:
     locks = [*ROOT.glob("requirements/*"), *ROOT.glob("gateway/*.lock"), ROOT / "pyproject.toml", ROOT / "Makefile"]
     for file in locks:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from gateway import exchange as exchange_module
 from gateway.errors import Style
-from gateway.exchange import HELD_EVENT
-from gateway.headers import Header, answer_head
+from gateway.exchange import HELD_EVENT, Exchange
+from gateway.headers import AnswerHead, Header, RequestHead, answer_head
 from gateway.sse import Decoder
 from tests.fake_vllm import DONE, EVENTS, USAGE, completion, event
-from tests.recorders import COMPLETIONS, LIMITS, MODELS, Conversation
+from tests.recorders import CHAT, COMPLETIONS, LIMITS, MODELS, ClientRecorder, Conversation
 
 UPSTREAMS_OWN = [(b"date", b"Fri, 20 Nov 2026 23:03:18 GMT"), (b"server", b"uvicorn"), (b"x-request-id", b"theirs")]
 SSE = [*UPSTREAMS_OWN, (b"content-type", b"text/event-stream; charset=utf-8"), (b"transfer-encoding", b"chunked")]
@@ -959,7 +959,7 @@ def test_the_first_token_is_waited_for_from_the_end_of_the_request() -> None:
     talk.begin()
     content = orjson.dumps(OPENAI_STREAM)
     for piece in (content[:10], content[10:20], content[20:]):
-        talk.clock.advance(LIMITS.body - TICK)
+        talk.clock.advance(LIMITS.body / 4)
         talk.exchange.request_body(piece)
     talk.exchange.request_end()
     assert seconds_until_the_end(talk) == LIMITS.first_token
@@ -1036,21 +1036,243 @@ def test_a_body_that_stops_coming_is_a_408(pieces: int) -> None:
     talk.begin()
     for _ in range(pieces):
         talk.clock.advance(LIMITS.body - TICK)
-        talk.exchange.request_body(b" ")
+        talk.exchange.request_body(b" " * 12_000)
     assert seconds_until_the_end(talk) == LIMITS.body
     assert_answered(talk, 408, "body_timeout")
     assert talk.client.header(b"connection") == b"close"
     assert talk.transport.asked == []
 
 
-def test_a_body_that_drips_for_ever_is_ended_by_the_total_limit() -> None:
-    talk = Conversation()
+@pytest.mark.parametrize(("bytes_a_second", "seconds"), [(1, 11), (512, 22), (1000, 103), (2000, 103)])
+def test_a_body_that_drips_is_ended_by_its_rate_or_by_the_total_limit(bytes_a_second: int, seconds: float) -> None:
+    talk = Conversation(limits=replace(LIMITS, max_body=1_000_000))
     talk.begin()
     while not talk.client.ending:
         assert talk.clock.now - talk.exchange.started_at <= LIMITS.total
-        talk.exchange.request_body(b" ")
-        talk.clock.advance(LIMITS.body - TICK)
+        talk.exchange.request_body(b" " * bytes_a_second)
+        talk.clock.advance(1)
+    assert talk.exchange.ended_at is not None
+    assert talk.exchange.ended_at - talk.exchange.started_at == pytest.approx(seconds, abs=1)
+    assert_answered(talk, 408, "body_timeout")
+
+
+# Where there is no room
+
+
+def busy(body: object = OPENAI_WHOLE, **settings: Any) -> Conversation:
+    """A conversation that waits for the calls of others to end."""
+    talk = Conversation(most_each=1, **settings)
+    talk.crowd(1)
+    talk.ask(body)
+    assert not talk.transport.asked
+    assert len(talk.path.waiting) == 1
+    return talk
+
+
+def test_a_call_waits_for_room_and_then_goes_on() -> None:
+    talk = busy(upstreams=2)
+    talk.clock.advance(LIMITS.queue - TICK)
+    talk.crowd(0)
+    talk.path.waiting.room()
+    assert len(talk.transport.asked) == 1
+    assert not talk.path.waiting
+    talk.connect()
+    talk.head(200, JSON)
+    talk.exchange.upstream_body(b"{}")
+    talk.exchange.upstream_end()
+    assert (talk.client.status, talk.client.content) == (200, b"{}")
     talk.assert_settled()
+
+
+def test_a_call_that_waits_too_long_is_a_429() -> None:
+    talk = busy()
+    assert seconds_until_the_end(talk) == LIMITS.queue
+    assert_answered(talk, 429, "too_many_requests")
+    assert talk.client.header(b"retry-after") == b"1"
+    assert talk.exchange.outcome == "refused"
+
+
+def test_a_call_too_many_to_wait_is_a_429_at_once() -> None:
+    talk = Conversation(most_each=1, max_queue=0)
+    talk.crowd(1)
+    talk.ask(OPENAI_WHOLE)
+    assert_answered(talk, 429, "too_many_requests")
+    assert talk.client.header(b"retry-after") == b"1"
+
+
+def test_a_request_too_many_is_a_429_before_its_body_comes() -> None:
+    talk = Conversation(limits=replace(LIMITS, max_requests=0))
+    talk.exchange.begin(10)
+    assert_answered(talk, 429, "too_many_requests")
+
+
+def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
+    talk = busy()
+    talk.leave()
+    assert not talk.path.waiting
+    assert talk.exchange.status == 499
+    talk.crowd(0)
+    talk.path.waiting.room()
+    assert not talk.transport.asked
+    talk.assert_settled()
+
+
+def test_the_first_that_came_is_the_first_that_goes() -> None:
+    talk = Conversation(most=1)
+    talk.ask(OPENAI_WHOLE)
+    talk.connect()
+    waiting = []
+    for _ in range(3):
+        one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+        one.request(orjson.dumps(OPENAI_WHOLE))
+        waiting.append(one)
+    assert [one.status for one in waiting] == [0, 0, 429]
+    talk.leave()
+    assert [one.upstream for one in waiting[:2]] == [talk.upstreams[0], None]
+    waiting[0].client_gone()
+    assert waiting[1].upstream is talk.upstreams[0]
+    waiting[1].client_gone()
+    assert talk.upstreams[0].in_flight == 0
+    assert not talk.path.in_flight
+
+
+def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
+    talk = Conversation(upstreams=2, most_each=1, most=3)
+    talk.ask(OPENAI_WHOLE)
+    first = talk.exchange.upstream
+    other = next(one for one in talk.upstreams if one is not first)
+    other.in_flight += 1
+    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one.request(orjson.dumps(OPENAI_WHOLE))
+    assert one.upstream is None
+    other.in_flight -= 1
+    talk.exchange.upstream_unreachable("connection refused")
+    assert (talk.exchange.upstream, one.upstream) == (other, first)
+
+
+def test_one_that_another_upstream_could_serve_does_not_wait_behind_one_that_it_cannot() -> None:
+    talk = Conversation(upstreams=2, most_each=1)
+    talk.upstreams[1].models = ("other",)
+    talk.crowd(1)
+    talk.ask(OPENAI_WHOLE)
+    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one.request(orjson.dumps({**OPENAI_WHOLE, "model": "other"}))
+    talk.upstreams[1].in_flight -= 1
+    talk.path.waiting.room()
+    assert (talk.exchange.upstream, one.upstream) == (None, talk.upstreams[1])
+
+
+# An upstream that refuses
+
+
+def refused_by_the_first(body: object = OPENAI_WHOLE, retry_after: bytes = b"7", **settings: Any) -> Conversation:
+    """A conversation whose first upstream has answered 503."""
+    talk = sent_off(body, **{"upstreams": 2, **settings})
+    talk.head(503, [*JSON, (b"retry-after", retry_after)])
+    return talk
+
+
+@pytest.mark.parametrize("body", [OPENAI_WHOLE, SIMPLIFIED_WHOLE, OPENAI_STREAM])
+def test_what_one_upstream_refuses_another_answers(body: object) -> None:
+    talk = refused_by_the_first(body)
+    first, second = (upstream for upstream, _ in talk.transport.asked)
+    assert first is not second
+    assert talk.connections[0].given_back == "discarded"
+    assert talk.client.status == 0
+    talk.connect()
+    assert talk.connections[1].request_body == talk.connections[0].request_body
+    talk.exchange.upstream_answer(*whole_answer(body))
+    assert (talk.client.status, talk.exchange.outcome) == (200, "done")
+    assert (first.broken_in_a_row, second.broken_in_a_row, first.left) == (1, 0, 1)
+    talk.assert_settled()
+
+
+def whole_answer(body: object) -> tuple[AnswerHead, bytes]:
+    """What an upstream sends in one read."""
+    head, _ = answer_head(200, SSE if body is OPENAI_STREAM else JSON)
+    return head, CONTENT if body is OPENAI_STREAM else completion()
+
+
+def test_a_refusal_in_one_read_is_taken_over_too() -> None:
+    talk = sent_off(OPENAI_WHOLE, upstreams=2)
+    talk.exchange.upstream_answer(answer_head(503, JSON)[0], b"busy")
+    assert len(talk.transport.asked) == 2
+    assert talk.client.status == 0
+
+
+def test_the_refusal_of_the_last_is_relayed_with_its_retry_after() -> None:
+    talk = refused_by_the_first(upstreams=3)
+    talk.connect()
+    talk.head(503, [*JSON, (b"retry-after", b"9")])
+    talk.exchange.upstream_body(b"busy")
+    talk.exchange.upstream_end()
+    assert (talk.client.status, talk.client.content) == (503, b"busy")
+    assert talk.client.header(b"retry-after") == b"9"
+    assert len(talk.transport.asked) == 2
+    talk.assert_settled()
+
+
+def test_a_refusal_is_remembered_where_the_other_cannot_be_reached() -> None:
+    talk = refused_by_the_first()
+    talk.exchange.upstream_unreachable("connection refused")
+    assert_answered(talk, 503, "no_upstream_ready")
+    assert talk.client.header(b"retry-after") == b"7"
+
+
+@pytest.mark.parametrize("state", ["down", "loading", "full", "failing"])
+def test_a_refusal_is_relayed_where_no_other_is_ready(state: str) -> None:
+    talk = Conversation(upstreams=2, most_each=1)
+    other = talk.upstreams[1]
+    talk.upstreams[1].chosen_at = 1  # so that the first is asked first
+    talk.ask(OPENAI_WHOLE)
+    if state in ("down", "loading"):
+        other.state = "down" if state == "down" else "loading"
+    elif state == "failing":
+        other.broken_in_a_row, other.broken_at = 3, talk.clock.now
+    else:
+        other.in_flight = 1
+    talk.connect()
+    talk.head(503, [*JSON, (b"retry-after", b"7")])
+    talk.exchange.upstream_body(b"busy")
+    talk.exchange.upstream_end()
+    assert (talk.client.status, talk.client.content) == (503, b"busy")
+    assert talk.client.header(b"retry-after") == b"7"
+    assert len(talk.transport.asked) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 502])
+def test_nothing_but_a_503_is_tried_on_another(status: int) -> None:
+    talk = sent_off(OPENAI_WHOLE, upstreams=2)
+    talk.head(status, JSON)
+    talk.exchange.upstream_body(b"{}")
+    talk.exchange.upstream_end()
+    assert talk.client.status == status
+    assert len(talk.transport.asked) == 1
+
+
+# The end of the gateway
+
+
+def test_what_still_runs_at_the_end_of_the_drain_gets_an_error() -> None:
+    talk = answering()
+    talk.exchange.upstream_body(EVENTS[0])
+    talk.path.drain.ends_at = talk.clock.now + 3
+    assert seconds_until_the_end(talk) == 3
+    assert_ends_with_an_error_event(talk, EVENTS[0], "draining")
+    assert talk.connections[0].given_back == "discarded"
+
+
+@pytest.mark.parametrize("state", ["receiving", "queued", "connecting", "waiting"])
+def test_what_has_not_begun_at_the_end_of_the_drain_gets_a_503(state: str) -> None:
+    talk = Conversation(most_each=1)
+    talk.crowd(int(state == "queued"))
+    talk.begin() if state == "receiving" else talk.ask(OPENAI_WHOLE)
+    if state == "waiting":
+        talk.connect()
+    talk.path.drain.ends_at = talk.clock.now
+    assert seconds_until_the_end(talk) <= TICK
+    assert_answered(talk, 503, "draining")
+    assert talk.client.header(b"retry-after") == b"1"
 
 
 @pytest.mark.parametrize("limit", ["first_token", "idle", "total"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import orjson
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from gateway.exchange import STALE_WITHIN, Limits, Route
 from gateway.headers import Header
 from tests.fake_vllm import DONE, EVENTS, completion
 from tests.recorders import CHAT, COMPLETIONS, MODELS, TICK, ConnectionRecorder, Conversation
+from tests.recorders import LIMITS as RECORDED
 
 TURNS = [{"role": "user", "content": "What is it?"}]
 # By name, as hypothesis shows what it drew.
@@ -50,6 +53,10 @@ PIECES = {
 LIMITS = st.builds(
     Limits,
     max_body=st.just(150),
+    max_requests=st.just(8),
+    queue=st.sampled_from([1.0, 6.0]),
+    header=st.just(13.0),
+    client_write=st.just(17.0),
     first_token=st.sampled_from([2.0, 16.0]),
     idle=st.sampled_from([1.0, 4.0]),
     total=st.sampled_from([12.0, 64.0]),
@@ -66,9 +73,8 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     @initialize()
     def first_request(self) -> None:
-        self.begin(
-            "stream", Limits(max_body=150, first_token=2, idle=2, total=12, body=2), upstreams=1, served=("demo",)
-        )
+        limits = replace(RECORDED, max_body=150, first_token=2, idle=2, total=12, body=2)
+        self.begin("stream", limits, upstreams=1, served=("demo",))
 
     @precondition(lambda self: self.over)
     @rule(
@@ -76,19 +82,24 @@ class ExchangeMachine(RuleBasedStateMachine):
         limits=LIMITS,
         upstreams=st.sampled_from([2, 3, 1]),
         served=st.sampled_from([("demo",), ("demo",), ()]),
+        full=st.sampled_from([False, False, True]),
         steps=st.sampled_from([1, 1, 2, 2, 3, 4, 0]),
     )
-    def another_request(self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], steps: int) -> None:
+    def another_request(
+        self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], full: bool, steps: int
+    ) -> None:
         """What follows has often gone well for some steps."""
         self.teardown()
-        self.begin(asked, limits, upstreams, served)
+        self.begin(asked, limits, upstreams, served, full=full)
         for _ in range(steps):
             self.it_goes_on()
 
-    def begin(self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...]) -> None:
-        """A request's head comes."""
+    def begin(self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], *, full: bool = False) -> None:
+        """A request's head comes; `full` where other calls have all the room."""
         route, self.content = ASKED[asked]
-        self.talk = Conversation(route=route, limits=limits, upstreams=upstreams, models=served)
+        self.talk = Conversation(route=route, limits=limits, upstreams=upstreams, models=served, most_each=1)
+        self.talk.crowd(1 if full else 0)
+        self.refused = 0
         self.exchange, self.client, self.limits = self.talk.exchange, self.talk.client, limits
         self.body_ended = False
         self.dials_answered = 0
@@ -117,6 +128,10 @@ class ExchangeMachine(RuleBasedStateMachine):
         return connection if connection and not connection.given_back and not connection.is_lost else None
 
     @property
+    def queued(self) -> bool:
+        return len(self.talk.path.waiting) > 0
+
+    @property
     def dialling(self) -> bool:
         return len(self.talk.transport.asked) > self.dials_answered
 
@@ -128,6 +143,8 @@ class ExchangeMachine(RuleBasedStateMachine):
         if not self.body_ended:
             self.body_comes(whole=True)
             self.request_ends()
+        elif self.queued:
+            self.room_comes()
         elif self.dialling:
             self.dial_ends("reused")
         elif self.lent and not self.head_came:
@@ -173,6 +190,15 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     # The upstream's side
 
+    @precondition(lambda self: self.talk.others)
+    @rule()
+    def room_comes(self) -> None:
+        queued = self.queued
+        self.talk.crowd(0)
+        self.talk.path.waiting.room()
+        assert not self.queued
+        assert self.dialling or not queued
+
     @precondition(lambda self: self.dialling)
     @rule(how=st.sampled_from(["refused", "timed out", "fresh", "reused"]))
     def dial_ends(self, how: str) -> None:
@@ -191,7 +217,13 @@ class ExchangeMachine(RuleBasedStateMachine):
     @rule(head=st.sampled_from(list(HEADS)))
     def head_comes(self, head: str) -> None:
         self.answered = self.head_came = True
+        asked = len(self.talk.transport.asked)
         self.talk.head(*HEADS[head])
+        if len(self.talk.transport.asked) > asked:
+            assert head == "failure"
+            assert self.talk.connections[-1].given_back == "discarded"
+            self.refused += 1
+            self.answered = self.head_came = False
 
     @precondition(lambda self: self.lent and self.head_came and not self.lent.paused)
     @rule(piece=st.sampled_from(list(PIECES)))
@@ -212,8 +244,10 @@ class ExchangeMachine(RuleBasedStateMachine):
             self.hear(DONE)
         if self.lent:
             self.exchange.upstream_end()
-            assert connection.given_back == "released"
             assert self.over
+            if connection.given_back != "released":
+                assert self.head_came
+                assert self.exchange.outcome == "upstream_error"
 
     @precondition(lambda self: self.lent)
     @rule(half_head=st.booleans())
@@ -244,9 +278,8 @@ class ExchangeMachine(RuleBasedStateMachine):
         if len(asked) == 2:
             assert asked[1][1] is (asked[0][0] is asked[1][0])
         if len(sent) == 2:
-            assert sent[0].is_lost
-            assert sent[0].reused
-            assert sent[0].sent == sent[1].sent
+            assert self.refused or (sent[0].is_lost and sent[0].reused)
+            assert sent[0].request_body == sent[1].request_body
 
     @invariant()
     def a_byte_of_answer_is_the_end_of_trying(self) -> None:
@@ -256,7 +289,7 @@ class ExchangeMachine(RuleBasedStateMachine):
     @invariant()
     def the_upstreams_count_this_call_while_it_is_theirs(self) -> None:
         asked = self.talk.transport.asked
-        counted = [upstream for upstream in self.talk.upstreams if upstream.in_flight]
+        counted = [upstream for upstream in self.talk.upstreams if upstream.in_flight > self.talk.others]
         assert counted == ([asked[-1][0]] if asked and not self.over else [])
         assert sum(upstream.in_flight for upstream in counted) <= 1
 
@@ -289,6 +322,8 @@ class ExchangeMachine(RuleBasedStateMachine):
         if self.received_at is None:
             assert now < self.heard_at + self.limits.body
             return
+        if self.queued:
+            assert now < self.received_at + self.limits.queue
         assert now < max(self.exchange.started_at + self.limits.total, self.received_at)
         if self.exchange.streaming and self.first_byte_at is None:
             assert now < self.received_at + self.limits.first_token
@@ -305,7 +340,7 @@ class ExchangeMachine(RuleBasedStateMachine):
         if which == "total":
             assert ended_at >= total
         elif which == "body":
-            assert ended_at >= min(self.heard_at + limits.body, total)
+            assert ended_at >= min(self.heard_at + limits.body, self.exchange.started_at + limits.body, total)
         elif which == "first_token":
             assert self.exchange.streaming
             assert self.received_at is not None

@@ -110,7 +110,9 @@ def test_one_that_serves_goes_before_one_that_fails_and_that_before_one_that_is_
     loading, down = upstream("loading", "loading", in_flight=1), upstream("down", "down", in_flight=2)
     pool = UpstreamPool((down, failing, loading, serving))
     assert pool.choose("m", 0) is serving
-    assert pool.choose("m", 0, without=serving) is failing
+    assert pool.another("m", 0, instead_of=serving, ready=False) is failing
+    assert pool.another("m", 0, instead_of=serving, ready=True) is None
+    assert serving.left == 1
     assert UpstreamPool((down, loading)).choose("m", 0) is loading
 
 
@@ -119,18 +121,51 @@ def test_one_that_failed_is_tried_again_in_its_turn_when_its_time_has_come() -> 
     pool = UpstreamPool((failed, upstream("busy", in_flight=1)))
     assert pool.choose("m", 14.9) is not failed
     assert pool.choose("m", 15) is failed
+    assert pool.choose("m", 15) is not failed  # one call is the trial
+    assert pool.choose("m", 30) is failed
+    failed.succeeded()
+    assert pool.choose("m", 30) is failed
+
+
+def test_calls_that_are_tried_again_are_a_part_of_all_calls() -> None:
+    first = upstream("first")
+    pool = UpstreamPool((first, upstream("second")))
+    retried = [pool.another("m", 0, instead_of=first, ready=True) for _ in range(150)]
+    assert sum(one is not None for one in retried) == first.left == 100
+    for _ in range(40):
+        pool.choose("m", 0)
+    retried = [pool.another("m", 0, instead_of=first, ready=True) for _ in range(50)]
+    assert sum(one is not None for one in retried) == 10
+
+
+def test_one_that_fails_its_calls_is_said_to_be_down() -> None:
+    failed = broken(upstream(), 3, now=0)
+    assert failed.standing(1) == ("down", "its last calls broke, 3 in a row")
+    assert failed.standing(15) == ("serving", failed.why)
+
+
+def test_there_is_room_for_so_many_calls_on_each_and_in_all() -> None:
+    first, second = upstream("first", in_flight=2), upstream("second", in_flight=1)
+    assert UpstreamPool((first, second), most_each=2).choose("m", 0) is second
+    assert UpstreamPool((first, second), most=3).choose("m", 0) is None
+    assert UpstreamPool((first, second), most=4, most_each=1).choose("m", 0) is None
+    assert UpstreamPool((first,), most_each=2).choose("m", 0) is None
+    assert UpstreamPool((first,), most=2).choose("m", 0) is None
+    assert UpstreamPool((first,), most=3).choose("m", 0) is first
+    assert UpstreamPool((first, second), most_each=1).another("m", 0, instead_of=first, ready=True) is None
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_the_only_upstream_is_chosen_however_it_is(state: State) -> None:
     only = broken(upstream(state=state, models=()), 3)
     assert UpstreamPool((only,)).choose("m", 0) is only
-    assert UpstreamPool((only,)).choose("m", 0, without=only) is None
+    assert UpstreamPool((only,)).another("m", 0, instead_of=only, ready=False) is None
 
 
 def test_no_second_upstream_is_left_where_the_first_alone_serves_the_model() -> None:
     first = upstream("first")
-    assert UpstreamPool((first, upstream("second", models=("x",)))).choose("m", 0, without=first) is None
+    pool = UpstreamPool((first, upstream("second", models=("x",))))
+    assert pool.another("m", 0, instead_of=first, ready=False) is None
 
 
 UPSTREAMS = st.builds(
@@ -148,7 +183,8 @@ def test_some_upstream_is_always_chosen_and_never_the_one_left_out(many: list[Up
     pool = UpstreamPool(tuple(many))
     first = pool.choose(model, 0)
     assert first in many
-    assert pool.choose(model, 0, without=first) is not first
+    assert first is not None
+    assert pool.another(model, 0, instead_of=first, ready=False) is not first
 
 
 def test_the_pools_models_are_each_named_once_in_the_upstreams_order() -> None:

@@ -1,0 +1,124 @@
+"""Clients that send or read too slowly, or not at all, are cut and hold nothing."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+import pytest
+
+from tests import fake_vllm, gateway_process
+from tests.fake_vllm import DONE, STREAM_END, STREAM_HEAD, FakeVllm, chunk, response
+from tests.gateway_process import running
+
+pytestmark = pytest.mark.usefixtures("way")
+
+CHAT = b"/v1/chat/completions"
+WHOLE = b'{"model":"demo","messages":[{"role":"user","content":"Hi."}]}'
+STREAM = WHOLE[:-1] + b',"stream":true}'
+LARGE = fake_vllm.event({"content": "x" * 60_000})
+
+
+def post(body: bytes) -> bytes:
+    return b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (CHAT, len(body), body)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    got = b""
+    while piece := connection.recv(1 << 16):
+        got += piece
+    return got
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(fake: FakeVllm) -> None:
+    with running(fake.url, header_timeout=0.5) as gateway, gateway.connect() as connection:
+        assert all_of(connection) == b""
+
+
+@pytest.mark.parametrize("before", [b"", post(WHOLE)])
+def test_a_head_that_does_not_end_is_a_408(fake: FakeVllm, before: bytes) -> None:
+    with running(fake.url, header_timeout=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(before + b"POST /v1/chat/completions HTTP/1.1\r\nho")
+        got = all_of(connection)
+
+    assert got.count(b"HTTP/1.1 200 OK") == (1 if before else 0)
+    assert got.count(b"HTTP/1.1 408 ") == 1
+    assert b'"code":"head_timeout"' in got
+    assert b"GATEWAY_HEADER_TIMEOUT" in got
+
+
+def test_a_head_that_drips_is_a_408(fake: FakeVllm) -> None:
+    with running(fake.url, header_timeout=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: ")
+        connection.settimeout(0.1)
+        got = b""
+        until = time.monotonic() + 10
+        while b"408" not in got and time.monotonic() < until:
+            connection.sendall(b"x")
+            try:
+                got += connection.recv(1 << 16)
+            except TimeoutError:
+                continue
+
+    assert got.startswith(b"HTTP/1.1 408 ")
+
+
+def test_the_rest_of_a_body_that_was_refused_is_not_awaited_for_ever(fake: FakeVllm) -> None:
+    with running(fake.url, header_timeout=0.5, max_body_bytes=2000) as gateway, gateway.connect() as connection:
+        connection.sendall(post(b" " * 3000)[:200])
+        got = all_of(connection)
+
+    assert got.startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_idle_connection_that_has_asked_is_none_of_these(fake: FakeVllm) -> None:
+    with running(fake.url, header_timeout=0.5) as gateway, gateway.connect() as connection:
+        for _ in range(2):
+            connection.sendall(post(WHOLE))
+            got = b""
+            while b'"usage"' not in got:
+                got += connection.recv(1 << 16)
+            time.sleep(1.7)  # longer than any look at it
+        connection.sendall(post(WHOLE))
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_a_client_that_reads_no_more_of_a_stream_is_cut(fake: FakeVllm) -> None:
+    fake.queue([STREAM_HEAD, *[chunk(LARGE)] * 800, chunk(DONE), STREAM_END])
+    with running(fake.url, client_write_timeout=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(post(STREAM))
+        request = fake.wait_for_request()
+        assert request.closed.wait(20)
+        outcome = gateway.log(1)[0]["outcome"]
+        with pytest.raises(ConnectionResetError):
+            all_of(connection)
+
+    # An ASGI server tells an application only that the client has gone.
+    assert outcome == ("timeout:client_write" if gateway_process.SHORTCUT else "client_left")
+
+
+def test_a_client_that_reads_nothing_of_a_whole_answer_is_cut(fake: FakeVllm) -> None:
+    fake.queue([response("200 OK", b" " * 30_000_000)])
+    with running(fake.url, client_write_timeout=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(post(WHOLE))
+        fake.wait_for_request()
+        reset = select.poll()
+        reset.register(connection, 0)
+        assert reset.poll(20_000)
+        with pytest.raises(ConnectionResetError):
+            all_of(connection)
+        with gateway.client() as client:
+            assert "gateway_in_flight 0.0" in client.get("/metrics").text
+
+
+def test_a_client_that_reads_slowly_gets_it_all(fake: FakeVllm) -> None:
+    fake.queue([STREAM_HEAD, *[chunk(LARGE)] * 150, chunk(DONE), STREAM_END])
+    with running(fake.url, client_write_timeout=1.5) as gateway, gateway.connect() as connection:
+        connection.sendall(post(STREAM))
+        got = b""
+        while not got.endswith(STREAM_END):
+            got += connection.recv(1 << 18)
+            time.sleep(0.1)
+
+    assert got.count(LARGE.strip()) == 150
