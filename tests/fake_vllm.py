@@ -1,8 +1,8 @@
 """A scripted vLLM on a real socket, for what the real one cannot be made to show.
 
 Its bytes are shaped as vLLM 0.32 sends them. Each relayed request takes the next script that a test
-has queued, or the default one; a script is a list of steps: bytes to write, a `Hold` to wait at, or
-`RESET` or `CLOSE` to end the connection. Probes (/health, /v1/models, /tokenize) are answered by
+has queued, or the default one; a script is a list of steps: bytes to write, a `Hold` to wait at,
+seconds to wait, or `RESET` or `CLOSE` to end the connection. Probes (/health, /v1/models, /tokenize) are answered by
 `probe_answers`.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import orjson
@@ -47,7 +49,7 @@ class Hold:
             self._loop.call_soon_threadsafe(self._release.set)
 
 
-Step = bytes | Hold | Literal["reset", "close"]
+Step = bytes | Hold | float | Literal["reset", "close"]
 
 
 @dataclass
@@ -122,8 +124,13 @@ def completion(text: str | None = "It's.", finish: str = "stop", **message: obje
 class FakeVllm:
     """The server, in a thread and loop of its own. Use as a context manager."""
 
-    def __init__(self, port: int = 0, models: tuple[str, ...] = (MODEL,)) -> None:
+    def __init__(self, port: int = 0, models: tuple[str, ...] = (MODEL,), certificate: Path | None = None) -> None:
+        """`certificate` is a file with a key and a certificate, for TLS."""
         self.port = port
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(certificate)
         self.received: list[Received] = []
         self.connections = 0
         listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
@@ -155,7 +162,7 @@ class FakeVllm:
     @property
     def url(self) -> str:
         """Its base URL."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> FakeVllm:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -170,7 +177,7 @@ class FakeVllm:
         self._loop.close()
 
     async def _listen(self) -> None:
-        self._server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        self._server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
@@ -251,6 +258,8 @@ class _Connection(asyncio.Protocol):
         for step in script:
             if isinstance(step, Hold):
                 await step.wait()
+            elif isinstance(step, float):
+                await asyncio.sleep(step)
             elif step == "close":
                 self.transport.close()
                 return
