@@ -2,6 +2,7 @@
 # make test   lint, types and tests, those against the real vLLM included
 # make lock   the lock files anew, after a change of pyproject.toml
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
+# make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make clean  removes what the other targets have put into the checkout
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test lint types lock clean bench bench-quick
+.PHONY: up test test-soak lint types lock clean bench bench-quick soak
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -21,6 +22,12 @@ test: lint types
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
+
+test-soak: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.soak --seconds 60
+
+soak: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.soak
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
