@@ -130,10 +130,32 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         settle()
 
+    async def _accept_the_last(self, listener: socket.socket) -> None:
+        """Stop listening, but for what has connected by then: closing a listener resets those in its queue."""
+        loop = asyncio.get_running_loop()
+        with listener.dup() as last:
+            last.setblocking(False)
+            for server in self.servers:
+                server.close()
+            while True:
+                try:
+                    connection, _ = last.accept()
+                except OSError:
+                    break
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._drain.began = True
         self._drain.ends_at = time.monotonic() + self._drain_timeout
         looking = asyncio.create_task(self._look_again_and_again())
+        for listener in sockets or ():
+            await self._accept_the_last(listener)
         await super().shutdown(sockets)
         looking.cancel()
         # uvicorn has cancelled its tasks; the shortcut has none.

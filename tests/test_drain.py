@@ -11,6 +11,7 @@ import httpx
 import orjson
 import pytest
 
+from gateway.server import _Server
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.gateway_process import Gateway, running
 
@@ -102,6 +103,29 @@ def test_a_second_signal_ends_it_at_once(fake: FakeVllm) -> None:
             answer.read()
         hold.release()
     assert time.monotonic() - began < 20
+
+
+def test_who_has_connected_but_was_not_accepted_is_answered(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = orjson.dumps(WHOLE)
+    call = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body)
+    ends, connected = threading.Event(), threading.Event()
+    on_tick = _Server.on_tick
+
+    async def until_they_have_connected(server: _Server, counter: int) -> bool:
+        if ending := await on_tick(server, counter):
+            ends.set()
+            connected.wait(10)
+        return ending
+
+    monkeypatch.setattr(_Server, "on_tick", until_they_have_connected)
+    with running(fake.url) as gateway, contextlib.ExitStack() as stack:
+        gateway.signal()
+        assert ends.wait(10)
+        connections = [stack.enter_context(gateway.connect()) for _ in range(20)]
+        for connection in connections:
+            connection.sendall(call)
+        connected.set()
+        assert {connection.recv(15) for connection in connections} == {b"HTTP/1.1 200 OK"}
 
 
 def test_two_gateways_restarted_in_turn_lose_nothing(fake: FakeVllm) -> None:
