@@ -66,10 +66,7 @@ class Upstream:
     def standing(self, now: float) -> tuple[State, str]:
         """Its state and why: one that fails its calls is down, whatever its probes say."""
         if self.state == "serving" and self.failing(now):
-            return (
-                "down",
-                f"its last {self.broken_in_a_row} calls broke; it gets one for a trial each {TRIAL_AFTER:g} s",
-            )
+            return "down", f"its last calls broke, {self.broken_in_a_row} in a row"
         return self.state, self.why
 
     @property
