@@ -840,4 +840,5 @@ class Exchange:
         path.finished(self)
         if path.waiting:
             path.waiting.leave(self)
-            path.waiting.room()
+            if self.upstream is not None:  # else it makes no room, and refusals must not cost a look at all that wait
+                path.waiting.room()

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -137,6 +138,7 @@ class _Server(uvicorn.Server):
             last.setblocking(False)
             for server in self.servers:
                 server.close()
+            await asyncio.sleep(0)  # those that were accepted in this turn become connections
             while True:
                 try:
                     connection, _ = last.accept()
@@ -145,10 +147,8 @@ class _Server(uvicorn.Server):
                 await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return made
+        made = cast(type[HttpToolsProtocol], self.config.http_protocol_class)
+        return made(self.config, self.server_state, self.lifespan.state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._drain.began = True

@@ -127,9 +127,9 @@ class Protocol(HttpToolsProtocol):
         self._unsent = 0
         self._stuck_since = 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = _Flow(transport)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        self.flow = _Flow(self.transport)
         self._awaited_since = self.loop.time()
 
     def on_message_begin(self) -> None:
@@ -197,8 +197,9 @@ class Protocol(HttpToolsProtocol):
         For all connections at once, as a timer for each would cost more than all of this.
         """
         limits = self._path.limits
-        if self._awaited_since is not None and now - self._awaited_since >= limits.header:
-            if self._in_head and (self.cycle is None or self.cycle.response_complete):
+        answered = self.cycle is None or self.cycle.response_complete  # an answer is not cut for what comes after it
+        if answered and self._awaited_since is not None and now - self._awaited_since >= limits.header:
+            if self._in_head:
                 self._refuse(HeadTimeout(f"No whole head came within {limits.header:g} s (GATEWAY_HEADER_TIMEOUT)."))
             else:
                 self.transport.close()

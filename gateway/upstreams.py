@@ -106,8 +106,10 @@ class UpstreamPool:
             return upstreams[0] if upstreams[0].in_flight < self._most_each else None
         if sum(upstream.in_flight for upstream in upstreams) >= self._most:
             return None
-        self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
-        return self._best(self._serving(model), now)
+        best = self._best(self._serving(model), now)
+        if best is not None:
+            self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
+        return best
 
     def another(self, model: str | None, now: float, *, instead_of: Upstream, ready: bool) -> Upstream | None:
         """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.

@@ -1150,6 +1150,15 @@ def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
     assert (talk.exchange.upstream, one.upstream) == (other, first)
 
 
+def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = busy(max_queue=1)
+    looks: list[str | None] = []
+    monkeypatch.setattr(talk.path.pool, "choose", lambda model, now: looks.append(model))
+    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one.request(orjson.dumps(OPENAI_WHOLE))
+    assert (one.status, len(looks)) == (429, 1)
+
+
 def test_one_that_another_upstream_could_serve_does_not_wait_behind_one_that_it_cannot() -> None:
     talk = Conversation(upstreams=2, most_each=1)
     talk.upstreams[1].models = ("other",)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import fake_vllm, gateway_process
-from tests.fake_vllm import DONE, STREAM_END, STREAM_HEAD, FakeVllm, chunk, response
+from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import running
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -46,6 +46,22 @@ def test_a_head_that_does_not_end_is_a_408(fake: FakeVllm, before: bytes) -> Non
     assert got.count(b"HTTP/1.1 408 ") == 1
     assert b'"code":"head_timeout"' in got
     assert b"GATEWAY_HEADER_TIMEOUT" in got
+
+
+def test_a_head_that_does_not_end_never_cuts_the_answer_before_it(fake: FakeVllm) -> None:
+    hold = Hold()
+    fake.queue([STREAM_HEAD + chunk(EVENTS[0]), hold, chunk(DONE), STREAM_END])
+    with running(fake.url, header_timeout=0.5) as gateway, gateway.connect() as connection:
+        connection.sendall(post(STREAM))
+        assert hold.reached.wait(10)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nho")
+        time.sleep(2.5)  # longer than two looks at it
+        hold.release()
+        got = all_of(connection)
+
+    answer, _, refusal = got.partition(STREAM_END)
+    assert DONE in answer
+    assert refusal.startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_head_that_drips_is_a_408(fake: FakeVllm) -> None:

@@ -138,6 +138,19 @@ def test_calls_that_are_tried_again_are_a_part_of_all_calls() -> None:
     assert sum(one is not None for one in retried) == 10
 
 
+def test_calls_for_which_there_is_no_room_earn_no_second_tries() -> None:
+    first = upstream("first")
+    pool = UpstreamPool((first, upstream("second")), most_each=1)
+    while pool.another("m", 0, instead_of=first, ready=True):
+        continue
+    for one in pool:
+        one.in_flight = 1
+    assert [pool.choose("m", 0) for _ in range(100)] == [None] * 100
+    for one in pool:
+        one.in_flight = 0
+    assert pool.another("m", 0, instead_of=first, ready=True) is None
+
+
 def test_one_that_fails_its_calls_is_said_to_be_down() -> None:
     failed = broken(upstream(), 3, now=0)
     assert failed.standing(1) == ("down", "its last calls broke, 3 in a row")
