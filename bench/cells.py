@@ -48,7 +48,7 @@ class Cells:
         self._folder = folder
         self._core = core
 
-    def json(self, connections: int, prompt: str = _QUESTION, seconds: int = 1) -> Callable[[Arm], Figures]:
+    def json(self, connections: int, prompt: str = _QUESTION) -> Callable[[Arm], Figures]:
         """Whole answers, by wrk."""
 
         def cell(arm: Arm) -> Figures:
@@ -59,7 +59,7 @@ class Cells:
                 "wrk",
                 "-t1",
                 f"-c{connections}",
-                f"-d{5 if arm.slow else seconds}s",
+                f"-d{4 if arm.slow else 1}s",
                 "-s",
                 str(REPOSITORY / "bench" / "post.lua"),
             ]
@@ -84,7 +84,7 @@ class Cells:
 
     def streams(self, count: int, events: int, interval: int) -> Callable[[Arm], Figures]:
         """Streams paced in milliseconds; 0 for as fast as they come."""
-        window = (0.2, events * interval / 1000 - 0.5) if interval else None
+        window = (0.1, events * interval / 1000 - 0.35) if interval else None
         return lambda arm: self._load(arm, f"{events}:{interval}:0", streams=count, events=events, window=window)
 
     def memory(self, count: int) -> Callable[[Arm], Figures]:
@@ -97,7 +97,7 @@ class Cells:
 
         def cell(arm: Arm) -> Figures:
             before = self._counts()
-            left = self._load_raw(arm, stream, streams=5, events=100, leave=after)["left"]
+            left = self._load_raw(arm, stream, streams=2, events=100, leave=after)["left"]
             aborts = self._counts()["aborts"][len(before["aborts"]) :]
             late = [min((abort - one for abort in aborts if abort > one), default=2.5e9) / 1e6 for one in left]
             return {"closed_p50_ms": median(late), "closed_max_ms": max(late)}

@@ -36,8 +36,12 @@ _TELLABLE = 0.01
 
 def value(samples: Samples, cell: str, arm: str, figure: str) -> float | None:
     """The median over the rounds; None where it was not measured."""
-    rounds = samples.get(cell, {}).get(arm, {}).get(figure)
+    rounds = _rounds(samples, cell, figure, arm)
     return median(rounds) if rounds else None
+
+
+def _rounds(samples: Samples, cell: str, figure: str, arm: str) -> list[float]:
+    return samples.get(cell, {}).get(arm, {}).get(figure, [])
 
 
 def table(samples: Samples, arms: list[str]) -> str:
@@ -63,36 +67,41 @@ def _spread(rounds: list[float]) -> str:
 def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
     """What must hold: its name, the value, the most that it may be, and the goal beyond that."""
 
-    def of(cell: str, figure: str, arm: str = "gateway") -> float | None:
-        return value(samples, cell, arm, figure)
-
-    def added(arm: str) -> float | None:
-        own, direct = of("streams-300", "delay_p99_ms", arm), of("streams-300", "delay_p99_ms", "direct")
-        # No less than the load can tell: what is lost in the machine's noise counts as that, for a peer as for us.
-        return None if own is None or direct is None else max(own - direct, _TELLABLE)
-
     found: list[tuple[str, float, float, float]] = []
 
-    def bar(name: str, most: float, goal: float, top: float | None, bottom: float | None = 1.0) -> None:
-        if top is not None and bottom is not None:
-            found.append((name, top / bottom, most, goal))
+    def bar(name: str, most: float, goal: float, is_: float | None) -> None:
+        if is_ is not None:
+            found.append((name, is_, most, goal))
 
-    request, event, router = "cpu_us_per_request", "cpu_us_per_event", "vllm-router"
-    whole, stream, own = of("json-64", request), of("streams-100", event), "gateway-simplified"
-    bar("CPU per JSON request, of vllm-router's", 0.6, 0.5, whole, of("json-64", request, router))
-    bar("CPU per event at 100 streams, of vllm-router's", 0.95, 0.85, stream, of("streams-100", event, router))
-    large, routers = of("prompt-67k", request), of("prompt-67k", request, router)
-    bar("CPU per 67 KB request, of vllm-router's", 0.6, 0.4, large, routers)
-    bar("added event delay p99 at 300 streams, of vllm-router's", 1.0, 0.7, added("gateway"), added(router))
-    bar("memory per open stream, KB", 25, 10, of("open-2000", "kb_per_stream"))
-    bar("memory idle, MB", 60, 45, of("idle", "rss_mb"))
-    bar("memory after the run, MB", 60, 45, of("after", "rss_mb"))
-    bar("memory after a second run, of the first's", 1.02, 1.0, of("again", "rss_mb"), of("after", "rss_mb"))
-    bar("CPU per JSON request, of nginx's", 3, 3, whole, of("json-64", request, "nginx"))
-    bar("simplified whole, of our own relay's", 1.4, 1.4, of("json-64", request, own), whole)
-    bar("simplified stream per event, of our own relay's", 1.5, 1.5, of("streams-100", event, own), stream)
-    plain = of("json-64", request, "starlette-httpx")
-    bar("CPU per JSON request, of plain Starlette + httpx's", 1 / 40, 1 / 40, whole, plain)
+    def ratio(cell: str, figure: str, arm: str, peer: str) -> float | None:
+        """Of what was measured right after one another, round by round."""
+        rounds = list(zip(_rounds(samples, cell, figure, arm), _rounds(samples, cell, figure, peer), strict=False))
+        return median(one / other for one, other in rounds) if rounds else None
+
+    def added(arm: str) -> float | None:
+        """The delay that an arm adds, in milliseconds."""
+        own, direct = (_rounds(samples, "streams-300", "delay_p99_ms", one) for one in (arm, "direct"))
+        rounds = [one - other for one, other in zip(own, direct, strict=False)]
+        # No less than the load can tell: what is lost in the machine's noise counts as that, for a peer as for us.
+        return max(median(rounds), _TELLABLE) if rounds else None
+
+    request, event = "cpu_us_per_request", "cpu_us_per_event"
+    own, simplified, router = "gateway", "gateway-simplified", "vllm-router"
+    ours, routers = added(own), added(router)
+    after, again = (value(samples, when, own, "rss_mb") for when in ("after", "again"))
+    bar("CPU per JSON request, of vllm-router's", 0.6, 0.5, ratio("json-64", request, own, router))
+    bar("CPU per event at 100 streams, of vllm-router's", 0.95, 0.85, ratio("streams-100", event, own, router))
+    bar("CPU per 67 KB request, of vllm-router's", 0.6, 0.4, ratio("prompt-67k", request, own, router))
+    bar("added event delay p99 at 300 streams, of vllm-router's", 1.0, 0.7, ours and routers and ours / routers)
+    bar("memory per open stream, KB", 25, 10, value(samples, "open-2000", own, "kb_per_stream"))
+    bar("memory idle, MB", 60, 45, value(samples, "idle", own, "rss_mb"))
+    bar("memory after the run, MB", 60, 45, after)
+    bar("memory after a second run, of the first's", 1.02, 1.0, after and again and again / after)
+    bar("CPU per JSON request, of nginx's", 3, 3, ratio("json-64", request, own, "nginx"))
+    bar("simplified whole, of our own relay's", 1.4, 1.4, ratio("json-64", request, simplified, own))
+    bar("simplified stream per event, of our own relay's", 1.5, 1.5, ratio("streams-100", event, simplified, own))
+    plain = ratio("json-64", request, own, "starlette-httpx")
+    bar("CPU per JSON request, of plain Starlette + httpx's", 1 / 40, 1 / 40, plain)
     return found
 
 

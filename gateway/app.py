@@ -28,8 +28,9 @@ from gateway.waiting import Waiting
 _log = logging.getLogger(__name__)
 
 # Ended requests are counted and logged so many at a time, or with each look at the time limits, which comes after
-# so many seconds: the same work in a row costs half of what it costs between two requests.
-_SETTLED_TOGETHER = 64
+# so many seconds: the same work in a row costs half of what it costs between two requests, but a longer row would
+# hold up other requests' events.
+_SETTLED_TOGETHER = 16
 _LOOK_AFTER = 0.1
 
 

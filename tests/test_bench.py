@@ -18,8 +18,13 @@ def samples(gateway: float, router: float) -> report.Samples:
     return cells
 
 
-def test_a_bar_is_held_by_the_median() -> None:
-    bars = {name: (is_, most) for name, is_, most, _ in report.bars(samples(gateway=50, router=100))}
+def test_a_bar_is_held_by_the_median_of_what_was_measured_side_by_side() -> None:
+    found = samples(gateway=50, router=100)
+    # The machine was slower by half in two rounds of three, for both.
+    for arm in ("gateway", "vllm-router"):
+        figures = found["json-64"][arm]["cpu_us_per_request"]
+        found["json-64"][arm]["cpu_us_per_request"] = [figures[0], figures[0] * 1.5, figures[0] * 1.5]
+    bars = {name: (is_, most) for name, is_, most, _ in report.bars(found)}
     assert bars == {
         "CPU per JSON request, of vllm-router's": (0.5, 0.6),
         "added event delay p99 at 300 streams, of vllm-router's": (0.5, 1.0),
