@@ -361,7 +361,7 @@ class Exchange:
         except GatewayError as error:
             self.fail(error)
         else:
-            if not self.room():
+            if not self._begins(now):
                 self._wait(now)
 
     def _wait(self, now: float) -> None:
@@ -374,8 +374,10 @@ class Exchange:
 
     def room(self) -> bool:
         """There may be room upstream; True if it was taken."""
+        return self._begins(self._path.time())
+
+    def _begins(self, now: float) -> bool:
         path = self._path
-        now = path.time()
         upstream = path.pool.choose(self.model, now)
         if upstream is None:
             return False

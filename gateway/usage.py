@@ -17,8 +17,7 @@ def usage_text(tail: bytes) -> bytes:
     return tail[at : at + _LONG] if at >= 0 else b""
 
 
-def usage_in(tail: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens of the last `usage` object in `tail`; None where vLLM reported none."""
-    text = usage_text(tail)
+def usage_in(text: bytes) -> tuple[int, int] | None:
+    """Prompt and completion tokens in what `usage_text` has found; None where vLLM reported none."""
     prompt, completion = _PROMPT.search(text), _COMPLETION.search(text)
     return (int(prompt[1]), int(completion[1])) if prompt and completion else None

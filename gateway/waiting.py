@@ -13,30 +13,30 @@ class Call(Protocol):
         """There may be room now; True if it was taken."""
 
 
-class Waiting:
-    """The calls that wait, at most `most` of them."""
+class Waiting(OrderedDict[Call, None]):
+    """The calls that wait, at most `most` of them.
+
+    Not a plain dict, which takes ever longer to find its first once many have left it; and nothing around one, as every
+    request asks whether somebody waits.
+    """
 
     def __init__(self, most: int) -> None:
+        super().__init__()
         self.most = most
-        # Not a plain dict, which takes ever longer to find its first once many have left it.
-        self._calls: OrderedDict[Call, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._calls)
 
     def add(self, call: Call) -> bool:
         """Wait behind all others; False where too many wait."""
-        if len(self._calls) >= self.most:
+        if len(self) >= self.most:
             return False
-        self._calls[call] = None
+        self[call] = None
         return True
 
     def leave(self, call: Call) -> None:
         """It waits no longer."""
-        self._calls.pop(call, None)
+        self.pop(call, None)
 
     def room(self) -> None:
         """There may be room for one: it is for the first that can use it, as not every upstream serves every model."""
-        for call in self._calls:
+        for call in self:
             if call.room():
                 break

@@ -8,13 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.usage import usage_in
+from gateway import usage
+
+
+def usage_in(tail: bytes) -> tuple[int, int] | None:
+    return usage.usage_in(usage.usage_text(tail))
+
 
 REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":22}'
 
 
 @pytest.mark.parametrize(
-    ("tail", "usage"),
+    ("tail", "found"),
     [
         (b"", None),
         (b"data: [DONE]\n\n", None),
@@ -31,8 +36,8 @@ REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":2
         (b'{"usage":{"prompt_tokens_details":{"cached_tokens":5},"prompt_tokens":7,"completion_tokens":1}}', (7, 1)),
     ],
 )
-def test_the_last_usage_that_vllm_reported_is_found(tail: bytes, usage: tuple[int, int] | None) -> None:
-    assert usage_in(tail) == usage
+def test_the_last_usage_that_vllm_reported_is_found(tail: bytes, found: tuple[int, int] | None) -> None:
+    assert usage_in(tail) == found
 
 
 @given(
@@ -48,8 +53,8 @@ def test_a_model_that_writes_of_usage_is_not_mistaken_for_vllm(written: str, mor
 @given(st.integers(min_value=0, max_value=2**40), st.integers(min_value=0, max_value=2**40))
 @settings(deadline=None, max_examples=50)
 def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
-    usage = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
-    assert usage_in(json.dumps(usage).encode()) == (prompt, completion)
+    said = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
+    assert usage_in(json.dumps(said).encode()) == (prompt, completion)
 
 
 def test_a_number_of_absurd_length_does_not_raise() -> None:
