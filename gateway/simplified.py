@@ -252,10 +252,14 @@ def _streaming(body: Json) -> bool:
 
 def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
     """The name and value of a field that goes by several names; they may not contradict each other."""
-    sent = [(name, body[name]) for name in names if body.get(name) is not None]
-    (first, said), *others = sent or [(names[0], default)]
-    for name, value in others:
-        if value != said or type(value) is not type(said):
+    first, said, sent = names[0], default, False
+    for name in names:
+        value = body.get(name)
+        if value is None:
+            continue
+        if not sent:
+            first, said, sent = name, value, True
+        elif value != said or type(value) is not type(said):
             raise BadRequest(
                 f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
                 param=first,
