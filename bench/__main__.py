@@ -111,7 +111,7 @@ def _run(
 
 def _add(samples: report.Samples, failures: list[str], arm: Arm, cell: str, work: Work) -> None:
     try:
-        figures = _measure(arm, work)
+        figures = _measure(arm, cell, work)
     except Failed as error:
         failures.append(f"{arm.name}, {cell}: {error}")
     else:
@@ -137,11 +137,13 @@ def _at_rest(arms: list[Arm]) -> dict[str, float]:
     return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
 
 
-def _measure(arm: Arm, work: Work) -> Figures:
+def _measure(arm: Arm, cell: str, work: Work) -> Figures:
     if arm.name == "direct":
         return work(arm)
     signal_all(arm.process, signal.SIGCONT)
-    time.sleep(0.15)  # its probes, and its idle connections that have died meanwhile
+    # Its probes, and its idle connections that have died meanwhile; where delays are looked at also what it puts off
+    # until it is idle.
+    time.sleep(0.6 if cell.startswith("streams") else 0.15)
     try:
         return work(arm)
     finally:

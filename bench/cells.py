@@ -59,7 +59,7 @@ class Cells:
                 "wrk",
                 "-t1",
                 f"-c{connections}",
-                f"-d{4 if arm.slow else 1}s",
+                f"-d{2 if arm.slow else 1}s",
                 "-s",
                 str(REPOSITORY / "bench" / "post.lua"),
             ]
