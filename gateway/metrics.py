@@ -37,6 +37,7 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._requests: Counter[tuple[str, str, str, int]] = Counter()
+        self._outcomes: Counter[str] = Counter()
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._first_token = _Histogram(
@@ -63,6 +64,7 @@ class Metrics(Collector):
     def _count(self, exchange: Exchange, model: str | None) -> None:
         started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
         self._requests[exchange.route.path, exchange.form or "none", model or "unknown", exchange.status] += 1
+        self._outcomes[exchange.outcome] += 1
         self._total.observe(ended - started)
         if exchange.received_at is not None and exchange.sent_at is not None:
             tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
@@ -93,13 +95,28 @@ class Metrics(Collector):
         )
         for (route, form, model, status), count in self._requests.items():
             requests.add_metric((route, form, model, str(status)), count)
+        outcomes = CounterMetricFamily(
+            "gateway_outcomes",
+            "Relayed requests that have ended, by how: each time limit has its own.",
+            labels=("outcome",),
+        )
+        for outcome, count in self._outcomes.items():
+            outcomes.add_metric((outcome,), count)
         tokens = CounterMetricFamily("gateway_tokens", "Tokens that vLLM has reported.", labels=("kind",))
         tokens.add_metric(("prompt",), self._prompt_tokens)
         tokens.add_metric(("completion",), self._completion_tokens)
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
         waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._waiting))
         histograms = (self._first_token, self._per_event, self._total, self._added)
-        return [requests, in_flight, waiting, tokens, *(one.family() for one in histograms), *self._upstreams()]
+        return [
+            requests,
+            outcomes,
+            in_flight,
+            waiting,
+            tokens,
+            *(one.family() for one in histograms),
+            *self._upstreams(),
+        ]
 
     def _upstreams(self) -> list[Metric]:
         state = GaugeMetricFamily(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
+
+_log = logging.getLogger(__name__)
 
 State = Literal["serving", "loading", "down"]
 
@@ -52,12 +55,21 @@ class Upstream:
 
     def succeeded(self) -> None:
         """A real call came through."""
+        if self.broken_in_a_row >= BROKEN_IN_A_ROW:
+            _log.info("upstream %s answers again", self.url)
         self.broken_in_a_row = 0
 
     def broke(self, now: float) -> None:
         """A real call failed by the upstream's fault."""
         self.broken_in_a_row += 1
         self.broken_at = now
+        if self.broken_in_a_row == BROKEN_IN_A_ROW:
+            _log.warning(
+                "upstream %s broke its last %d calls: while others serve it gets one each %g s",
+                self.url,
+                BROKEN_IN_A_ROW,
+                TRIAL_AFTER,
+            )
 
     def failing(self, now: float) -> bool:
         """Whether its last calls all broke and it is not yet time for another trial."""

@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 
+from gateway import upstreams
 from tests.fake_vllm import FakeVllm, Hold, Step, response
 from tests.gateway_process import Gateway, running
 
@@ -152,3 +153,63 @@ def test_a_500_is_never_asked_again(fake: FakeVllm) -> None:
         with running(fake.url, other.url) as gateway, gateway.client() as client:
             assert client.post(CHAT, content=WHOLE).status_code == 500
     assert len(fake.received) + len(other.received) == 1
+
+
+def test_a_slow_upstream_is_not_felt_where_another_can_answer(fake: FakeVllm) -> None:
+    hold = Hold()
+    fake.queue(held(hold))
+    with (
+        FakeVllm() as other,
+        running(fake.url, other.url) as gateway,
+        gateway.client() as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(ask, gateway)
+        fake.wait(lambda: len(fake.received) + len(other.received) == 1)
+        if not fake.received:  # it was the other's turn
+            assert first.result().status_code == 200
+            first = pool.submit(ask, gateway)
+            fake.wait_for_request()
+        so_far = len(other.received)
+        assert [client.post(CHAT, content=WHOLE).status_code for _ in range(20)] == [200] * 20
+        assert (len(fake.received), len(other.received) - so_far) == (1, 20)
+        hold.release()
+        assert first.result().status_code == 200
+
+
+def test_one_that_is_healthy_but_fails_its_calls_is_taken_out_and_comes_back_by_itself(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upstreams, "TRIAL_AFTER", 0.5)
+    caplog.set_level("INFO", "gateway.upstreams")
+    fake.queue(*[[response("500 Internal Server Error", b"broken")]] * 4)
+    with FakeVllm() as other, running(fake.url, other.url) as gateway, gateway.client() as client:
+
+        def ask_until_it_gets(count: int) -> list[int]:
+            until, statuses = time.monotonic() + 10, []
+            while len(fake.received) < count:
+                assert time.monotonic() < until, f"it gets no call number {count}"
+                statuses.append(client.post(CHAT, content=WHOLE).status_code)
+            return statuses
+
+        def state() -> str:
+            found = client.get("/v1/health_check").json()["upstreams"]
+            return str(next(one["state"] for one in found if one["url"] == fake.url))
+
+        assert ask_until_it_gets(3).count(500) == 3
+        assert state() == "down"
+        assert {client.post(CHAT, content=WHOLE).status_code for _ in range(20)} == {200}
+        assert len(fake.received) == 3
+        # A trial that breaks is one call, and none follows at once.
+        assert ask_until_it_gets(4).count(500) == 1
+        assert {client.post(CHAT, content=WHOLE).status_code for _ in range(20)} == {200}
+        assert len(fake.received) == 4
+        # One that does not is the end of it.
+        assert set(ask_until_it_gets(5)) == {200}
+        assert state() == "serving"
+        ask_until_it_gets(7)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"upstream {fake.url} broke its last 3 calls: while others serve it gets one each 0.5 s",
+        f"upstream {fake.url} answers again",
+    ]

@@ -253,6 +253,7 @@ def test_a_fault_of_the_upstream_has_its_promised_outcome(name: str, fake: FakeV
         assert content == fault.content
     assert (line["status"], line["outcome"]) == (status, fault.outcome)
     assert f'status="{status}"' in counted
+    assert f'gateway_outcomes_total{{outcome="{fault.outcome}"}}' in counted
     assert "gateway_in_flight 0.0" in counted
     assert 'gateway_upstream_in_flight{upstream="' + fake.url + '"} 0.0' in counted
     # The next call is answered as if nothing had been.
