@@ -158,11 +158,22 @@ class _Server(uvicorn.Server):
             await self._accept_the_last(listener)
         await super().shutdown(sockets)
         looking.cancel()
-        # uvicorn has cancelled its tasks; the shortcut has none.
+        await self._end_what_still_runs()
+
+    async def _end_what_still_runs(self) -> None:
+        """After a second signal, or for what no limit has ended: each gets its error, and its log line."""
+        state = self.lifespan.state
+        self._drain.ends_at = time.monotonic()
+        for exchange in state["data_path"].due():
+            exchange.look_at_limits()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=1)
+        await asyncio.sleep(0)  # uvloop writes at the end of a turn
         for connection in list(self.server_state.connections):
             if isinstance(connection, Protocol):
                 connection.cut()
         await asyncio.sleep(0)
+        state["ended"].settle()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -104,10 +104,13 @@ def test_a_second_signal_ends_it_at_once(fake: FakeVllm) -> None:
     with running(fake.url, drain_delay=60, drain_timeout=60) as gateway, streaming(gateway, fake) as (hold, answer):
         gateway.signal()
         gateway.signal()
-        with contextlib.suppress(httpx.HTTPError):
-            answer.read()
+        got = answer.read()
         hold.release()
+        (line,) = gateway.log(1)
     assert time.monotonic() - began < 20
+    assert got.startswith(EVENTS[0] + b'data: {"error"')
+    assert got.endswith(DONE)
+    assert (line["status"], line["outcome"]) == (200, "drained")
 
 
 def test_who_has_connected_but_was_not_accepted_is_answered(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
