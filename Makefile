@@ -3,6 +3,7 @@
 # make lock   the lock files anew, after a change of pyproject.toml
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
+# make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
 # make clean  removes what the other targets have put into the checkout
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-soak lint types lock clean bench bench-quick soak
+.PHONY: up test test-soak test-restarts lint types lock clean bench bench-quick soak
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -25,6 +26,9 @@ test: lint types
 
 test-soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak --seconds 60
+
+test-restarts: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/restarts.py
 
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak
