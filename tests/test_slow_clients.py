@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
 
+import httpx
 import pytest
 
-from tests import fake_vllm, gateway_process
+from tests import fake_vllm, gateway_process, load
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import running
 
@@ -138,3 +140,29 @@ def test_a_client_that_reads_slowly_gets_it_all(fake: FakeVllm) -> None:
             time.sleep(0.1)
 
     assert got.count(LARGE.strip()) == 150
+
+
+def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: FakeVllm) -> None:
+    readers, shortcut = 30, "on" if gateway_process.SHORTCUT else "off"
+    endless = [STREAM_HEAD, *[chunk(LARGE)] * 400]  # 24 MB each
+    fake.queue(*[endless] * readers)
+    with (
+        load.gateway([fake.url], GATEWAY_SHORTCUT=shortcut) as (process, port),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        client.get("/v1/health_check")
+        before, _ = load.memory_and_descriptors(process.pid)
+        for _ in range(readers):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(post(STREAM))
+        fake.wait_for_request(readers)
+        # Answered among them, and their memory is what it stays at.
+        began = time.monotonic()
+        for _ in range(50):
+            assert client.post(CHAT.decode(), content=WHOLE).status_code == 200
+        assert time.monotonic() - began < 5
+        after, _ = load.memory_and_descriptors(process.pid)
+        assert client.get("/metrics").text.count("gateway_in_flight 30.0") == 1
+    # What two reads brought, and what is not written yet of them.
+    assert (after - before) / readers < 1.5, "MB for each"
