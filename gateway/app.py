@@ -78,9 +78,10 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
             except Exception:
                 _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
         try:
+            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
             ended.settle()
         except Exception:
-            _log.exception("requests that have ended could not be counted or logged")
+            _log.exception("what waits could not go on, or what has ended not be counted or logged")
         peak.look(len(data_path.in_flight))
 
 
@@ -97,7 +98,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         prober = create_prober(settings, pool)
         connections = ConnectionPool(settings.connect_timeout)
         in_flight: set[Exchange] = set()
-        waiting = Waiting(settings.max_queue)
+        waiting: Waiting[Exchange] = Waiting(settings.max_queue)
         metrics = Metrics(pool, in_flight, waiting, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         ended = Ended(metrics, request_log)

@@ -138,7 +138,7 @@ class DataPath:
     transport: Transport
     time: Callable[[], float]
     in_flight: set[Exchange]
-    waiting: Waiting
+    waiting: Waiting[Exchange]
     drain: Drain
     finished: Callable[[Exchange], None]
     limits: Limits
@@ -155,7 +155,7 @@ class DataPath:
         """
         now = self.time()
         if now >= self.drain.ends_at:
-            return list(self.in_flight)
+            return [*self.waiting, *self.in_flight]  # those first, lest they take the places of the others
         return [exchange for exchange in self.in_flight if exchange.due <= now]
 
 
@@ -210,6 +210,7 @@ class Exchange:
 
     __slots__ = (
         "_before_last",
+        "_begun_at",
         "_client",
         "_connection",
         "_content",
@@ -298,6 +299,7 @@ class Exchange:
         self._cut_event = False
         self._last = b""
         self._before_last = b""
+        self._begun_at = started_at  # upstream
         self._last_read_at = started_at
         self._usage: tuple[int, int] | None = None
         self._usage_text = b""
@@ -368,13 +370,13 @@ class Exchange:
         self._state = _QUEUED
         path = self._path
         if path.waiting.add(self):
-            self.due = now + path.limits.queue
+            self.due = min(now + path.limits.queue, self.started_at + path.limits.total)
         else:
             self.fail(TooMany(f"There is no room, and {path.waiting.most} requests wait already: try again soon."))
 
     def room(self) -> bool:
         """There may be room upstream; True if it was taken."""
-        return self._begins(self._path.time())
+        return self._state is not _QUEUED or self._begins(self._path.time())
 
     def _begins(self, now: float) -> bool:
         path = self._path
@@ -383,6 +385,7 @@ class Exchange:
             return False
         if self._state is _QUEUED:
             path.waiting.leave(self)
+        self._begun_at = now
         self.due = self._next_limit(now) if self.streaming else self.started_at + path.limits.total
         self._connect(upstream, fresh=False)
         return True
@@ -515,7 +518,9 @@ class Exchange:
         self.status = head.status
         self._head = head
         rewritten = self._simplified if head.status == 200 else None
-        if head.streams:
+        if head.streams and rewritten is not None and not rewritten.streaming:
+            self._upstream_failed(UpstreamBroken("The model server streams an answer that was to be whole."))
+        elif head.streams:
             # An error event may have to be added, so no length can be promised.
             self._sse = True
             self._way = _IN_EVENTS
@@ -756,7 +761,7 @@ class Exchange:
         limits = self._path.limits
         if now >= self._path.drain.ends_at:
             self.fail(Draining("The gateway ends, and the time for what was still running is over: try again."))
-        elif self._state is _QUEUED:
+        elif self._state is _QUEUED and now - self.started_at < limits.total:
             self.fail(TooMany(f"There was no room for {limits.queue:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
         elif self._state is _RECEIVING:
             if now - self._last_read_at >= limits.body:
@@ -769,18 +774,29 @@ class Exchange:
                 slowest = self.started_at + limits.body + self._size / _BODY_RATE
                 self.due = min(self._last_read_at + limits.body, slowest, self.started_at + limits.total)
         elif now - self.started_at >= limits.total:
-            self._upstream_failed(UpstreamTimeout("total", limits.total))
+            self._took_too_long(now)
         elif self.streaming and (late := self._late(now)):
             self._upstream_failed(late)
         else:
             self.due = self._next_limit(now)
 
+    def _took_too_long(self, now: float) -> None:
+        limit = self._path.limits.total
+        error = UpstreamTimeout("total", limit)
+        silent = self.first_byte_at is None or not self.streaming
+        if silent and not self._paused and now - self._begun_at >= limit / 2:
+            self._upstream_failed(error)
+        else:
+            self.fail(error)  # a long stream, a slow reader or a slow upload is no fault of the upstream's
+
     def _late(self, now: float) -> UpstreamTimeout | None:
         limits = self._path.limits
+        if self._paused:
+            return None
         if self.first_byte_at is None:
-            late = self.received_at is not None and now - self.received_at >= limits.first_token
+            late = now - max(self._begun_at, self._last_read_at) >= limits.first_token
             return UpstreamTimeout("first_token", limits.first_token) if late else None
-        late = not self._paused and now - self._last_read_at >= limits.idle
+        late = now - self._last_read_at >= limits.idle
         return UpstreamTimeout("idle", limits.idle) if late else None
 
     def _next_limit(self, now: float) -> float:
@@ -789,9 +805,11 @@ class Exchange:
         end = self.started_at + limits.total
         if not self.streaming:
             return end
+        if self._paused:
+            return min(end, now + limits.idle)
         if self.first_byte_at is None:
-            return min(end, now + limits.idle, (self.received_at or now) + limits.first_token)
-        return min(end, (now if self._paused else self._last_read_at) + limits.idle)
+            return min(end, now + limits.idle, max(self._begun_at, self._last_read_at) + limits.first_token)
+        return min(end, self._last_read_at + limits.idle)
 
     # The end
 
@@ -813,8 +831,10 @@ class Exchange:
             self._finish(error.outcome)
             client.whole(AnswerHead(error.status, [_JSON, *error.headers]), content, self.request_id)
         elif self._sse and not self._cut_event:
+            done = self.status == 200 and sse.has_done(self._before_last + self._last)  # and so it has all of it
             self._finish(error.outcome)
-            client.body(error.event(self.request_id))
+            if not done:
+                client.body(error.event(self.request_id))
             client.end()
         else:
             self._finish(error.outcome)

@@ -54,7 +54,7 @@ class Prober:
         watches = [asyncio.create_task(self._watch(upstream)) for upstream in self._pool]
         try:
             # So that the very first call finds a model, where a model server already runs.
-            await asyncio.wait([asyncio.create_task(self.probe_all())], timeout=_EAGER)
+            await self.probe_all()
             yield
         finally:
             tasks = [*watches, *self._running.values()]
@@ -69,8 +69,8 @@ class Prober:
             await asyncio.sleep(self._interval if upstream.state == "serving" else min(_EAGER, self._interval))
 
     async def probe_all(self) -> None:
-        """Ask every upstream now."""
-        await asyncio.gather(*map(self.probe, self._pool))
+        """Ask every upstream now; return when all have answered, or after a second: one that hangs is no news."""
+        await asyncio.wait([asyncio.create_task(self.probe(upstream)) for upstream in self._pool], timeout=_EAGER)
 
     async def probe(self, upstream: Upstream) -> None:
         """Ask now; whoever asks while an answer is awaited shares it, so that many askers cost one probe."""
@@ -82,8 +82,9 @@ class Prober:
 
     async def _probe(self, upstream: Upstream) -> None:
         try:
-            state, why = await self._ask(upstream)
-        except httpx.TimeoutException:
+            async with asyncio.timeout(_PATIENCE):
+                state, why = await self._ask(upstream)
+        except (httpx.TimeoutException, TimeoutError):
             state, why = "down", f"no answer within {_PATIENCE:g} s"
         except httpx.ConnectError as error:
             state, why = _unconnected(upstream, str(error))
@@ -168,7 +169,7 @@ def _tls_context(pool: UpstreamPool) -> ssl.SSLContext:
 def _model_ids(answer: httpx.Response) -> tuple[str, ...]:
     try:
         return tuple(str(model["id"]) for model in answer.json()["data"]) if answer.status_code == 200 else ()
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ()
 
 

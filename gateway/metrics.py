@@ -27,7 +27,7 @@ class Metrics(Collector):
     """
 
     def __init__(
-        self, pool: UpstreamPool, in_flight: set[Exchange], waiting: Waiting, time: Callable[[], float]
+        self, pool: UpstreamPool, in_flight: set[Exchange], waiting: Waiting[Exchange], time: Callable[[], float]
     ) -> None:
         """All of them the data path's."""
         self._waiting = waiting

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import select
 import socket
 import struct
 import sys
+import termios
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,10 +17,10 @@ from typing import Any, cast
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.errors import BadRequest, GatewayError, HeadTimeout
+from gateway.errors import BadRequest, Draining, GatewayError, HeadTimeout
 from gateway.exchange import FAILED, ROUTES, DataPath, Exchange, Route, new_request_id
 from gateway.headers import AnswerHead, Header, RequestHead, SameHead, lines
 
@@ -69,8 +72,19 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
 # Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
 _LAST_CALL = 1.0
 
+# Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
+_LEFT = getattr(select, "POLLRDHUP", 0)
+
 # struct linger: on, for no time.
 _AT_ONCE = struct.pack("ii", 1, 0)
+
+
+def _unsent_by_the_system(connection: socket.socket) -> int:
+    """Bytes that were written and that the other side has not taken; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
 
 # In the place of a deque for each connection, of which hardly any pipelines.
 _NOTHING_WAITS: deque[Any] = deque(maxlen=0)
@@ -107,7 +121,16 @@ class Protocol(HttpToolsProtocol):
     cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
-    __slots__ = ("_awaited_since", "_idle_since", "_in_body", "_in_head", "_refused", "_stuck_since", "_unsent")
+    __slots__ = (
+        "_awaited_since",
+        "_idle_since",
+        "_in_body",
+        "_in_head",
+        "_refused",
+        "_running",
+        "_stuck_since",
+        "_unsent",
+    )
 
     def __init__(
         self,
@@ -121,6 +144,8 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._refused = False
         self._idle_since: float | None = None
+        # The application's running request; uvicorn knows only the newest, which may wait behind it.
+        self._running: RequestResponseCycle | None = None
         # Since when more is to come of the client: a request's head, or the rest of a body that was refused.
         self._awaited_since: float | None = None
         self._in_head = False
@@ -156,6 +181,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """As uvicorn's, but for the refusal and for one keep-alive timer a connection, not one a request."""
         self.server_state.total_requests += 1
+        self._running = None
         if self.transport.is_closing():
             return
         if self._in_body:
@@ -170,6 +196,10 @@ class Protocol(HttpToolsProtocol):
             self._idle_since = self.loop.time()
             if self.timeout_keep_alive_task is None:
                 self._arm(self.timeout_keep_alive)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _arm(self, seconds: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
@@ -203,13 +233,26 @@ class Protocol(HttpToolsProtocol):
                 self._refuse(HeadTimeout(f"No whole head came within {limits.header:g} s (GATEWAY_HEADER_TIMEOUT)."))
             else:
                 self.transport.close()
+        elif answered and self._in_head and self._path.time() >= self._path.drain.ends_at:
+            self._refuse(Draining("The gateway ends, and the time for what was still coming is over: try again."))
         unsent = self.transport.get_write_buffer_size()
+        if unsent:
+            # And what the system holds: it takes more of ours only once a third of that is gone.
+            unsent += _unsent_by_the_system(self.transport.get_extra_info("socket"))
         if unsent and unsent >= self._unsent > 0:
             if now - self._stuck_since >= limits.client_write:
                 self._stuck()
         else:
             self._stuck_since = now
         self._unsent = unsent
+        if self.flow.read_paused and self._has_left():
+            self.transport.abort()
+
+    def _has_left(self) -> bool:
+        """Whether the client has, which is not read while it is not read from: a second request waits behind one."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _LEFT)
+        return bool(poll.poll(0))
 
     def _stuck(self) -> None:
         """The client reads nothing of what was written to it."""
@@ -231,6 +274,9 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:

@@ -109,9 +109,10 @@ class UpstreamPool:
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
 
     def choose(self, model: str | None, now: float) -> Upstream | None:
-        """The upstream with the fewest calls in flight among the best that serve `model`; None where there is no room.
+        """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.
 
-        A model that none serves is for any to refuse. Ties go round.
+        A model that none serves is for any to refuse. Ties go round. A worse one does not stand in for a full one: it
+        would only break the call.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
@@ -143,13 +144,13 @@ class UpstreamPool:
         return [one for one in self._upstreams if model in one.models] or self._upstreams
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
-        room = (upstream for upstream in able if upstream.in_flight < self._most_each)
-        best = min(room, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at), default=None)
-        if best is not None:
-            self._turn += 1
-            best.chosen_at = self._turn
-            if best.broken_in_a_row >= BROKEN_IN_A_ROW:
-                best.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
+        best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))
+        if best.in_flight >= self._most_each:
+            return None
+        self._turn += 1
+        best.chosen_at = self._turn
+        if best.broken_in_a_row >= BROKEN_IN_A_ROW:
+            best.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
         return best
 
 

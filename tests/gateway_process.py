@@ -17,10 +17,15 @@ import httpx
 import uvicorn
 import uvloop
 
+from gateway import app, logs
 from gateway.app import create_app
 from gateway.config import Settings, names_of
 from gateway.logs import LineWriter
 from gateway.server import create_server, listen
+
+# Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
+logs._TOGETHER = 0.01
+app._LOOK_AFTER = 0.02
 
 # Which way in a gateway takes unless its settings say; the `way` fixture sets it.
 SHORTCUT = True

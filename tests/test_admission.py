@@ -155,6 +155,25 @@ def test_a_500_is_never_asked_again(fake: FakeVllm) -> None:
     assert len(fake.received) + len(other.received) == 1
 
 
+def test_those_that_wait_go_to_an_upstream_that_comes_back(fake: FakeVllm) -> None:
+    with FakeVllm() as other:
+        port = other.port
+    hold = Hold()
+    fake.queue(held(hold))
+    with (
+        running(fake.url, f"http://127.0.0.1:{port}", max_in_flight_per_upstream=1, probe_interval=0.2) as gateway,
+        gateway.client() as client,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        calls = [pool.submit(ask, gateway) for _ in range(2)]
+        wait_for(client, "gateway_waiting", 1)
+        with FakeVllm(port) as other:
+            other.wait_for_request()
+            wait_for(client, "gateway_in_flight", 1)
+            hold.release()
+            assert [call.result().status_code for call in calls] == [200] * 2
+
+
 def test_a_slow_upstream_is_not_felt_where_another_can_answer(fake: FakeVllm) -> None:
     hold = Hold()
     fake.queue(held(hold))

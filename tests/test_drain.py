@@ -113,6 +113,18 @@ def test_a_second_signal_ends_it_at_once(fake: FakeVllm) -> None:
     assert (line["status"], line["outcome"]) == (200, "drained")
 
 
+def test_a_head_that_has_not_come_whole_by_the_end_of_the_drain_gets_a_503(fake: FakeVllm) -> None:
+    with running(fake.url, drain_timeout=1) as gateway, gateway.connect() as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nho")
+        time.sleep(0.3)
+        gateway.signal()
+        began = time.monotonic()
+        got = connection.recv(65536)
+        assert time.monotonic() - began < 3
+    assert got.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"draining"' in got
+
+
 def test_who_has_connected_but_was_not_accepted_is_answered(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     body = orjson.dumps(WHOLE)
     call = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -1056,6 +1057,76 @@ def test_a_body_that_drips_is_ended_by_its_rate_or_by_the_total_limit(bytes_a_se
     assert_answered(talk, 408, "body_timeout")
 
 
+def a_reader_that_pauses_its_stream() -> Conversation:
+    talk = answering(OPENAI_STREAM)
+    talk.exchange.upstream_body(EVENTS[0])
+    talk.exchange.client_paused()
+    return talk
+
+
+def a_reader_that_has_not_read_its_last_answer() -> Conversation:
+    talk = Conversation()
+    talk.exchange.client_paused()
+    talk.ask(OPENAI_STREAM)
+    talk.connect()
+    return talk
+
+
+def a_stream_that_is_long() -> Conversation:
+    talk = answering(OPENAI_STREAM)
+    while talk.clock.now - talk.exchange.started_at < LIMITS.total - 1:
+        talk.exchange.upstream_body(EVENTS[1])
+        talk.clock.advance(1)
+    return talk
+
+
+def an_upload_that_takes_most_of_the_time() -> Conversation:
+    talk = Conversation(limits=replace(LIMITS, body=LIMITS.total))
+    talk.begin()
+    talk.clock.advance(LIMITS.total - 1)
+    talk.exchange.request_body(orjson.dumps(OPENAI_WHOLE))
+    talk.exchange.request_end()
+    talk.connect()
+    return talk
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        a_reader_that_pauses_its_stream,
+        a_reader_that_has_not_read_its_last_answer,
+        a_stream_that_is_long,
+        an_upload_that_takes_most_of_the_time,
+    ],
+)
+def test_a_limit_that_passes_by_the_clients_doing_is_not_held_against_the_upstream(
+    made: Callable[[], Conversation],
+) -> None:
+    talk = made()
+    talk.clock.advance(LIMITS.total)
+    assert talk.exchange.outcome == "timeout:total"
+    assert talk.upstreams[0].broken_in_a_row == 0
+
+
+def test_an_upstream_that_never_answers_is_held_to_it() -> None:
+    talk = sent_off(OPENAI_WHOLE)
+    talk.clock.advance(LIMITS.total)
+    assert talk.exchange.outcome == "timeout:total"
+    assert talk.upstreams[0].broken_in_a_row == 1
+
+
+def test_the_wait_for_room_is_no_wait_for_the_first_token() -> None:
+    talk = busy(OPENAI_STREAM, limits=replace(LIMITS, queue=LIMITS.first_token + 9))
+    talk.clock.advance(LIMITS.first_token + 8)
+    talk.crowd(0)
+    talk.path.waiting.room()
+    talk.connect()
+    talk.clock.advance(LIMITS.first_token - 1)
+    assert talk.path.in_flight
+    talk.clock.advance(1 + TICK)
+    assert talk.exchange.outcome == "timeout:first_token"
+
+
 # Where there is no room
 
 
@@ -1157,6 +1228,32 @@ def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.M
     one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert (one.status, len(looks)) == (429, 1)
+
+
+def test_room_for_several_is_for_as_many() -> None:
+    talk = busy(upstreams=2, max_queue=3)
+    others = [Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([])) for _ in range(2)]
+    for one in others:
+        one.request(orjson.dumps(OPENAI_WHOLE))
+    talk.crowd(0)
+    talk.path.waiting.room()
+    assert {talk.exchange.upstream, others[0].upstream} == set(talk.upstreams)
+    assert list(talk.path.waiting) == [others[1]]
+
+
+def test_those_that_wait_take_no_places_at_the_drains_end() -> None:
+    talk = Conversation(most=1, max_queue=5)
+    talk.ask(OPENAI_WHOLE)
+    talk.connect()
+    others = [Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([])) for _ in range(5)]
+    for one in others:
+        one.request(orjson.dumps(OPENAI_WHOLE))
+    talk.path.drain.ends_at = talk.clock.now
+    for one in talk.path.due():
+        one.look_at_limits()
+    assert {one.outcome for one in (talk.exchange, *others)} == {"drained"}
+    assert len(talk.transport.asked) == 1
+    assert not talk.path.in_flight
 
 
 def test_one_that_another_upstream_could_serve_does_not_wait_behind_one_that_it_cannot() -> None:

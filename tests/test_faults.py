@@ -80,6 +80,7 @@ def dripping(data: bytes) -> list[Step]:
     return [step for byte in data for step in (bytes([byte]), 0.02)]
 
 
+SIMPLIFIED = {"messages": {"user": "Hi."}, "streaming": False}
 LARGE = event({"content": "x" * 10_000_000})
 CRLF = [one.replace(b"\n", b"\r\n") for one in EVENTS]
 TWO = event({"content": "a"}).replace(b'"index":0', b'"index":1')
@@ -182,6 +183,8 @@ FAULTS = {
     ),
     "several choices": good(stream([EVENTS[0], TWO, DONE]), EVENTS[0] + TWO + DONE, asked=STREAM),
     "data after [DONE]": good(stream([*EVENTS, EVENTS[1]]), CONTENT + EVENTS[1], asked=STREAM),
+    "reset after [DONE]": Fault([STREAM_HEAD + b"".join(map(chunk, EVENTS)), "reset"], STREAM, 200, CONTENT, code=None),
+    "a stream where a whole answer was asked for": Fault(stream(EVENTS), SIMPLIFIED),
     "an error event in a 200": Fault(
         stream([EVENTS[0], b'data: {"error":{"code":500}}\n\n', DONE]),
         STREAM,

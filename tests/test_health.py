@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from typing import Any
 
 import httpx
@@ -148,6 +149,24 @@ def test_an_upstream_whose_calls_break_is_down_until_one_succeeds(fake: FakeVllm
     assert (failing.status_code, failing.json()["upstreams"][0]["state"]) == (503, "down")
     assert "last calls broke" in failing.json()["upstreams"][0]["why"]
     assert back.status_code == 200
+
+
+def test_an_upstream_that_hangs_does_not_hold_up_what_is_said_of_the_other(fake: FakeVllm) -> None:
+    with FakeVllm() as other, running(fake.url, other.url, probe_interval=60) as gateway, gateway.client() as client:
+        other.probe_answers["/health"] = b"HTTP/1.1 200 OK\r\ncontent-le"
+        began = time.monotonic()
+        got = client.get("/v1/health_check")
+        assert time.monotonic() - began < 3
+        assert (got.status_code, got.json()["status"]) == (200, "serving")
+        until = time.monotonic() + 10
+        while "no answer within 5 s" not in client.get("/v1/health_check").text:
+            assert time.monotonic() < until
+
+
+def test_a_model_list_that_is_nested_too_deeply_is_none() -> None:
+    deep = httpx.Response(200, content=b"[" * 200_000 + b"]" * 200_000)
+    upstream, _ = probed({"/v1/models": deep})
+    assert (upstream.state, upstream.why) == ("down", "its /v1/models answers 200 and no model list")
 
 
 def test_health_lives_without_any_upstream() -> None:

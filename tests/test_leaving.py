@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 
 import pytest
@@ -87,3 +89,17 @@ def test_a_client_that_leaves_in_its_upload_has_nothing_sent(gateway: Gateway, f
                 assert time.monotonic() < until, "it was never in flight"
     assert_over(gateway, 499)
     assert not fake.received
+
+
+@pytest.mark.parametrize("how", ["closes", "resets"])
+def test_a_client_that_leaves_with_a_second_request_behind_the_first_stops_the_first(
+    gateway: Gateway, fake: FakeVllm, how: str
+) -> None:
+    fake.queue([Hold()])
+    with gateway.connect() as connection:
+        connection.sendall(request("chat") + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        received = fake.wait_for_request()
+        if how == "resets":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert received.closed.wait(5)
+    assert_over(gateway, 499)

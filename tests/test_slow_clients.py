@@ -142,6 +142,22 @@ def test_a_client_that_reads_slowly_gets_it_all(fake: FakeVllm) -> None:
     assert got.count(LARGE.strip()) == 150
 
 
+def test_a_client_that_reads_little_but_again_and_again_is_not_cut(fake: FakeVllm) -> None:
+    fake.queue([STREAM_HEAD, *[chunk(LARGE)] * 150, chunk(DONE), STREAM_END])
+    with running(fake.url, client_write_timeout=1) as gateway, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((gateway.host, gateway.port))
+        connection.sendall(post(STREAM))
+        # Far less than the system has taken of it by then.
+        until, got = time.monotonic() + 6, 0
+        while time.monotonic() < until:
+            got += len(connection.recv(2000))
+            time.sleep(0.02)
+        with gateway.client() as client:
+            assert "gateway_in_flight 1.0" in client.get("/metrics").text
+    assert 0 < got < 1_000_000
+
+
 def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: FakeVllm) -> None:
     readers, shortcut = 30, "on" if gateway_process.SHORTCUT else "off"
     endless = [STREAM_HEAD, *[chunk(LARGE)] * 400]  # 24 MB each

@@ -116,6 +116,15 @@ def test_one_that_serves_goes_before_one_that_fails_and_that_before_one_that_is_
     assert UpstreamPool((down, loading)).choose("m", 0) is loading
 
 
+@pytest.mark.parametrize("other", [upstream("b", "down"), broken(upstream("b"), 3)])
+def test_a_worse_one_does_not_stand_in_for_one_that_is_full(other: Upstream) -> None:
+    good = upstream("a", in_flight=2)
+    pool = UpstreamPool((good, other), most_each=2)
+    assert pool.choose("m", 0) is None
+    good.in_flight = 1
+    assert pool.choose("m", 0) is good
+
+
 def test_one_that_failed_is_tried_again_in_its_turn_when_its_time_has_come() -> None:
     failed = broken(upstream("failed"), 3, now=0)
     pool = UpstreamPool((failed, upstream("busy", in_flight=1)))
