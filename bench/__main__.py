@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 QUICK = ["vllm-router", "gateway"]
 ALL = ["nginx", "vllm-router", "gateway", "gateway-asgi", "gateway-simplified", "starlette-httpx", "litellm"]
 # Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
-ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 12, 4
+ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 11, 4
 OFTEN = {
     "json-64": {"nginx", "vllm-router", "gateway", "gateway-simplified"},
     "prompt-67k": {"vllm-router", "gateway"},
@@ -143,7 +143,7 @@ def _measure(arm: Arm, cell: str, work: Work) -> Figures:
     signal_all(arm.process, signal.SIGCONT)
     # Its probes, and its idle connections that have died meanwhile; where delays are looked at also what it puts off
     # until it is idle.
-    time.sleep(0.6 if cell.startswith("streams") else 0.15)
+    time.sleep(0.6 if cell == "streams-300" else 0.15)
     try:
         return work(arm)
     finally:
