@@ -89,6 +89,6 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     finally:
         server.should_exit = True
         thread.join()
+        os.close(read)  # first: it may be full, and the writer wait for somebody to read
         writer.close()
-        os.close(read)
         os.close(write)

@@ -53,6 +53,7 @@ def test_those_past_the_room_wait_and_those_past_the_queue_are_refused_at_once(f
         began = time.monotonic()
         refused = client.post(CHAT, content=WHOLE)
         assert time.monotonic() - began < 1
+        fake.wait_for_request(2)
         assert len(fake.received) == 2
         for hold in holds:
             hold.release()
