@@ -24,7 +24,7 @@ _STAMP = re.compile(rb'"content": ?"(\d{6,})"')
 
 @dataclass
 class Plan:
-    """`streams` streams of `events` events; CPU is taken over `window`, in seconds from the last one's start.
+    """`streams` streams of `events` events; `window`, in seconds from the last one's start, is when it is measured.
 
     `hold` only opens the streams, waits for each one's first event and reads the memory of `pid` then.
     `leave` leaves each stream once it has an event, or, with a `delay`, before it has any.
@@ -73,7 +73,8 @@ class Stream(asyncio.Protocol):
             self.first.set_result(None)
         self.events += len(stamps)
         load.events += len(stamps)
-        load.delays += [now - int(stamp) for stamp in stamps]
+        if load.measures:
+            load.delays += [now - int(stamp) for stamp in stamps]
         if b"data: [DONE]" in data and not self.done.done():
             if self.events == load.plan.events:
                 self.done.set_result(None)
@@ -98,6 +99,7 @@ class Load:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.measures = plan.window is None
         self.events = 0
         self.delays: list[int] = []
         self.first_tokens: list[int] = []
@@ -133,9 +135,9 @@ class Load:
         events = self.events
         if plan.window:
             await asyncio.sleep(plan.window[0])
-            cpu, events = cpu_us(plan.pid), self.events
+            cpu, events, self.measures = cpu_us(plan.pid), self.events, True
             await asyncio.sleep(plan.window[1] - plan.window[0])
-            cpu, events = cpu_us(plan.pid) - cpu, self.events - events
+            cpu, events, self.measures = cpu_us(plan.pid) - cpu, self.events - events, False
         await asyncio.wait_for(asyncio.gather(*(stream.done for stream in streams)), 60)
         seconds = time.monotonic() - begun
         if not plan.window:
