@@ -78,10 +78,13 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
             except Exception:
                 _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
         try:
-            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
             ended.settle()
         except Exception:
-            _log.exception("what waits could not go on, or what has ended not be counted or logged")
+            _log.exception("requests that have ended could not be counted or logged")
+        try:
+            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
+        except Exception:
+            _log.exception("requests that wait could not go on")
         peak.look(len(data_path.in_flight))
 
 

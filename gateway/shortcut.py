@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 
 from gateway.errors import BadRequest, Draining, GatewayError, HeadTimeout
 from gateway.exchange import FAILED, ROUTES, DataPath, Exchange, Route, new_request_id
-from gateway.headers import AnswerHead, Header, RequestHead, SameHead, lines
+from gateway.headers import AnswerHead, RequestHead, SameHead, lines
 
 _log = logging.getLogger(__name__)
 
@@ -325,22 +325,6 @@ class _Deaf:
     def feed_data(data: bytes) -> None: ...
 
 
-class _DefaultLines:
-    """The lines of uvicorn's own headers, of which it makes a new list each second."""
-
-    def __init__(self) -> None:
-        self._headers: list[Header] = []
-        self._lines = b""
-
-    def of(self, headers: list[Header]) -> bytes:
-        if headers is not self._headers:
-            self._headers, self._lines = headers, lines(headers)
-        return self._lines
-
-
-_default_lines = _DefaultLines()
-
-
 class Shortcut(Protocol):
     """Drives an exchange by plain callbacks, with no scope and no task; is its client, too.
 
@@ -529,7 +513,7 @@ class Shortcut(Protocol):
             more += "connection: close\r\n"
         if self._chunked:
             more += "transfer-encoding: chunked\r\n"
-        default = _default_lines.of(self.server_state.default_headers)
+        default = lines(self.server_state.default_headers)
         return b"".join((STATUS_LINE[head.status], default, head.lines, more.encode(), b"\r\n"))
 
     def body(self, data: bytes) -> None:
