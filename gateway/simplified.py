@@ -75,7 +75,7 @@ def is_simplified(body: Json) -> bool:
     messages = body.get("messages")
     if isinstance(messages, list):
         return "max_new_tokens" in body or "streaming" in body
-    return isinstance(messages, dict | str) or (messages is None and "query" in body)
+    return isinstance(messages, (dict, str)) or (messages is None and "query" in body)
 
 
 def from_body(body: Json, style: Style, system_role: Literal["system", "merge"], *, whole: bool) -> Simplified:
@@ -123,7 +123,7 @@ def to_chat_call(request: Simplified, model: str) -> bytes:
 
 
 def to_reply(request: Simplified, answer: bytes) -> bytes:
-    """The whole reply: vLLM's chat completion and, beside it, the text and what was asked.
+    """The whole reply: vLLM's chat completion as it came and, around it, the text and what was asked.
 
     Raises UpstreamBroken where the answer is no chat completion.
     """
@@ -132,9 +132,14 @@ def to_reply(request: Simplified, answer: bytes) -> bytes:
         text = completion["choices"][0]["message"]["content"] or ""
         if not isinstance(text, str):
             raise TypeError(text)
-        return orjson.dumps({"text": text, **completion, **request.echoed})
+        if not completion.keys().isdisjoint(request.echoed) or "text" in completion:
+            return orjson.dumps({"text": text, **completion, **request.echoed})
     except (orjson.JSONDecodeError, LookupError, TypeError):
         raise UpstreamBroken("The model server's answer is not a chat completion.") from None
+    # What vLLM wrote need not be written again.
+    return b"".join(
+        (b'{"text":', orjson.dumps(text), b",", answer.strip()[1:-1], b",", orjson.dumps(request.echoed)[1:])
+    )
 
 
 class ReprStream:
@@ -231,7 +236,7 @@ def _merged(messages: list[Json]) -> list[Json]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{name} must be a string that is not empty, but it is {kind_of(value)}.", param=name)
-    if not value.strip():
+    if not value or value.isspace():
         raise BadRequest(f"{name} must be a string that is not empty, but it is empty.", param=name)
     return value
 
@@ -252,19 +257,19 @@ def _streaming(body: Json) -> bool:
 
 def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
     """The name and value of a field that goes by several names; they may not contradict each other."""
-    first, said, sent = names[0], default, False
+    first, said = names[0], None
     for name in names:
         value = body.get(name)
         if value is None:
             continue
-        if not sent:
-            first, said, sent = name, value, True
+        if said is None:
+            first, said = name, value
         elif value != said or type(value) is not type(said):
             raise BadRequest(
                 f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
                 param=first,
             )
-    return first, said
+    return first, default if said is None else said
 
 
 def _temperature(value: Any) -> float:

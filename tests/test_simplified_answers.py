@@ -36,6 +36,20 @@ def test_a_whole_reply_is_the_completion_with_its_text_and_what_was_asked() -> N
     }
 
 
+def test_what_the_model_server_wrote_stays_as_it_was_written() -> None:
+    written = b'"choices": [{"message":{"content":"\\u0041"}}],"x":1.50,"deep":' + b"[" * 300 + b"]" * 300
+    reply = to_reply(read({"messages": "Hi."}), b" {" + written + b"}\r\n")
+    assert written in reply
+    assert json.loads(reply)["text"] == "A"
+
+
+def test_of_two_fields_of_one_name_the_reply_has_one() -> None:
+    answer = {**ANSWER, "text": "its own", "prompt": "its own"}
+    reply = to_reply(read({"messages": "Hi."}), orjson.dumps(answer))
+    assert reply.count(b'"text":"') == reply.count(b'"prompt":') == 1
+    assert json.loads(reply)["prompt"] == "Hi."
+
+
 @pytest.mark.parametrize("content", [None, ""])
 def test_an_answer_without_text_has_an_empty_one(content: str | None) -> None:
     answer = {"choices": [{"message": {"content": content, "tool_calls": [1]}}]}
@@ -57,7 +71,7 @@ def test_an_answer_without_text_has_an_empty_one(content: str | None) -> None:
         b'{"choices":null}',
         b'{"choices":[{"message":"x"}]}',
         b'{"choices":[{"message":{"content":5}}]}',
-        b'{"choices":[{"message":{"content":"x"}}],"x":' + b"[" * 300 + b"]" * 300 + b"}",
+        b'{"choices":[{"message":{"content":"x"}}],"text":' + b"[" * 300 + b"]" * 300 + b"}",
     ],
 )
 def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: bytes) -> None:
