@@ -33,6 +33,7 @@ class Peak:
 
     def __init__(self) -> None:
         self._most = 0
+        self._since = 0
         self._quiet = 0
 
     def look(self, in_flight: int) -> None:
@@ -42,14 +43,16 @@ class Peak:
         that they lie in; glibc keeps what is free below what is not.
         """
         self._most = max(self._most, in_flight)
+        self._since = max(self._since, in_flight)
         if self._most < _MANY or in_flight >= self._most / 4:
-            self._quiet = 0
+            self._quiet = self._since = 0
             return
         self._quiet += 1
         if self._quiet in _QUIET:
             _give_back()
         if self._quiet >= max(_QUIET):
-            self._most = self._quiet = 0
+            # Those that have come meanwhile are to be over, too.
+            self._most, self._since, self._quiet = self._since, 0, 0
 
 
 def _give_back() -> None:
