@@ -131,7 +131,7 @@ def _at_rest(arms: list[Arm]) -> dict[str, float]:
     """The arms' memory in MB, once their idle connections are over and they have had time to tidy up."""
     for arm in arms:
         signal_all(arm.process, signal.SIGCONT)
-    time.sleep(10)
+    time.sleep(16)
     for arm in arms:
         signal_all(arm.process, signal.SIGSTOP)
     return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
