@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
@@ -149,14 +150,15 @@ class _Histogram:
         self._name = name
         self._text = text
         self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        # Not in lists: a number that changes is an object made anew, amid whatever is there at the time.
+        self._counts = array("Q", bytes(8 * (len(bounds) + 1)))
+        self._sum = array("d", [0.0])
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._sum[0] += value
 
     def family(self) -> Metric:
         names = [*map(str, self._bounds), "+Inf"]
         buckets = list(zip(names, accumulate(self._counts), strict=True))
-        return HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        return HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum[0])
