@@ -4,6 +4,7 @@
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
+# make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000
 # make clean  removes what the other targets have put into the checkout
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-soak test-restarts lint types lock clean bench bench-quick soak
+.PHONY: up test test-soak test-restarts test-docker lint types lock clean bench bench-quick soak
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -24,7 +25,11 @@ test: lint types
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 
-test-soak: $(VENV)/.installed-dev
+test-test-docker: $(VENV)/.installed-dev
+	shellcheck run_vllm.sh
+	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py
+
+soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak --seconds 60
 
 test-restarts: $(VENV)/.installed-dev

@@ -177,6 +177,12 @@ class ModelServerSettings(_EnvironmentSettings):
         validation_alias="LLM_VLLM_MODEL_NAME",
         description="A hub's ORG/NAME or a folder; unset: the demo model.",
     )
+    revision: str | None = Field(
+        None, validation_alias="LLM_VLLM_MODEL_REVISION", description="A branch, a tag or a commit of it."
+    )
+    served_name: str | None = Field(
+        None, validation_alias="SERVED_MODEL_NAME", description="The name that requests give as `model`."
+    )
     python: Path | None = Field(
         None, validation_alias="LLM_VLLM_PYTHON", description="A Python that has a vLLM; unset: an environment of ours."
     )
@@ -196,6 +202,10 @@ class ModelServerSettings(_EnvironmentSettings):
     pp_size: int | None = Field(None, ge=1, validation_alias="VLLM_PP_SIZE", description="Pipeline parallel size.")
     chat_template: str | None = Field(
         None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
+    )
+    config: str | None = Field(None, validation_alias="VLLM_CONFIG", description="vLLM's own options in a YAML file.")
+    quantization: str | None = Field(
+        None, validation_alias="QUANTIZATION", description="How the checkpoint is quantized, if vLLM does not see it."
     )
     hf_token: SecretStr | None = Field(
         None,

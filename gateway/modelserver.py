@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import NamedTuple, Self
 
 import httpx
 
+from gateway import vllmargs
 from gateway.child import Child, last_lines
-from gateway.config import ModelServerSettings
+from gateway.config import ModelServerSettings, names_of
 from gateway.preflight import CannotStart
 
 DEMO_NAME = "demo-model"
 
-_DEMO_POSITIONS = 4096
+# In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
+_DEMO_OPTIONS = {"SERVED_MODEL_NAME": DEMO_NAME, "VLLM_DTYPE": "float32", "VLLM_MAX_MODEL_LEN": "4096"}
 _GRACE = 20
 _TICK = 0.25
 
@@ -50,23 +51,15 @@ def launch(
     local: bool = False,
 ) -> Launch:
     """Turn the settings into vLLM's command line and environment. Raises CannotStart for odd EXTRA_ARGS."""
+    fields = ((names_of(field, ModelServerSettings)[0], value) for field, value in settings)
+    given = {name: str(value) for name, value in fields if value is not None}
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
-    # In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
-    options = {
-        "--served-model-name": DEMO_NAME if demo else None,
-        "--dtype": settings.dtype or ("float32" if demo else None),
-        "--max-model-len": settings.max_model_len or (_DEMO_POSITIONS if demo else None),
-        "--max-num-seqs": settings.max_num_seqs,
-        "--tensor-parallel-size": settings.tp_size,
-        "--pipeline-parallel-size": settings.pp_size,
-        "--chat-template": settings.chat_template,
-    }
-    for name, value in options.items():
-        argv += [name, str(value)] if value is not None else []
     argv += ["--enforce-eager"] if demo else []
-    # Last, so that the person's word is the one that counts.
-    argv += _split(settings.extra_args)
+    try:
+        argv += vllmargs.options((_DEMO_OPTIONS if demo else {}) | given)
+    except vllmargs.Wrong as error:
+        raise CannotStart(str(error)) from None
     return Launch(argv, _environment(settings, environ, demo=demo, local=local))
 
 
@@ -74,23 +67,12 @@ def _environment(
     settings: ModelServerSettings, environ: Mapping[str, str], *, demo: bool, local: bool
 ) -> dict[str, str]:
     found = _ENVIRONMENT | (_DEMO_ENVIRONMENT if demo else {}) | (_LOCAL_ENVIRONMENT if local else {}) | dict(environ)
-    # Read by our settings under these names; vLLM does not know them and would warn.
-    for ours in ("VLLM_DTYPE", "VLLM_MAX_NUM_SEQS", "VLLM_MAX_MODEL_LEN", "VLLM_TP_SIZE", "VLLM_PP_SIZE"):
-        found.pop(ours, None)
-    found.pop("VLLM_CHAT_TEMPLATE", None)
     space = settings.cpu_kvcache_space or (1 if demo else None)
     if space is not None:
         found["VLLM_CPU_KVCACHE_SPACE"] = str(space)
     if settings.hf_token is not None:
         found["HF_TOKEN"] = settings.hf_token.get_secret_value()
-    return found
-
-
-def _split(extra: str) -> list[str]:
-    try:
-        return shlex.split(extra)
-    except ValueError as error:
-        raise CannotStart(f"EXTRA_ARGS cannot be split as a shell would ({error}): {extra!r}.") from None
+    return vllmargs.environment(found)
 
 
 class ModelServer:

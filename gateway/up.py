@@ -46,6 +46,7 @@ class Served(NamedTuple):
 
     python: Path
     model: str
+    name: str
     demo: bool
     local: bool
 
@@ -128,8 +129,9 @@ def _prepare(settings: ModelServerSettings, environ: Mapping[str, str], display:
         _check_has_vllm(settings.python)
     python = settings.python or environment.ensure_environment(environ, display)
     if found is None:
-        return Served(python, str(environment.ensure_demo_model(environ, python, display)), demo=True, local=True)
-    return Served(python, found.name, demo=False, local=found.local)
+        folder = environment.ensure_demo_model(environ, python, display)
+        return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)
+    return Served(python, found.name, settings.served_name or found.name, demo=False, local=found.local)
 
 
 def _check_has_vllm(python: Path) -> None:
@@ -143,7 +145,7 @@ def _check_has_vllm(python: Path) -> None:
 
 
 def _wait_for(server: ModelServer, served: Served, display: Display) -> None:
-    display.say(f"Starting vLLM with {DEMO_NAME if served.demo else served.model}; its log: {server.log}")
+    display.say(f"Starting vLLM with {served.name}; its log: {server.log}")
     began = time.monotonic()
     with display.task("Starting vLLM") as update:
 
@@ -204,7 +206,7 @@ def _url(gateway: Settings) -> str:
 
 def _what_to_try(gateway: Settings, served: Served, log: Path) -> Iterator[str]:
     url = _url(gateway)
-    model = DEMO_NAME if served.demo else served.model
+    model = served.name
     simplified = {"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}}
     openai = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
     yield f"\nReady: the gateway on {url}, in front of vLLM with {model}. Try:\n"

@@ -83,7 +83,7 @@ def test_the_demo_models_command() -> None:
     assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(argv[3:]) == (
         "--model /demo --host 127.0.0.1 --port 8008 "
-        "--served-model-name demo-model --dtype float32 --max-model-len 4096 --enforce-eager"
+        "--enforce-eager --served-model-name demo-model --dtype float32 --max-model-len 4096"
     )
     assert environment == {
         "PATH": "/bin",
@@ -99,6 +99,10 @@ def test_the_demo_models_command() -> None:
 def test_every_setting_has_its_place() -> None:
     given = settings(
         port=8100,
+        revision="main",
+        served_name="name",
+        config="/c.yaml",
+        quantization="awq",
         dtype="bfloat16",
         max_num_seqs=4,
         max_model_len=2048,
@@ -112,9 +116,10 @@ def test_every_setting_has_its_place() -> None:
     environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
     argv, environment = launch(given, PYTHON, "org/name", environ)
     assert " ".join(argv[3:-1]) == (
-        "--model org/name --host 127.0.0.1 --port 8100 --dtype bfloat16 "
+        "--model org/name --host 127.0.0.1 --port 8100 --revision main --served-model-name name --dtype bfloat16 "
         "--max-model-len 2048 --max-num-seqs 4 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
-        "--chat-template /t.jinja --kv-cache-dtype fp8_e5m2 --override-generation-config"
+        "--chat-template /t.jinja --config /c.yaml --quantization awq "
+        "--kv-cache-dtype fp8_e5m2 --override-generation-config"
     )
     assert argv[-1] == '{"a": 1}'
     assert "hf_secret" not in " ".join(argv)

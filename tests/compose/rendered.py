@@ -1,0 +1,126 @@
+"""What Docker Compose makes of the files and the settings; needs its command, but no engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dotenv import dotenv_values
+
+from gateway import config
+
+ROOT = Path(__file__).parent.parent.parent
+DEVICES = sorted(folder.name for folder in (ROOT / "docker").iterdir())
+# What people type, by the folder that they do it in.
+COMMANDS = {
+    ".": ["--env-file", "docker/{device}/.env"],
+    "docker/{device}": ["--env-file=.env", "-f", "docker-compose.yaml"],
+}
+MODEL_SERVER, GATEWAY = "llm-vllm-model-server", "llm-vllm-microservice"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Without what this machine happens to have set."""
+    return {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **more}
+
+
+def rendered(folder: Path, *options: str, **environ: str) -> dict[str, Any]:
+    command = ["docker", "compose", *options, "config", "--format", "json"]
+    done = subprocess.run(command, cwd=folder, env=environment(**environ), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def stack(device: str, **environ: str) -> dict[str, Any]:
+    return rendered(ROOT, "--env-file", f"docker/{device}/.env", **environ)
+
+
+def keys(device: str) -> dict[str, str | None]:
+    """Every key of a device's file with its default, those that are not set among them."""
+    text = (ROOT / "docker" / device / ".env").read_text()
+    found = dict(dotenv_values(ROOT / "docker" / device / ".env"))
+    return {name: found.get(name) for name in re.findall(r"^#?([A-Z][A-Z0-9_]+)=", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_command_gives_the_same_stack(device: str, tmp_path: Path) -> None:
+    stacks = [
+        rendered(ROOT / folder.format(device=device), *(option.format(device=device) for option in options))
+        for folder, options in COMMANDS.items()
+    ]
+    assert stacks[0] == stacks[1]
+    assert stacks[0]["name"] == "vllm-gateway"
+    # A copy of the file at the top, as the documentation has it; not in this checkout, where there may be one.
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*_cache", ".venv", ".git", "data"))
+    shutil.copy(ROOT / "docker" / device / ".env", copy / ".env")
+    found = rendered(copy, "--env-file", ".env")
+    assert json.loads(json.dumps(found).replace(str(copy), str(ROOT))) == stacks[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_key_of_the_file_reaches_what_uses_it(device: str) -> None:
+    for name in keys(device).keys() - {"LLM_DEVICE"}:
+        value = "4711" if re.search("PORT|UID|GID", name) else f"set-{name.lower()}"
+        value = "127.0.0.47" if "HOST" in name else value
+        assert value in json.dumps(stack(device, **{name: value})["services"]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_key_is_explained_and_no_secret_is_set(device: str) -> None:
+    lines = (ROOT / "docker" / device / ".env").read_text().splitlines()
+    for above, line in pairwise(lines):
+        if re.match(r"#?[A-Z_]+=", line):
+            assert above, f"nothing above {line} says what it is"
+    for name, value in keys(device).items():
+        if re.search("TOKEN|KEY$", name):
+            assert value is None, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_setting_of_the_gateway_can_be_given(device: str) -> None:
+    names = {name for field in config.Settings.model_fields for name in config.names_of(field)}
+    # These are the stack's own: the ports inside are fixed, and published as the file says.
+    names -= {"GATEWAY_HOST", "GATEWAY_PORT", "LLM_USVC_PORT", "LLM_MODEL_SERVER_ENDPOINT"}
+    assert set(stack(device)["services"][GATEWAY]["environment"]) == names
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_vllm_is_for_this_machine_alone_and_the_gateway_for_all(device: str) -> None:
+    services = stack(device)["services"]
+    (vllm,), (ours,) = services[MODEL_SERVER]["ports"], services[GATEWAY]["ports"]
+    assert (vllm["host_ip"], vllm["published"]) == ("127.0.0.1", "8008")
+    assert (ours["host_ip"], ours["published"]) == ("0.0.0.0", "9000")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
+    ours = stack(device)["services"][GATEWAY]
+    assert ours["read_only"] is True
+    assert ours["tmpfs"] == ["/tmp"]
+    assert ours["cap_drop"] == ["ALL"]
+    assert ours["security_opt"] == ["no-new-privileges:true"]
+    assert not ours.get("volumes")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_container_fills_the_disk_with_its_log(device: str) -> None:
+    for name, service in stack(device)["services"].items():
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_tokens_reach_the_model_server_alone(device: str) -> None:
+    services = stack(device, HF_TOKEN="hf_secret", HTTP_PROXY="http://proxy:1")["services"]
+    told = {name for name, service in services.items() if "hf_secret" in json.dumps(service)}
+    assert told == {MODEL_SERVER}
+    assert {name for name, service in services.items() if "proxy:1" in json.dumps(service)} == {MODEL_SERVER}

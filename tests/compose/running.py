@@ -1,0 +1,176 @@
+"""The stack as operators run it: built, up, asked, hurt and down, with the real vLLM and the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.compose.rendered import GATEWAY, MODEL_SERVER, ROOT, environment
+
+CHAT = "http://127.0.0.1:9000/v1/chat/completions"
+UP = ["--env-file", "docker/cpu/.env", "up", "--detach"]
+README = (ROOT / "README.md").read_text()
+REQUESTS = re.findall(r"```sh\n(curl .*?)```", README, re.DOTALL)
+
+
+def run(*command: str, given: dict[str, str] | None = None, folder: Path = ROOT) -> str:
+    """Its standard output; fails with all that it said. `given` are settings."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment(**(given or {})), capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def eventually(holds: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def inspected(container: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("docker", "inspect", container))[0]
+    return found
+
+
+def health() -> httpx.Response | None:
+    try:
+        return httpx.get("http://127.0.0.1:9000/v1/health_check", trust_env=False, timeout=10)
+    except httpx.HTTPError:
+        return None
+
+
+def serves() -> bool:
+    found = health()
+    return found is not None and found.status_code == httpx.codes.OK
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The demo model, a small cache, and proxies behind which there is nobody."""
+    data = tmp_path_factory.mktemp("data")
+    for folder in [data, *data.parents[:2]]:
+        folder.chmod(0o755)
+    run(str(ROOT / ".venv/bin/vllm-gateway"), "demo-model", str(data / "demo-model"))
+    return {
+        "LLM_VLLM_DATA_DIR": str(data),
+        "LLM_VLLM_MODEL_NAME": "/data/demo-model",
+        "SERVED_MODEL_NAME": "demo-model",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_DTYPE": "float32",
+        "EXTRA_ARGS": "--enforce-eager",
+        "HF_HUB_OFFLINE": "1",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+
+
+@pytest.fixture(scope="session")
+def stack(settings: dict[str, str]) -> Iterator[dict[str, str]]:
+    """All of it, ready; yields the settings that it runs with."""
+    run("docker", "compose", "down", "--remove-orphans")
+    try:
+        run("docker", "compose", *UP, "--build", given=settings)
+        eventually(lambda: health() is not None, 30)
+        early = health()
+        run("docker", "compose", *UP, "--wait", "--wait-timeout", "400", given=settings)
+        eventually(serves, 30)
+        assert early is not None
+        assert early.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        assert [upstream["state"] for upstream in early.json()["upstreams"]] == ["loading"]
+        yield settings
+    finally:
+        # Shown with a failure.
+        sys.stdout.write(run("docker", "compose", "logs", "--no-color", "--tail", "100"))
+        run("docker", "compose", "down", "--remove-orphans")
+
+
+def test_the_readmes_requests_are_answered(stack: dict[str, str]) -> None:
+    whole, streamed, checked, vllm = (run("bash", "-c", f"curl -sS {request[4:]}") for request in REQUESTS)
+    answer = json.loads(whole)
+    assert answer["text"].startswith("Deep learning is a branch of machine learning")
+    assert answer["model"] == "demo-model"
+    assert streamed == "data: ''\n\ndata: 'My'\n\ndata: ' name'\n\ndata: ' is'\n\ndata: ' Demo'\n\ndata: [DONE]\n\n"
+    assert json.loads(checked)["status"] == "serving"
+    assert "Deep learning" in json.loads(vllm)["choices"][0]["text"]
+
+
+def test_the_gateway_can_write_nothing_but_its_tmp(stack: dict[str, str]) -> None:
+    state = inspected(GATEWAY)
+    assert state["HostConfig"]["ReadonlyRootfs"] is True
+    assert state["HostConfig"]["CapDrop"] == ["ALL"]
+    assert state["Config"]["User"] == "1000:1000"
+    assert state["State"]["Health"]["Status"] == "healthy"
+    writes = """
+import os
+open("/tmp/a", "w").close()
+print(os.getuid(), *(place for place in ("/", "/opt/gateway", "/etc") if os.access(place, os.W_OK)))
+"""
+    assert run("docker", "exec", GATEWAY, "python", "-c", writes).split() == ["1000"]
+
+
+def test_vllm_is_no_root_and_keeps_its_files_in_the_data_folder(stack: dict[str, str]) -> None:
+    assert inspected(MODEL_SERVER)["Config"]["User"] == "1000:1000"
+    assert os.stat(stack["LLM_VLLM_DATA_DIR"]).st_uid == 1000
+
+
+def test_a_model_server_that_dies_is_told_of_and_comes_back(stack: dict[str, str]) -> None:
+    call = {
+        "model": "demo-model",
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "stream": True,
+        "max_tokens": 3900,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", CHAT, json=call, trust_env=False, timeout=60) as answer:
+        assert answer.status_code == httpx.codes.OK
+        lines = (line for line in answer.iter_lines() if line)
+        for _ in range(3):
+            assert "error" not in json.loads(next(lines).removeprefix("data: "))
+        # As a crash: what `docker kill` ends stays ended.
+        os.kill(inspected(MODEL_SERVER)["State"]["Pid"], signal.SIGKILL)
+        *_, last, done = lines
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_broken"
+    assert done == "data: [DONE]"
+    eventually(lambda: not serves(), 10)
+    eventually(serves, 200)
+    assert json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))["text"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_of_at_once(settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    given = settings | {"LLM_VLLM_DATA_DIR": str(tmp_path)}
+    options = ["--project-name", "unwritable", "--env-file", "docker/cpu/.env"]
+    try:
+        done = subprocess.run(
+            ["docker", "compose", *options, "up", "llm-vllm-data"],
+            cwd=ROOT,
+            env=environment(**given),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        run("docker", "compose", *options, "down", given=given)
+    assert f"belongs to user {os.getuid()}, and user 1000 cannot write there: `sudo chown -R 1000" in done.stderr
+
+
+def test_down_from_another_folder_leaves_nothing(stack: dict[str, str]) -> None:
+    run("docker", "compose", "down", folder=ROOT / "docker" / "cpu")
+    ours = "label=com.docker.compose.project=vllm-gateway"
+    for kind in (["ps", "--all"], ["network", "ls"], ["volume", "ls"]):
+        assert run("docker", *kind, "--quiet", "--filter", ours) == ""
+    assert (Path(stack["LLM_VLLM_DATA_DIR"]) / "demo-model" / "config.json").exists()

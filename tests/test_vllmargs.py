@@ -1,0 +1,81 @@
+"""From environment variables to vLLM's command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway import vllmargs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, []),
+        ({"VLLM_DTYPE": "", "EXTRA_ARGS": ""}, []),
+        ({"LLM_VLLM_MODEL_REVISION": "main", "SERVED_MODEL_NAME": "name"}, "--revision main --served-model-name name"),
+        ({"VLLM_MAX_MODEL_LEN": "4096", "VLLM_DTYPE": "auto"}, "--dtype auto --max-model-len 4096"),
+        ({"GPU_MEMORY_UTILIZATION": "0.9", "VLLM_BLOCK_SIZE": "128"}, "--block-size 128 --gpu-memory-utilization 0.9"),
+        ({"NUM_GPU": "2"}, "--tensor-parallel-size 2"),
+        ({"NUM_GPU": "2", "VLLM_TP_SIZE": "1"}, "--tensor-parallel-size 1"),
+        ({"VLLM_ENABLE_EXPERT_PARALLEL": "1"}, "--enable-expert-parallel"),
+        ({"VLLM_ENABLE_EXPERT_PARALLEL": "true"}, "--enable-expert-parallel"),
+        ({"VLLM_ENABLE_EXPERT_PARALLEL": "0"}, []),
+        ({"QUANTIZATION": "awq", "EXTRA_ARGS": "--a 'b c'"}, ["--quantization", "awq", "--a", "b c"]),
+    ],
+)
+def test_options(given: dict[str, str], expected: str | list[str]) -> None:
+    assert vllmargs.options(given) == (expected.split() if isinstance(expected, str) else expected)
+
+
+def test_extra_args_that_no_shell_would_take() -> None:
+    with pytest.raises(vllmargs.Wrong, match="EXTRA_ARGS cannot be split as a shell would"):
+        vllmargs.options({"EXTRA_ARGS": "'"})
+
+
+def test_the_environment_has_no_more_than_is_for_vllm() -> None:
+    given = {
+        "VLLM_DTYPE": "auto",
+        "VLLM_ENABLE_EXPERT_PARALLEL": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "CUDA_VISIBLE_DEVICES": "",
+        "LLM_VLLM_API_KEY": "key",
+        "HUGGING_FACE_HUB_TOKEN": "token",
+    }
+    found = vllmargs.environment(given)
+    assert "VLLM_DTYPE" not in found
+    assert "VLLM_ENABLE_EXPERT_PARALLEL" not in found
+    assert "CUDA_VISIBLE_DEVICES" not in found
+    assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert found["VLLM_API_KEY"] == "key"
+    assert found["HF_TOKEN"] == "token"
+
+
+def test_a_token_by_its_newer_name_wins() -> None:
+    assert vllmargs.environment({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"})["HF_TOKEN"] == "a"
+
+
+def test_a_container_starts_with_nothing_but_python(tmp_path: Path) -> None:
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "vllmargs.py").write_bytes((ROOT / "gateway" / "vllmargs.py").read_bytes())
+    (tmp_path / "start.py").write_bytes((ROOT / "compose" / "start.py").read_bytes())
+    vllm = tmp_path / "vllm"
+    vllm.write_text("#!/bin/sh\necho $HF_TOKEN $*\n")
+    vllm.chmod(0o755)
+
+    def start(**environ: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-E", "-S", str(tmp_path / "start.py"), "serve"]
+        path = f"{tmp_path}:/usr/bin:/bin"
+        return subprocess.run(command, env={"PATH": path, **environ}, capture_output=True, text=True, check=False)
+
+    done = start(LLM_VLLM_MODEL_NAME="org/name", VLLM_DTYPE="auto", HF_TOKEN="token")
+    assert done.stdout == "token serve org/name --host 0.0.0.0 --port 8008 --dtype auto\n"
+    assert done.stderr == "Starting: vllm serve org/name --host 0.0.0.0 --port 8008 --dtype auto\n"
+    unset = start()
+    assert unset.returncode == 1
+    assert unset.stderr.startswith("vllm-gateway: LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME")
