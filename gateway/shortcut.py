@@ -325,11 +325,6 @@ class _Deaf:
     def feed_data(data: bytes) -> None: ...
 
 
-# uvloop writes once all that can be read has been. Among so many streams the first event read would wait for all the
-# others, and its worst hundredth came milliseconds late; among fewer, writing each at once costs more than it saves.
-_CROWD = 128
-
-
 class Shortcut(Protocol):
     """Drives an exchange by plain callbacks, with no scope and no task; is its client, too.
 
@@ -341,7 +336,6 @@ class Shortcut(Protocol):
     """
 
     __slots__ = (
-        "_at_once",
         "_chunked",
         "_data",
         "_exchange",
@@ -370,7 +364,6 @@ class Shortcut(Protocol):
         # The answer's head until it is written.
         self._head = b""
         self._chunked = False
-        self._at_once = False
         self.chunk: Callable[[bytes], None] | None = None
         # What came last on the connection, for the next that is like it but for its length.
         self._same: tuple[SameHead, RequestHead, Route] | None = None
@@ -508,9 +501,6 @@ class Shortcut(Protocol):
         self.response_started = True
         self._chunked = length is None and head.status not in (204, 304)
         self.chunk = self.transport.write if self._chunked else None
-        if self._chunked and (len(self._path.in_flight) > _CROWD) is not self._at_once:
-            self._at_once = not self._at_once
-            self.transport.set_write_buffer_limits(0 if self._at_once else None)
         more = f"x-request-id: {request_id}\r\n"
         if length is not None:
             more = f"content-length: {length.decode()}\r\n{more}"

@@ -10,7 +10,6 @@ import time
 import httpx
 import pytest
 
-from gateway import shortcut
 from tests import fake_vllm, gateway_process, load
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import running
@@ -160,11 +159,11 @@ def test_a_client_that_reads_little_but_again_and_again_is_not_cut(fake: FakeVll
 
 
 def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: FakeVllm) -> None:
-    readers, way_in = 30, "on" if gateway_process.SHORTCUT else "off"
+    readers, shortcut = 30, "on" if gateway_process.SHORTCUT else "off"
     endless = [STREAM_HEAD, *[chunk(LARGE)] * 400]  # 24 MB each
     fake.queue(*[endless] * readers)
     with (
-        load.gateway([fake.url], GATEWAY_SHORTCUT=way_in) as (process, port),
+        load.gateway([fake.url], GATEWAY_SHORTCUT=shortcut) as (process, port),
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
         contextlib.ExitStack() as stack,
     ):
@@ -183,14 +182,3 @@ def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: Fak
         assert client.get("/metrics").text.count("gateway_in_flight 30.0") == 1
     # What two reads brought, and what is not written yet of them.
     assert (after - before) / readers < 1.5, "MB for each"
-
-
-def test_in_a_crowd_a_client_gets_the_same(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = []
-    fake.queue(*[[STREAM_HEAD, *[chunk(LARGE)] * 100, chunk(DONE), STREAM_END]] * 3)
-    with running(fake.url) as gateway, gateway.client() as client:
-        # On one connection, as it may be among many for one answer, and not for the next.
-        for crowd in (1000, 0, 1000):
-            monkeypatch.setattr(shortcut, "_CROWD", crowd)
-            answers.append(client.post(CHAT.decode(), content=STREAM).content)
-    assert answers == [LARGE * 100 + DONE] * 3
