@@ -25,12 +25,12 @@ test: lint types
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 
-test-test-docker: $(VENV)/.installed-dev
+test-soak: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.soak --seconds 60
+
+test-docker: $(VENV)/.installed-dev
 	shellcheck run_vllm.sh
 	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py
-
-soak: $(VENV)/.installed-dev
-	@$(BIN)/python -m tests.soak --seconds 60
 
 test-restarts: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/restarts.py
