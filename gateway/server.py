@@ -168,7 +168,7 @@ class _Server(uvicorn.Server):
             exchange.look_at_limits()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=1)
-        await asyncio.sleep(0)  # uvloop writes at the end of a turn
+        await asyncio.sleep(0)  # for what the system did not take at once
         for connection in list(self.server_state.connections):
             if isinstance(connection, Protocol):
                 connection.cut()
