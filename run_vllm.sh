@@ -31,9 +31,9 @@ check_hpu() {
     fail "Docker has no runtime habana: install habanalabs-container-runtime, register it in /etc/docker/daemon.json, and restart Docker."
   command -v hl-smi >/dev/null || fail "hl-smi is missing: install Intel's Gaudi driver and tools (habanalabs-dkms, habanalabs-firmware-tools)."
   local driver image
-  driver=$(hl-smi --query-aip=driver_version --format=csv,noheader | head -n 1 | grep --only-matching '[0-9]*\.[0-9]*' | head -n 1) ||
-    fail "hl-smi tells no driver version: see that a Gaudi is there (lspci -d 1da3:)."
-  image=$("${compose[@]}" config --images llm-vllm-model-server | sed -n 's,.*gaudi-docker/\([0-9]*\.[0-9]*\).*,\1,p' | head -n 1)
+  driver=$(hl-smi --query-aip=driver_version --format=csv,noheader | sed -n '1s/[^0-9]*\([0-9]*\.[0-9]*\).*/\1/p') || driver=""
+  [ -n "$driver" ] || fail "hl-smi tells no driver version: see that a Gaudi is there (lspci -d 1da3:)."
+  image=$("${compose[@]}" config --images llm-vllm-model-server | sed -n 's,.*gaudi-docker/\([0-9]*\.[0-9]*\).*,\1,p')
   if [ -n "$image" ] && [ "$driver" != "$image" ]; then
     fail "The Gaudi driver is $driver, but the image is for $image: install that driver, or set LLM_VLLM_IMAGE to an image for $driver."
   fi
@@ -41,13 +41,16 @@ check_hpu() {
 
 check_cuda() {
   command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing: install NVIDIA's driver."
-  grep --quiet '"nvidia"' <<<"$runtimes" ||
-    fail "Docker has no runtime nvidia: install nvidia-container-toolkit, run 'nvidia-ctk runtime configure', and restart Docker."
-  local name capability
+  command -v nvidia-ctk >/dev/null || command -v nvidia-container-cli >/dev/null || grep --quiet '"nvidia"' <<<"$runtimes" ||
+    fail "Docker cannot reach the GPUs: install nvidia-container-toolkit, run 'nvidia-ctk runtime configure', and restart Docker."
+  local which gpus name capability
+  which=$("${compose[@]}" config | sed -n 's/.*CUDA_VISIBLE_DEVICES: "*\([^"]*\)"*$/\1/p')
+  gpus=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader ${which:+--id="$which"}) || gpus=""
+  [ -n "$gpus" ] || fail "nvidia-smi shows no GPU: see that the driver runs, and what CUDA_VISIBLE_DEVICES says."
   while IFS=, read -r name capability; do
     at_least "${capability// /}" 7.5 ||
       fail "vLLM needs a GPU of compute capability 7.5 or newer, but $name has${capability}: leave it out with CUDA_VISIBLE_DEVICES, or use another machine."
-  done < <(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader ${CUDA_VISIBLE_DEVICES:+--id="$CUDA_VISIBLE_DEVICES"})
+  done <<<"$gpus"
 }
 
 case $device in

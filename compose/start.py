@@ -10,6 +10,7 @@ Mounted there beside gateway/vllmargs.py; whatever vLLM the image has, it needs 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import urllib.error
@@ -21,35 +22,77 @@ from gateway import vllmargs
 
 PORT = 8008
 
+# What may be in a data folder that was made for this.
+_OURS = {"cache", "demo-model", "fp8", "home", "inc"}
+
 
 def own(folder: Path, uid: int, gid: int) -> None:
-    """Give a new folder to that user; raises Wrong if the user could not write there.
+    """Give a new folder to that user; raises Wrong if the user could not write there, or not read what is mounted.
 
-    One that has a hub's cache in it may be somebody's own, and is left as it is.
+    One that holds what is not of this stack may be somebody's own, and is left as it is.
     """
     status = folder.stat()
-    if status.st_uid == 0 and not (folder / "hub").exists():
+    if status.st_uid == 0 and {entry.name for entry in folder.iterdir()} <= _OURS:
         os.chown(folder, uid, gid)
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise vllmargs.Wrong(
-            f"The data folder (LLM_VLLM_DATA_DIR) belongs to user {status.st_uid}, and user {uid} cannot write there: "
-            f"`sudo chown -R {uid} FOLDER`, or set UID={status.st_uid}."
-        )
+    for kept in (folder, *(folder / name for name in ("hub", "home", "cache"))):
+        if kept.exists() and not os.access(kept, os.R_OK | os.W_OK | os.X_OK):
+            owner = kept.stat().st_uid
+            raise vllmargs.Wrong(
+                f"{kept} (LLM_VLLM_DATA_DIR) belongs to user {owner}, and user {uid} cannot write there: "
+                f"`sudo chown -R {uid}` the folder, or set UID={owner} in the .env file."
+            )
+    for mounted in (__file__, vllmargs.__file__):
+        if not os.access(mounted, os.R_OK):
+            raise vllmargs.Wrong(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
 
 
-def serve(environ: Mapping[str, str]) -> None:
+def serve(environ: Mapping[str, str], data: Path) -> None:
     """Become `vllm serve`. Raises Wrong."""
     model = environ.get("LLM_VLLM_MODEL_NAME")
     if not model:
         raise vllmargs.Wrong(
             "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set."
         )
-    command = ["vllm", "serve", model, "--host", "0.0.0.0", "--port", str(PORT), *vllmargs.options(environ)]
-    sys.stderr.write(f"Starting: {shlex.join(command)}\n")
-    os.execvpe(command[0], command, vllmargs.environment(environ))
+    found = vllmargs.environment(environ)
+    options = vllmargs.options(environ)
+    if environ.get("IF_FP8_QUANTIZATION", "").lower() in ("1", "true"):
+        if environ.get("QUANTIZATION"):
+            raise vllmargs.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
+        model, more = _in_fp8(model, environ, data)
+        options = more + options
+        if environ.get("LLM_DEVICE") == "hpu":
+            found["QUANT_CONFIG"] = environ.get("QUANT_CONFIG") or str(_scales(model, data))
+    command = ["vllm", "serve", model, "--host", "0.0.0.0", "--port", str(PORT), *options]
+    shown = re.sub(r"(--api-key[ =])\S+", r"\1…", shlex.join(command))
+    sys.stderr.write(f"Starting: {shown}\n")
+    os.execvpe(command[0], command, found)
+
+
+def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
+    """The checkpoint to serve in FP8, and the options for it, under the name of the one that it was made of."""
+    device = environ.get("LLM_DEVICE", "cpu")
+    checkpoint = data / "fp8" / Path(model).name
+    prepared = device != "hpu" and (checkpoint / "config.json").exists()
+    options = vllmargs.fp8(device, prepared=prepared)
+    if not prepared:
+        if device == "cpu":
+            sys.stderr.write(f"There is no checkpoint in FP8 at {checkpoint}, so that only the cache is in FP8.\n")
+        return model, options
+    name = environ.get("SERVED_MODEL_NAME") or model
+    return str(checkpoint), ["--served-model-name", name, *options]
+
+
+def _scales(model: str, data: Path) -> Path:
+    """Where calibration on this kind of Gaudi has left its scales; it writes the model's name in lower case."""
+    folder = data / "inc" / Path(model).name.lower()
+    found = sorted(folder.glob("maxabs_quant_g[23].json"))
+    if len(found) == 1:
+        return found[0]
+    what = "are scales for Gaudi 2 and for Gaudi 3" if found else "are no scales"
+    raise vllmargs.Wrong(f"There {what} in {folder}: set QUANT_CONFIG to the maxabs_quant_g2.json or _g3.json to use.")
 
 
 def healthy() -> bool:
@@ -68,7 +111,7 @@ def main(arguments: list[str]) -> int:
             case ["own", folder, uid, gid]:
                 own(Path(folder), int(uid), int(gid))
             case ["serve"]:
-                serve(os.environ)
+                serve(os.environ, Path(os.environ.get("HF_HOME", "/data")))
             case ["healthy"]:
                 return 0 if healthy() else 1
             case _:

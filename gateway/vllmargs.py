@@ -44,7 +44,19 @@ def options(environ: Mapping[str, str]) -> list[str]:
         # Last, so that the person's word is the one that counts.
         return found + shlex.split(extra)
     except ValueError as error:
-        raise Wrong(f"EXTRA_ARGS cannot be split as a shell would ({error}): {extra!r}.") from None
+        raise Wrong(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
+
+
+def fp8(device: str, *, prepared: bool) -> list[str]:
+    """What runs a model in FP8 on a device (cpu, hpu or cuda); `prepared` says that its checkpoint is in FP8 already.
+
+    The CPU has no way to quantize while it loads. Gaudi goes by the scales that QUANT_CONFIG leads to.
+    """
+    if device == "hpu":
+        return ["--quantization", "inc", "--kv-cache-dtype", "fp8_inc"]
+    if device == "cuda":
+        return ([] if prepared else ["--quantization", "fp8"]) + ["--kv-cache-dtype", "fp8"]
+    return [] if prepared else ["--kv-cache-dtype", "fp8_e5m2"]
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,12 @@ COMMANDS = {
     ".": ["--env-file", "docker/{device}/.env"],
     "docker/{device}": ["--env-file=.env", "-f", "docker-compose.yaml"],
 }
+# Those that have a default in the stack itself.
+STACKS_OWN = {
+    "HABANA_VISIBLE_DEVICES",
+    "OMPI_MCA_btl_vader_single_copy_mechanism",
+    "PT_HPU_ENABLE_LAZY_COLLECTIVES",
+}
 MODEL_SERVER, GATEWAY = "llm-vllm-model-server", "llm-vllm-microservice"
 
 
@@ -69,10 +75,18 @@ def test_every_command_gives_the_same_stack(device: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_key_of_the_file_reaches_what_uses_it(device: str) -> None:
-    for name in keys(device).keys() - {"LLM_DEVICE"}:
-        value = "4711" if re.search("PORT|UID|GID", name) else f"set-{name.lower()}"
-        value = "127.0.0.47" if "HOST" in name else value
+    for at, name in enumerate(sorted(keys(device).keys() - {"LLM_DEVICE"})):
+        value = f"47{at:02}" if re.search("PORT|UID|GID", name) else f"set-{name.lower()}"
+        value = f"127.0.0.{at + 1}" if "HOST" in name else value
         assert value in json.dumps(stack(device, **{name: value})["services"]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_copy_of_the_file_leaves_out_is_unset(device: str, tmp_path: Path) -> None:
+    copy = tmp_path / ".env"
+    copy.write_text(f"LLM_DEVICE={device}\n")
+    environ = rendered(ROOT, "--env-file", str(copy))["services"][MODEL_SERVER]["environment"]
+    assert {name for name in keys(device) if environ.get(name)} <= {"LLM_DEVICE", *STACKS_OWN}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -123,4 +137,7 @@ def test_the_tokens_reach_the_model_server_alone(device: str) -> None:
     services = stack(device, HF_TOKEN="hf_secret", HTTP_PROXY="http://proxy:1")["services"]
     told = {name for name, service in services.items() if "hf_secret" in json.dumps(service)}
     assert told == {MODEL_SERVER}
-    assert {name for name, service in services.items() if "proxy:1" in json.dumps(service)} == {MODEL_SERVER}
+    # The proxy also where the image is built, but not where it runs.
+    told = {name for name, service in services.items() if "proxy:1" in json.dumps(service.get("environment"))}
+    assert told == {MODEL_SERVER}
+    assert services[GATEWAY]["build"]["args"]["HTTP_PROXY"] == "http://proxy:1"
