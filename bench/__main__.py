@@ -49,6 +49,8 @@ Work = Callable[[Arm], Figures]
 def main(quick: bool) -> None:
     """Compare this gateway with its peers on this machine, and write bench/results."""
     console = Console()
+    # As Ctrl-C does, so that what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         arms_.need_tools()
         cores = sorted(os.sched_getaffinity(0))

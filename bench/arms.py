@@ -93,6 +93,8 @@ def python() -> str:
 
 def environment(name: str, lock: Path, interpreter: str) -> Path:
     """The folder of a virtual environment with what `lock` names; made once."""
+    # Not by the link to it in a checkout's own environment, so that every checkout shares what is made.
+    interpreter = os.path.realpath(interpreter)
     key = hashlib.sha256(lock.read_bytes() + interpreter.encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{key}"
     if not (folder / "ready").exists():
