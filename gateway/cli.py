@@ -1,4 +1,4 @@
-"""The command `vllm-gateway`: serve, up, demo-model, check, settings."""
+"""The command `vllm-gateway`: serve, up, demo-model, quantize, check, settings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lis
 _env_file = click.option("--env-file", type=click.Path(), help="A file of settings; the environment wins over it.")
 _upstreams = click.option(
     "--upstream", "upstreams", multiple=True, metavar="URL", help="A vLLM server; may be given several times."
+)
+
+_vllm_python = click.option(
+    "--vllm-python", "python", metavar="PATH", help="A Python that has a vLLM, for whatever device it is."
 )
 
 
@@ -45,7 +49,7 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
 
 @main.command(epilog=_EPILOG)
 @click.option("--model", metavar="ORG/NAME|FOLDER", help="The model to serve; without it a tiny demo model.")
-@click.option("--vllm-python", "python", metavar="PATH", help="A Python that has a vLLM, for whatever device it is.")
+@_vllm_python
 @_env_file
 def up(model: str | None, python: str | None, env_file: str | None) -> None:
     """Serve, with a local vLLM that starts and ends with the gateway.
@@ -75,6 +79,34 @@ def demo_model(folder: Path) -> None:
 
     try:
         write_demo_model(folder, config.environment())
+    except CannotStart as error:
+        _stop(error, status=1)
+
+
+@main.command(epilog="Needs no GPU. What the dataset's name ends with says what it is: .jsonl, .csv, .parquet, .pkl.")
+@click.argument("model", metavar="ORG/NAME|FOLDER")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--revision", help="A branch, a tag or a commit of the model.")
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    help="Calibrate with this: columns question and system_prompt. A GPU alone serves what comes of it.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=512, show_default=True, help="Most questions of the dataset."
+)
+@click.option("--length", type=click.IntRange(1), default=2048, show_default=True, help="Most tokens of each.")
+@_vllm_python
+def quantize(folder: Path, python: str | None, **given: Any) -> None:
+    """Write the model's checkpoint in FP8 to FOLDER.
+
+    Without a dataset it is FP8_DYNAMIC, which the CPU serves, too. llm-compressor is installed once.
+    """
+    from gateway import fp8
+
+    try:
+        wanted = fp8.Quantizing(folder=folder, **given)
+        fp8.quantize(wanted, config.environment(), Path(python) if python else None)
     except CannotStart as error:
         _stop(error, status=1)
 

@@ -35,7 +35,9 @@ _SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip fin
 _CUDA_SIZES = "about 2 GB to download and 3 GB on disk"
 _NEEDED, _CUDA_NEEDED = 4 * GIB, 4 * GIB
 
-_MARKER = "complete.json"
+MARKER = "complete.json"
+"""The file that marks what was installed to its end."""
+
 _STAMP = "demo-model.json"
 # Threads of torch that spin while they wait take six times as long where another program has a core.
 _QUIET = {"OMP_WAIT_POLICY": "passive"}
@@ -56,12 +58,12 @@ def ensure_environment(environ: Mapping[str, str], display: Display | None = Non
     cache, display = cache_folder(environ), display or Display()
     folder = environment_folder(cache)
     python = folder / "bin" / "python"
-    _make_folder(cache)
-    with _alone(cache / "install.lock", display):
-        if not (folder / _MARKER).is_file() or not python.exists():
+    make_folder(cache)
+    with alone(cache / "install.lock", display):
+        if not (folder / MARKER).is_file() or not python.exists():
             _check_can_install(cache)
-            _install(folder, python, _Runner(environ, cache / "install.log"), display)
-            _remove_others(folder, "env-*")
+            _install(folder, python, Runner(environ, cache / "install.log"), display)
+            remove_others(folder, "env-*")
     return python
 
 
@@ -80,13 +82,13 @@ def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, di
     """
     cache, display = cache_folder(environ), display or Display()
     folder = cache / f"demo-model-{hashlib.sha256(_DEMO_SCRIPT.read_bytes()).hexdigest()[:16]}"
-    _make_folder(cache)
-    with _alone(cache / "demo-model.lock", display):
+    make_folder(cache)
+    with alone(cache / "demo-model.lock", display):
         if not (folder / _STAMP).is_file():
             python = python or ensure_environment(environ, display)
             shutil.rmtree(folder, ignore_errors=True)  # what somebody has left of an older one
-            _build_demo_model(folder, python, _Runner(environ, cache / "demo-model.log"), display)
-            _remove_others(folder, "demo-model-*")
+            _build_demo_model(folder, python, Runner(environ, cache / "demo-model.log"), display)
+            remove_others(folder, "demo-model-*")
     return folder
 
 
@@ -104,7 +106,7 @@ def write_demo_model(
         raise CannotStart(f"The demo model cannot be written to {folder}: {error.strerror or error}.") from None
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,7 +116,7 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, display: Display) -> Iterator[None]:
+def alone(lock: Path, display: Display) -> Iterator[None]:
     """One process at a time; another `up` waits here until the first has installed."""
     with lock.open("a") as file:
         try:
@@ -135,7 +137,7 @@ def _check_can_install(cache: Path) -> None:
     preflight.check_disk(shutil.disk_usage(cache).free, _NEEDED, cache)
 
 
-def _install(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+def _install(folder: Path, python: Path, run: Runner, display: Display) -> None:
     display.say(f"Installing the model server, vLLM for the CPU, once: {_SIZES}.")
     shutil.rmtree(folder, ignore_errors=True)  # an install that was interrupted
     with display.task("Installing vLLM") as update:
@@ -145,10 +147,10 @@ def _install(folder: Path, python: Path, run: _Runner, display: Display) -> None
             _pip(python, run, _TORCH_LOCK)
         _pip(python, run, _LOCK, update)
         _add_cuda_libraries(folder, python, run, display)
-    (folder / _MARKER).write_text(json.dumps({"python": platform.python_version()}) + "\n", encoding="utf-8")
+    _complete(folder)
 
 
-def _add_cuda_libraries(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+def _add_cuda_libraries(folder: Path, python: Path, run: Runner, display: Display) -> None:
     """The package index's torch for Linux is built with CUDA and loads CUDA's libraries even on the CPU."""
     check = [str(python), "-I", "-c", "import torch"]
     try:
@@ -162,12 +164,24 @@ def _add_cuda_libraries(folder: Path, python: Path, run: _Runner, display: Displ
         run(check, "torch cannot be imported")
 
 
-def _pip(python: Path, run: _Runner, lock: Path, update: Update | None = None) -> None:
+def install_beside(packages: Path, python: Path, run: Runner, lock: Path, update: Update) -> None:
+    """Put what `lock` names into the folder `packages`, for `python` to find by PYTHONPATH. Raises CannotStart."""
+    shutil.rmtree(packages, ignore_errors=True)  # an install that was interrupted
+    _pip(python, run, lock, update, "--target", str(packages))
+    _complete(packages)
+
+
+def _complete(folder: Path) -> None:
+    (folder / MARKER).write_text(json.dumps({"python": platform.python_version()}) + "\n", encoding="utf-8")
+
+
+def _pip(python: Path, run: Runner, lock: Path, update: Update | None = None, *options: str) -> None:
     # The lock is complete, so no dependency is asked for: neither torch's of CUDA nor the packages it leaves out.
     # Compiling everything takes longer than what vLLM imports of it takes at its first start.
     argv = [str(python), "-I", "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
     argv += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--requirement", str(lock)]
-    run(argv, "The model server cannot be installed", _PipProgress(lock, python.parent.parent, update))
+    argv += options
+    run(argv, "It cannot be installed", _PipProgress(lock, python.parent.parent, update))
 
 
 class _PipProgress:
@@ -203,7 +217,7 @@ class _PipProgress:
         return min(1.0, 0.5 + 0.5 * installed / self._total)
 
 
-def _build_demo_model(folder: Path, python: Path, run: _Runner, display: Display) -> None:
+def _build_demo_model(folder: Path, python: Path, run: Runner, display: Display) -> None:
     display.say("Building the demo model, once: 3 MB on disk, one to two minutes on two cores.")
     with display.task("Building the demo model") as update:
 
@@ -217,7 +231,7 @@ def _build_demo_model(folder: Path, python: Path, run: _Runner, display: Display
         run(argv, "The demo model cannot be built", watch)
 
 
-class _Runner:
+class Runner:
     """Runs programs to their end, what they say into one log, which begins anew."""
 
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
@@ -284,7 +298,7 @@ def _reason(output: str) -> str:
     return (errors[0] if errors else lines[-1]).removeprefix("ERROR: ").rstrip(".") + "."
 
 
-def _remove_others(kept: Path, pattern: str) -> None:
+def remove_others(kept: Path, pattern: str) -> None:
     """What an older version of us made. A server that still runs from it keeps the files it has open."""
     for other in kept.parent.glob(pattern):
         if other != kept and other.is_dir():

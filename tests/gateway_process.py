@@ -31,6 +31,12 @@ app._LOOK_AFTER = 0.02
 SHORTCUT = True
 
 
+def free_port() -> int:
+    """A port of the loopback address on which nothing listens just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 @dataclass
 class Gateway:
     """A running gateway: its address, and its log as it was written."""

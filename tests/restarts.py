@@ -25,6 +25,7 @@ import pytest
 from gateway import environment
 from gateway.config import ModelServerSettings, build
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
+from tests.gateway_process import free_port
 from tests.load import NO_FAULTS, Load, Upstream, gateway
 
 CHAT = "/v1/chat/completions"
@@ -51,11 +52,6 @@ http {{
   }}
 }}
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

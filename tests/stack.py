@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from tests.gateway_process import Gateway, running
+from tests.gateway_process import Gateway, free_port, running
 
 MODEL = "demo-model"
 
@@ -51,7 +51,7 @@ class Stack:
 @contextlib.contextmanager
 def started() -> Iterator[Stack]:
     """A stack that answers; at the end Ctrl-C must end all of it."""
-    gateway_port, vllm_port = _free_port(), _free_port()
+    gateway_port, vllm_port = free_port(), free_port()
     vllm_url, gateway_url = f"http://127.0.0.1:{vllm_port}", f"http://127.0.0.1:{gateway_port}"
     with running(vllm_url, shortcut=False) as early, early.client() as client:
         call = {"messages": {"user": "Who are you?"}, "streaming": False}
@@ -98,8 +98,3 @@ def _said_until_ready(process: subprocess.Popen[str]) -> str:
         assert line, f"it ended before it was ready:\n{said}"
         said += line
     return said
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from gateway.config import ModelServerSettings
 from gateway.models import Model, find_model
 from gateway.modelserver import Launch, ModelServer, launch
 from gateway.preflight import CannotStart
+from tests.gateway_process import free_port
 
 PYTHON = Path("/env/bin/python")
 
@@ -42,11 +42,6 @@ server.serve_forever()
 
 def settings(**given: object) -> ModelServerSettings:
     return config.build(ModelServerSettings, None, **given)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:

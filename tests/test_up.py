@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from gateway import up
-from tests.test_modelserver import eventually, free_port, is_gone
+from tests.gateway_process import free_port
+from tests.test_modelserver import eventually, is_gone
 
 # Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
 STAND_IN = """
