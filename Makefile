@@ -34,7 +34,7 @@ test-fp8: $(VENV)/.installed-dev
 
 test-docker: $(VENV)/.installed-dev
 	shellcheck run_vllm.sh
-	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py
+	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py tests/compose/gaudi.py
 
 test-restarts: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/restarts.py

@@ -1,18 +1,23 @@
-"""What runs in a model server's container: makes its data folder usable, starts vLLM, asks how it is.
+"""What runs in a model server's container: makes its data folder usable, starts vLLM, asks how it is, quantizes.
 
     start.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
     start.py serve                 become `vllm serve`
     start.py healthy               exit with 0 if the vLLM beside it is
+    start.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
 
-Mounted there beside gateway/vllmargs.py; whatever vLLM the image has, it needs nothing but Python.
+Mounted there beside the gateway's own modules; whatever vLLM the image has, it needs nothing but Python.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -23,7 +28,12 @@ from gateway import vllmargs
 PORT = 8008
 
 # What may be in a data folder that was made for this.
-_OURS = {"cache", "demo-model", "fp8", "home", "inc"}
+_OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus"}
+
+_SCRIPTS = Path(vllmargs.__file__).parent
+# Where quantize's image for Gaudi has vLLM-Gaudi's scripts. By a model's name they block what FP8 would spoil.
+_CALIBRATION = Path("/opt/calibration")
+_BLOCKED = {"mixtral": "mixtral", "deepseek_v2": "deepseek", "deepseek_v3": "deepseek"}
 
 
 def own(folder: Path, uid: int, gid: int) -> None:
@@ -51,11 +61,7 @@ def own(folder: Path, uid: int, gid: int) -> None:
 
 def serve(environ: Mapping[str, str], data: Path) -> None:
     """Become `vllm serve`. Raises Wrong."""
-    model = environ.get("LLM_VLLM_MODEL_NAME")
-    if not model:
-        raise vllmargs.Wrong(
-            "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set."
-        )
+    model = _model(environ)
     found = vllmargs.environment(environ)
     options = vllmargs.options(environ)
     if environ.get("IF_FP8_QUANTIZATION", "").lower() in ("1", "true"):
@@ -71,6 +77,12 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
     os.execvpe(command[0], command, found)
 
 
+def _model(environ: Mapping[str, str]) -> str:
+    if model := environ.get("LLM_VLLM_MODEL_NAME"):
+        return model
+    raise vllmargs.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
+
+
 def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
     """The checkpoint to serve in FP8, and the options for it, under the name of the one that it was made of."""
     device = environ.get("LLM_DEVICE", "cpu")
@@ -81,18 +93,98 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
         if device == "cpu":
             sys.stderr.write(f"There is no checkpoint in FP8 at {checkpoint}, so that only the cache is in FP8.\n")
         return model, options
+    if device == "cpu" and _is_static(checkpoint):
+        raise vllmargs.Wrong(
+            f"{checkpoint} was calibrated on a dataset (static FP8), which only GPUs serve: "
+            "remove it, and quantize again with FP8_DATASET_PATH unset."
+        )
     name = environ.get("SERVED_MODEL_NAME") or model
     return str(checkpoint), ["--served-model-name", name, *options]
 
 
+def _is_static(checkpoint: Path) -> bool:
+    """Whether what flows through the layers is scaled by fixed numbers."""
+    groups = (
+        json.loads((checkpoint / "config.json").read_text()).get("quantization_config", {}).get("config_groups", {})
+    )
+    return any((group.get("input_activations") or {}).get("dynamic") is False for group in groups.values())
+
+
 def _scales(model: str, data: Path) -> Path:
     """Where calibration on this kind of Gaudi has left its scales; it writes the model's name in lower case."""
-    folder = data / "inc" / Path(model).name.lower()
-    found = sorted(folder.glob("maxabs_quant_g[23].json"))
+    found = _found_scales(model, data)
     if len(found) == 1:
         return found[0]
-    what = "are scales for Gaudi 2 and for Gaudi 3" if found else "are no scales"
-    raise vllmargs.Wrong(f"There {what} in {folder}: set QUANT_CONFIG to the maxabs_quant_g2.json or _g3.json to use.")
+    folder = data / "inc" / Path(model).name.lower()
+    if found:
+        raise vllmargs.Wrong(
+            f"There are scales for Gaudi 2 and for Gaudi 3 in {folder}: set QUANT_CONFIG to the one to use."
+        )
+    raise vllmargs.Wrong(
+        f"There are no scales in {folder}: make them with docker/hpu/fp8/docker-compose.yaml, or set QUANT_CONFIG to a "
+        "maxabs_quant_g2.json or _g3.json in the data folder."
+    )
+
+
+def _found_scales(model: str, data: Path) -> list[Path]:
+    return sorted((data / "inc" / Path(model).name.lower()).glob("maxabs_quant_g[23].json"))
+
+
+def quantize(environ: Mapping[str, str], data: Path) -> None:
+    """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises Wrong."""
+    model, dataset = _model(environ), environ.get("FP8_DATASET_PATH")
+    if dataset and not Path(dataset).is_file():
+        raise vllmargs.Wrong(
+            f"There is no dataset {dataset}: put the file into the data folder (LLM_VLLM_DATA_DIR), which is /data "
+            "here, and set FP8_DATASET_PATH to /data/NAME."
+        )
+    samples = environ.get("FP8_DATASET_SAMPLES") or "512"
+    if environ.get("LLM_DEVICE") == "hpu":
+        if not dataset:
+            raise vllmargs.Wrong("Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder.")
+        _calibrate(model, [sys.executable, "-P", str(_SCRIPTS / "dataset.py"), dataset], samples, environ, data)
+        return
+    argv = [sys.executable, "-P", str(_SCRIPTS / "quantize.py"), model, str(data / "fp8" / Path(model).name)]
+    if dataset:
+        argv += ["--dataset", dataset, "--samples", samples, "--length", environ.get("FP8_DATASET_LENGTH") or "2048"]
+    if revision := environ.get("LLM_VLLM_MODEL_REVISION"):
+        argv += ["--revision", revision]
+    os.execve(argv[0], argv, vllmargs.environment(environ))
+
+
+def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[str, str], data: Path) -> None:
+    """By a copy of vLLM-Gaudi's scripts, as they write beside themselves, with what `rewrite` makes. Raises Wrong."""
+    _check_name(model)
+    with tempfile.TemporaryDirectory() as work:
+        scripts = Path(shutil.copytree(_CALIBRATION, Path(work) / "calibration"))
+        # Its steps unpickle freely: never the person's own file.
+        dataset = str(scripts / "dataset.pkl")
+        command = ["bash", str(scripts / "calibrate_model.sh"), "-m", model, "-d", dataset, "-o", str(data / "inc")]
+        command += ["-t", environ.get("VLLM_TP_SIZE") or "1", "-b", environ.get("BATCH_SIZE") or "32"]
+        if environ.get("VLLM_ENABLE_EXPERT_PARALLEL", "").lower() in ("1", "true"):
+            command.append("-u")
+        for argv in ([*rewrite, dataset, "--samples", samples], command):
+            sys.stderr.write(f"Starting: {shlex.join(argv)}\n")
+            if subprocess.run(argv, env=vllmargs.environment(environ), check=False).returncode:
+                raise vllmargs.Wrong("Nothing was calibrated; what was in the way stands above.")
+    made = ", ".join(str(file) for file in _found_scales(model, data))
+    sys.stderr.write(f"Calibrated: {made}. IF_FP8_QUANTIZATION=true serves by it.\n")
+
+
+def _check_name(model: str) -> None:
+    """A folder may have another name than what is in it, and the scripts go by the name. Raises Wrong."""
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return
+    kind = json.loads(config.read_text()).get("model_type")
+    name, expected = Path(model).name.lower(), _BLOCKED.get(kind)
+    named = next((start for start in set(_BLOCKED.values()) if name.startswith(start)), None)
+    if named != expected:
+        must = f"begin with {expected}" if expected else f"not begin with {named}"
+        raise vllmargs.Wrong(
+            f"{model} holds a model of the kind {kind}, and what FP8 leaves out is chosen by the folder's name, which "
+            f"must {must}: rename it."
+        )
 
 
 def healthy() -> bool:
@@ -112,6 +204,8 @@ def main(arguments: list[str]) -> int:
                 own(Path(folder), int(uid), int(gid))
             case ["serve"]:
                 serve(os.environ, Path(os.environ.get("HF_HOME", "/data")))
+            case ["quantize"]:
+                quantize(os.environ, Path(os.environ.get("HF_HOME", "/data")))
             case ["healthy"]:
                 return 0 if healthy() else 1
             case _:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.environment import ensure_environment
+from gateway.environment import ensure_demo_model, ensure_environment
 from tests.gateway_process import running
 from tests.stack import MODEL, Stack
 from tests.tee import Tee
@@ -289,3 +289,28 @@ def test_the_readmes_python_runs(stack: Stack) -> None:
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("vLLM is ")
+
+
+def test_the_template_that_ships_for_gaudis_model_is_its_documented_prompt() -> None:
+    """As transformers renders it for vLLM; the prompt is the one of the model's card."""
+    script = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+messages = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+for some in (messages[:2], messages[1:2], messages):
+    print(tokenizer.apply_chat_template(
+        some, chat_template=open(sys.argv[2]).read(), add_generation_prompt=True, tokenize=False, eos_token="</s>"
+    ), end="--")
+"""
+    template = Path(__file__).parent.parent / "docker/hpu/templates/neural-chat.jinja"
+    python = ensure_environment(os.environ)
+    argv = [python, "-c", script, ensure_demo_model(os.environ, python), template]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split("--") == [
+        "### System:\nsystem\n### User:\nuser\n### Assistant:\n",
+        "### User:\nuser\n### Assistant:\n",
+        "### System:\nsystem\n### User:\nuser\n### Assistant:\nassistant</s>\n### User:\nuser\n### Assistant:\n",
+        "",
+    ]

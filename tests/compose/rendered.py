@@ -50,6 +50,11 @@ def stack(device: str, **environ: str) -> dict[str, Any]:
     return rendered(ROOT, "--env-file", f"docker/{device}/.env", **environ)
 
 
+def everything(device: str, **environ: str) -> dict[str, Any]:
+    """With the services that `up` leaves out, too."""
+    return rendered(ROOT, "--env-file", f"docker/{device}/.env", "--profile", "*", **environ)
+
+
 def keys(device: str) -> dict[str, str | None]:
     """Every key of a device's file with its default, those that are not set among them."""
     text = (ROOT / "docker" / device / ".env").read_text()
@@ -78,7 +83,7 @@ def test_every_key_of_the_file_reaches_what_uses_it(device: str) -> None:
     for at, name in enumerate(sorted(keys(device).keys() - {"LLM_DEVICE"})):
         value = f"47{at:02}" if re.search("PORT|UID|GID", name) else f"set-{name.lower()}"
         value = f"127.0.0.{at + 1}" if "HOST" in name else value
-        assert value in json.dumps(stack(device, **{name: value})["services"]), name
+        assert value in json.dumps(everything(device, **{name: value})["services"]), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -128,16 +133,102 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_container_fills_the_disk_with_its_log(device: str) -> None:
-    for name, service in stack(device)["services"].items():
+    for name, service in everything(device)["services"].items():
         assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_tokens_reach_the_model_server_alone(device: str) -> None:
-    services = stack(device, HF_TOKEN="hf_secret", HTTP_PROXY="http://proxy:1")["services"]
+    services = everything(device, HF_TOKEN="hf_secret", HTTP_PROXY="http://proxy:1")["services"]
     told = {name for name, service in services.items() if "hf_secret" in json.dumps(service)}
-    assert told == {MODEL_SERVER}
-    # The proxy also where the image is built, but not where it runs.
+    assert told == {MODEL_SERVER, "quantize"}
+    # The proxy also where images are built, but not where the gateway runs.
     told = {name for name, service in services.items() if "proxy:1" in json.dumps(service.get("environment"))}
-    assert told == {MODEL_SERVER}
-    assert services[GATEWAY]["build"]["args"]["HTTP_PROXY"] == "http://proxy:1"
+    assert told == {MODEL_SERVER, "quantize"}
+    for name in (GATEWAY, "quantize"):
+        assert services[name]["build"]["args"]["HTTP_PROXY"] == "http://proxy:1"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_up_starts_neither_what_quantizes_nor_what_watches(device: str) -> None:
+    assert set(stack(device)["services"]) == {MODEL_SERVER, GATEWAY, "llm-vllm-data"}
+    assert set(everything(device)["services"]) - set(stack(device)["services"]) == {"quantize", "prometheus", "grafana"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_quantizes_has_the_model_servers_image_device_and_data(device: str) -> None:
+    services = everything(device, LLM_VLLM_IMAGE="registry/image:1", LLM_VLLM_DATA_DIR="/models")["services"]
+    quantize, vllm = services["quantize"], services[MODEL_SERVER]
+    assert quantize["build"]["args"]["LLM_VLLM_IMAGE"] == vllm["image"] == "registry/image:1"
+    assert quantize["volumes"][0] == vllm["volumes"][0]
+    assert quantize["volumes"][0]["source"] == "/models"
+    for what in ("user", "runtime", "cap_add", "ipc", "deploy"):
+        if device != "cpu" or what == "user":
+            assert quantize.get(what) == vllm.get(what), what
+    shared = set(quantize["environment"]) & set(vllm["environment"])
+    assert {"LLM_DEVICE", "LLM_VLLM_MODEL_NAME", "VLLM_TP_SIZE", "HF_HOME", "HOME"} <= shared
+    assert all(quantize["environment"][name] == vllm["environment"][name] for name in shared)
+    assert not quantize.get("ports")
+    assert not quantize.get("restart")
+
+
+FP8 = ["-f", "docker/hpu/fp8/docker-compose.yaml", "--env-file", "docker/hpu/.env"]
+
+
+def test_gaudis_calibration_is_the_stacks_own_alone() -> None:
+    found = rendered(ROOT, *FP8)
+    assert found["name"] == "vllm-gateway"
+    assert set(found["services"]) == {"llm-vllm-data", "quantize"}
+    expected = everything("hpu")["services"]["quantize"]
+    assert expected.pop("profiles") == ["quantize"]
+    assert found["services"]["quantize"] == expected
+    assert found["services"]["quantize"]["runtime"] == "habana"
+    folder = rendered(ROOT / "docker/hpu/fp8", "--env-file", "../.env")
+    assert folder == found
+
+
+def test_gaudis_calibration_takes_its_data_where_serving_does() -> None:
+    given = {"HUGGINGFACE_HUB_CACHE": "models", "FP8_DATASET_PATH": "/data/open_orca.pkl", "VLLM_TP_SIZE": "8"}
+    quantize = rendered(ROOT, *FP8, **given)["services"]["quantize"]
+    vllm = stack("hpu", **given)["services"][MODEL_SERVER]
+    assert quantize["volumes"][0]["source"] == str(ROOT / "docker/hpu/models") == vllm["volumes"][0]["source"]
+    assert quantize["environment"]["FP8_DATASET_PATH"] == "/data/open_orca.pkl"
+    assert quantize["environment"]["VLLM_TP_SIZE"] == "8"
+    assert quantize["environment"]["HABANA_VISIBLE_DEVICES"] == "all"
+    assert quantize["environment"]["PT_HPU_ENABLE_LAZY_COLLECTIVES"] == "true"
+    assert quantize["cap_add"] == ["SYS_NICE"]
+
+
+def test_gaudis_calibration_is_by_pinned_scripts_or_by_ones_own() -> None:
+    def scripts(**environ: str) -> str:
+        return str(
+            rendered(ROOT, *FP8, **environ)["services"]["quantize"]["build"]["additional_contexts"]["calibration"]
+        )
+
+    assert re.fullmatch(r"https://github\.com/vllm-project/vllm-gaudi\.git#[0-9a-f]{40}", scripts())
+    assert scripts(VLLM_GAUDI_SOURCE="/mine") == "/mine"
+
+
+MONITORING = ROOT / "compose" / "monitoring"
+
+
+def test_what_watches_is_for_this_machine_alone_and_may_do_no_more_than_it_must() -> None:
+    services = everything("cpu")["services"]
+    for name in ("prometheus", "grafana"):
+        (port,) = services[name]["ports"]
+        assert port["host_ip"] == "127.0.0.1"
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert services[name]["profiles"] == ["monitoring"]
+        for mounted in services[name]["volumes"]:
+            assert mounted["target"] == "/data" or mounted["read_only"], mounted
+            assert mounted["target"] == "/data" or Path(mounted["source"]).exists(), mounted
+    assert f"{MONITORING}/grafana" == services["grafana"]["volumes"][0]["source"]
+
+
+def test_prometheus_asks_where_the_stack_answers() -> None:
+    text = (MONITORING / "prometheus.yaml").read_text()
+    services = stack("cpu")["services"]
+    asked = re.findall(r'targets: \["(.*):(\d+)"\]', text)
+    assert {name: int(port) for name, port in asked} == {
+        name: services[name]["ports"][0]["target"] for name in (GATEWAY, MODEL_SERVER)
+    }

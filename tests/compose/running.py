@@ -83,7 +83,7 @@ def stack(settings: dict[str, str]) -> Iterator[dict[str, str]]:
     assert os.getuid() == 0, "crashes are made from outside of the containers, which takes root"
     assert run("docker", "ps", "--quiet", "--filter", "name=llm-vllm-") == "", "a stack runs already: end it first"
     try:
-        run("docker", "compose", *UP[:2], "build")  # not behind the dead proxies
+        run("docker", "compose", *UP[:2], "--profile", "quantize", "build")  # not behind the dead proxies
         run("docker", "compose", *UP, given=settings)
         eventually(lambda: health() is not None, 30)
         early = health()
@@ -162,6 +162,30 @@ def test_one_word_turns_the_cache_to_fp8(stack: dict[str, str]) -> None:
     assert "Using fp8_e5m2 data type to store kv cache" in log.stdout + log.stderr
     answer = json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))
     assert answer["text"].startswith("Deep learning is a branch of machine learning")
+
+
+def test_a_checkpoint_in_fp8_is_made_and_then_served(stack: dict[str, str]) -> None:
+    given = stack | {"IF_FP8_QUANTIZATION": "true"}
+    said = run("docker", "compose", *UP[:2], "run", "--rm", "quantize", given=given)
+    assert "/data/fp8/demo-model: /data/demo-model as FP8_DYNAMIC." in said
+    made = Path(stack["LLM_VLLM_DATA_DIR"]) / "fp8" / "demo-model"
+    assert made.stat().st_uid == 1000
+    run("docker", "compose", *UP, "--force-recreate", "--wait", "--wait-timeout", "200", MODEL_SERVER, given=given)
+    eventually(serves, 30)
+    log = subprocess.run(["docker", "logs", MODEL_SERVER], capture_output=True, text=True, check=True, timeout=60)
+    assert "Starting: vllm serve /data/fp8/demo-model" in log.stderr
+    assert "CompressedTensorsW8A8Fp8" in log.stdout + log.stderr
+    answer = json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))
+    assert answer["text"].startswith("Deep learning is a branch of machine learning")
+
+
+def test_what_the_dashboard_draws_is_what_the_two_tell_of_themselves(stack: dict[str, str]) -> None:
+    drawn = (ROOT / "compose/monitoring/grafana/dashboards/vllm-gateway.json").read_text()
+    queries = [target["expr"] for panel in json.loads(drawn)["panels"] for target in panel["targets"]]
+    names = {name for query in queries for name in re.findall(r"\b(?:gateway_|vllm:|process_)\w+", query)}
+    told = "".join(httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text for port in (9000, 8008))
+    assert len(names) > 15
+    assert {name for name in names if not re.search(rf"^{name}[{{ ]", told, re.MULTILINE)} == set()
 
 
 def test_a_folder_that_cannot_be_written_is_told_of_at_once(settings: dict[str, str], tmp_path: Path) -> None:
