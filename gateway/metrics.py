@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -37,6 +37,8 @@ class Metrics(Collector):
         self._in_flight = in_flight
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        # Memory, CPU time and descriptors, of this process itself.
+        ProcessCollector(registry=self._registry)
         self._requests: Counter[tuple[str, str, str, int]] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._prompt_tokens = 0

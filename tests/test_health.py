@@ -194,6 +194,7 @@ def test_metrics_count_requests_by_route_form_model_and_status(fake: FakeVllm) -
     assert "gateway_first_token_seconds_count 1.0" in text
     assert "gateway_output_event_seconds_count 1.0" in text
     assert "gateway_added_seconds_count 2.0" in text
+    assert "\nprocess_resident_memory_bytes " in text
     assert f'gateway_upstream_state{{state="serving",upstream="{fake.url}"}} 1.0' in text
     assert "vllm:" not in text
     assert "nope" not in text

@@ -305,7 +305,7 @@ for some in (messages[:2], messages[1:2], messages):
 """
     template = Path(__file__).parent.parent / "docker/hpu/templates/neural-chat.jinja"
     python = ensure_environment(os.environ)
-    argv = [python, "-c", script, ensure_demo_model(os.environ, python), template]
+    argv = [str(python), "-c", script, str(ensure_demo_model(os.environ, python)), str(template)]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split("--") == [
