@@ -20,7 +20,8 @@ from gateway.config import Settings
 from gateway.exchange import Drain
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
-from gateway.shortcut import Protocol, Shortcut, missing_in
+from gateway.protocol import Protocol, missing_in
+from gateway.shortcut import Shortcut
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.headers import answer_head
-from gateway.shortcut import Protocol, Shortcut, missing_in
+from gateway.protocol import Protocol, missing_in
+from gateway.shortcut import Shortcut
 from tests.fake_vllm import (
     CLOSE,
     DONE,

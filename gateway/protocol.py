@@ -1,0 +1,319 @@
+"""uvicorn's HTTP protocol, with time limits, a refusal in the gateway's own words, and an end in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import select
+import socket
+import struct
+import sys
+import termios
+from collections import deque
+from typing import Any, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from gateway.errors import BadRequest, Draining, GatewayError, HeadTimeout
+from gateway.exchange import DataPath, new_request_id
+from gateway.headers import lines
+
+_log = logging.getLogger(__name__)
+
+_NO_HTTP = BadRequest("What came is not an HTTP request: the connection is closed.")
+
+# What is used here of a class that promises nothing to those that inherit from it.
+_METHODS = (
+    "connection_lost",
+    "connection_made",
+    "data_received",
+    "on_body",
+    "on_headers_complete",
+    "on_message_begin",
+    "on_message_complete",
+    "on_response_complete",
+    "_start_asgi_task",
+    "_unset_keepalive_if_required",
+    "pause_writing",
+    "resume_writing",
+    "send_400_response",
+    "shutdown",
+    "timeout_keep_alive_handler",
+)
+_ATTRIBUTES = (
+    "app_state",
+    "cycle",
+    "expect_100_continue",
+    "flow",
+    "headers",
+    "parser",
+    "pipeline",
+    "server_state",
+    "timeout_keep_alive",
+    "timeout_keep_alive_task",
+    "transport",
+)
+
+
+def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
+    """The names that we need of uvicorn's protocol and that the installed one lacks."""
+    attributes = protocol.__init__.__code__.co_names
+    methods = [name for name in _METHODS if not hasattr(protocol, name)]
+    return methods + [name for name in _ATTRIBUTES if name not in attributes]
+
+
+# Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
+_LAST_CALL = 1.0
+
+# Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
+_LEFT = getattr(select, "POLLRDHUP", 0)
+
+# struct linger: on, for no time.
+_AT_ONCE = struct.pack("ii", 1, 0)
+
+
+def _unsent_by_the_system(connection: socket.socket) -> int:
+    """Bytes that were written and that the other side has not taken; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+
+# In the place of a deque for each connection, of which hardly any pipelines.
+_NOTHING_WAITS: deque[Any] = deque(maxlen=0)
+
+
+class _Flow(FlowControl):
+    """uvicorn's, without an event for each connection, which takes as much memory as the exchange."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = False
+        self.write_paused = False
+        self._writable: asyncio.Event | None = None
+
+    async def drain(self) -> None:
+        if self.write_paused:
+            if self._writable is None:
+                self._writable = asyncio.Event()
+            await self._writable.wait()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+
+class _Deaf:
+    """The parser of a connection that was refused."""
+
+    @staticmethod
+    def feed_data(data: bytes) -> None: ...
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
+
+    cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
+
+    # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
+    __slots__ = (
+        "_awaited_since",
+        "_idle_since",
+        "_in_body",
+        "_in_head",
+        "_refused",
+        "_running",
+        "_stuck_since",
+        "_unsent",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.pipeline = _NOTHING_WAITS
+        self._in_body = False
+        self._refused = False
+        self._idle_since: float | None = None
+        # The application's running request; uvicorn knows only the newest, which may wait behind it.
+        self._running: RequestResponseCycle | None = None
+        # Since when more is to come of the client: a request's head, or the rest of a body that was refused.
+        self._awaited_since: float | None = None
+        self._in_head = False
+        self._unsent = 0
+        self._stuck_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        self.flow = _Flow(self.transport)
+        self._awaited_since = self.loop.time()
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._awaited_since = self.loop.time()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._awaited_since = None
+        self._in_body = True
+        if self.pipeline is _NOTHING_WAITS and self.cycle is not None and not self.cycle.response_complete:
+            self.pipeline = deque()
+        super().on_headers_complete()
+        self.headers = []  # the parser goes on to fill the scope's own list, with trailers
+        if self._path.drain.began:
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._awaited_since = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for the refusal and for one keep-alive timer a connection, not one a request."""
+        self.server_state.total_requests += 1
+        self._running = None
+        if self.transport.is_closing():
+            return
+        if self._in_body:
+            self._awaited_since = self.loop.time()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refused:
+            self._refuse(_NO_HTTP)
+        else:
+            self._idle_since = self.loop.time()
+            if self.timeout_keep_alive_task is None:
+                self._arm(self.timeout_keep_alive)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _arm(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since is not None:
+            left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+            if left > 0:
+                self._arm(left)
+            else:
+                self.transport.close()
+
+    @property
+    def _path(self) -> DataPath:
+        path: DataPath = self.app_state["data_path"]
+        return path
+
+    def look(self, now: float) -> None:
+        """To be called again and again, with the loop's time: what the client keeps us waiting for has its limits.
+
+        For all connections at once, as a timer for each would cost more than all of this.
+        """
+        limits = self._path.limits
+        answered = self.cycle is None or self.cycle.response_complete  # an answer is not cut for what comes after it
+        if answered and self._awaited_since is not None and now - self._awaited_since >= limits.header:
+            if self._in_head:
+                self._refuse(HeadTimeout(f"No whole head came within {limits.header:g} s (GATEWAY_HEADER_TIMEOUT)."))
+            else:
+                self.transport.close()
+        elif answered and self._in_head and self._path.time() >= self._path.drain.ends_at:
+            self._refuse(Draining("The gateway ends, and the time for what was still coming is over: try again."))
+        unsent = self.transport.get_write_buffer_size()
+        if unsent:
+            # And what the system holds: it takes more of ours only once a third of that is gone.
+            unsent += _unsent_by_the_system(self.transport.get_extra_info("socket"))
+        if unsent and unsent >= self._unsent > 0:
+            if now - self._stuck_since >= limits.client_write:
+                self._stuck()
+        else:
+            self._stuck_since = now
+        self._unsent = unsent
+        if self.flow.read_paused and self._has_left():
+            self.transport.abort()
+
+    def _has_left(self) -> bool:
+        """Whether the client has, which is not read while it is not read from: a second request waits behind one."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _LEFT)
+        return bool(poll.poll(0))
+
+    def _stuck(self) -> None:
+        """The client reads nothing of what was written to it."""
+        # Reset: else the system keeps for minutes what it, too, could not send.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """No more is accepted: one that is idle may still get one request, whose answer closes it."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(_LAST_CALL, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    def _close_if_idle(self) -> None:
+        if not self._in_head and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what came; answers that are owed to requests before it go first."""
+        self._refused = True
+        self.parser = cast(Any, _Deaf)
+        if not self._in_body:
+            if self.cycle is None or self.cycle.response_complete:
+                self._refuse(_NO_HTTP)
+        elif self.pipeline:
+            self.pipeline.popleft()  # the newest, which is broken in its body
+        elif self.cycle.response_started:
+            self.transport.close()
+        else:
+            self._refuse(_NO_HTTP)
+
+    def _refuse(self, error: GatewayError) -> None:
+        if self.transport.is_closing():
+            return
+        request_id = new_request_id()
+        content = error.envelope(request_id)
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        self.transport.write(STATUS_LINE[error.status] + lines(headers) + b"\r\n" + content)
+        self.transport.close()
+        self.app_state["metrics"].other("unknown", error.status)
+        self.app_state["request_log"].other(request_id, "-", "-", error.status, 0.0)
+
+    def cut(self) -> None:
+        """The time to end in good order is over."""
+        self.transport.abort()
