@@ -33,6 +33,7 @@ _OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus"}
 _SCRIPTS = Path(vllmargs.__file__).parent
 # Where quantize's image for Gaudi has vLLM-Gaudi's scripts. By a model's name they block what FP8 would spoil.
 _CALIBRATION = Path("/opt/calibration")
+_UNFINISHED = "unfinished"
 _BLOCKED = {"mixtral": "mixtral", "deepseek_v2": "deepseek", "deepseek_v3": "deepseek"}
 
 
@@ -47,7 +48,7 @@ def own(folder: Path, uid: int, gid: int) -> None:
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
-    for kept in (folder, *(folder / name for name in ("hub", "home", "cache"))):
+    for kept in (folder, *(folder / name for name in ("cache", "fp8", "home", "hub", "inc", "prometheus"))):
         if kept.exists() and not os.access(kept, os.R_OK | os.W_OK | os.X_OK):
             owner = kept.stat().st_uid
             raise vllmargs.Wrong(
@@ -64,7 +65,7 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
     model = _model(environ)
     found = vllmargs.environment(environ)
     options = vllmargs.options(environ)
-    if environ.get("IF_FP8_QUANTIZATION", "").lower() in ("1", "true"):
+    if vllmargs.is_on(environ, "IF_FP8_QUANTIZATION"):
         if environ.get("QUANTIZATION"):
             raise vllmargs.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
         model, more = _in_fp8(model, environ, data)
@@ -86,7 +87,7 @@ def _model(environ: Mapping[str, str]) -> str:
 def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
     """The checkpoint to serve in FP8, and the options for it, under the name of the one that it was made of."""
     device = environ.get("LLM_DEVICE", "cpu")
-    checkpoint = data / "fp8" / Path(model).name
+    checkpoint = _checkpoint(model, environ, data)
     prepared = device != "hpu" and (checkpoint / "config.json").exists()
     options = vllmargs.fp8(device, prepared=prepared)
     if not prepared:
@@ -102,6 +103,21 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
     return str(checkpoint), ["--served-model-name", name, *options]
 
 
+def _checkpoint(model: str, environ: Mapping[str, str], data: Path) -> Path:
+    """Where the model's own is: another organization's of the same name, or another revision, is another."""
+    name = Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
+    revision = environ.get("LLM_VLLM_MODEL_REVISION")
+    return data / "fp8" / (f"{name}@{revision.replace('/', '--')}" if revision else name)
+
+
+def _count(environ: Mapping[str, str], name: str, default: str) -> str:
+    """A whole number from 1. Raises Wrong."""
+    value = environ.get(name) or default
+    if not value.isdecimal() or int(value) < 1:
+        raise vllmargs.Wrong(f"{name} must be a whole number, 1 or more, but it is {value!r}.")
+    return value
+
+
 def _is_static(checkpoint: Path) -> bool:
     """Whether what flows through the layers is scaled by fixed numbers."""
     groups = (
@@ -111,11 +127,15 @@ def _is_static(checkpoint: Path) -> bool:
 
 
 def _scales(model: str, data: Path) -> Path:
-    """Where calibration on this kind of Gaudi has left its scales; it writes the model's name in lower case."""
+    """Where calibration on this kind of Gaudi has left its scales. Raises Wrong."""
     found = _found_scales(model, data)
     if len(found) == 1:
         return found[0]
-    folder = data / "inc" / Path(model).name.lower()
+    folder = _inc(model, data)
+    if (folder / _UNFINISHED).exists():
+        raise vllmargs.Wrong(
+            f"The calibration that was to leave its scales in {folder} did not end well: calibrate again."
+        )
     if found:
         raise vllmargs.Wrong(
             f"There are scales for Gaudi 2 and for Gaudi 3 in {folder}: set QUANT_CONFIG to the one to use."
@@ -127,7 +147,13 @@ def _scales(model: str, data: Path) -> Path:
 
 
 def _found_scales(model: str, data: Path) -> list[Path]:
-    return sorted((data / "inc" / Path(model).name.lower()).glob("maxabs_quant_g[23].json"))
+    folder = _inc(model, data)
+    return [] if (folder / _UNFINISHED).exists() else sorted(folder.glob("maxabs_quant_g[23].json"))
+
+
+def _inc(model: str, data: Path) -> Path:
+    """The scripts write the model's name in lower case."""
+    return data / "inc" / Path(model).name.lower()
 
 
 def quantize(environ: Mapping[str, str], data: Path) -> None:
@@ -138,15 +164,22 @@ def quantize(environ: Mapping[str, str], data: Path) -> None:
             f"There is no dataset {dataset}: put the file into the data folder (LLM_VLLM_DATA_DIR), which is /data "
             "here, and set FP8_DATASET_PATH to /data/NAME."
         )
-    samples = environ.get("FP8_DATASET_SAMPLES") or "512"
+    samples = _count(environ, "FP8_DATASET_SAMPLES", "512")
     if environ.get("LLM_DEVICE") == "hpu":
         if not dataset:
             raise vllmargs.Wrong("Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder.")
         _calibrate(model, [sys.executable, "-P", str(_SCRIPTS / "dataset.py"), dataset], samples, environ, data)
         return
-    argv = [sys.executable, "-P", str(_SCRIPTS / "quantize.py"), model, str(data / "fp8" / Path(model).name)]
+    checkpoint = _checkpoint(model, environ, data)
+    if checkpoint.exists():
+        raise vllmargs.Wrong(
+            f"{model} is quantized already: to do it anew, remove fp8/{checkpoint.name} in the data folder "
+            "(LLM_VLLM_DATA_DIR)."
+        )
+    argv = [sys.executable, "-P", str(_SCRIPTS / "quantize.py"), model, str(checkpoint)]
     if dataset:
-        argv += ["--dataset", dataset, "--samples", samples, "--length", environ.get("FP8_DATASET_LENGTH") or "2048"]
+        length = _count(environ, "FP8_DATASET_LENGTH", "2048")
+        argv += ["--dataset", dataset, "--samples", samples, "--length", length]
     if revision := environ.get("LLM_VLLM_MODEL_REVISION"):
         argv += ["--revision", revision]
     os.execve(argv[0], argv, vllmargs.environment(environ))
@@ -160,13 +193,19 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
         # Its steps unpickle freely: never the person's own file.
         dataset = str(scripts / "dataset.pkl")
         command = ["bash", str(scripts / "calibrate_model.sh"), "-m", model, "-d", dataset, "-o", str(data / "inc")]
-        command += ["-t", environ.get("VLLM_TP_SIZE") or "1", "-b", environ.get("BATCH_SIZE") or "32"]
-        if environ.get("VLLM_ENABLE_EXPERT_PARALLEL", "").lower() in ("1", "true"):
+        command += ["-t", _count(environ, "VLLM_TP_SIZE", "1"), "-b", _count(environ, "BATCH_SIZE", "32")]
+        if vllmargs.is_on(environ, "VLLM_ENABLE_EXPERT_PARALLEL"):
             command.append("-u")
+        # The scripts write what serving looks for before they have measured anything.
+        unfinished = _inc(model, data) / _UNFINISHED
         for argv in ([*rewrite, dataset, "--samples", samples], command):
+            if argv is command:
+                unfinished.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.touch()
             sys.stderr.write(f"Starting: {shlex.join(argv)}\n")
             if subprocess.run(argv, env=vllmargs.environment(environ), check=False).returncode:
                 raise vllmargs.Wrong("Nothing was calibrated; what was in the way stands above.")
+    unfinished.unlink()
     made = ", ".join(str(file) for file in _found_scales(model, data))
     sys.stderr.write(f"Calibrated: {made}. IF_FP8_QUANTIZATION=true serves by it.\n")
 
@@ -178,9 +217,9 @@ def _check_name(model: str) -> None:
         return
     kind = json.loads(config.read_text()).get("model_type")
     name, expected = Path(model).name.lower(), _BLOCKED.get(kind)
-    named = next((start for start in set(_BLOCKED.values()) if name.startswith(start)), None)
-    if named != expected:
-        must = f"begin with {expected}" if expected else f"not begin with {named}"
+    named = next((each for each in set(_BLOCKED.values()) if each in name), None)
+    if named != expected or (expected and not name.startswith(expected)):
+        must = f"begin with {expected}" if expected else f"be without {named}"
         raise vllmargs.Wrong(
             f"{model} holds a model of the kind {kind}, and what FP8 leaves out is chosen by the folder's name, which "
             f"must {must}: rename it."

@@ -9,115 +9,189 @@ SOURCE is .jsonl, .csv, .parquet, or a pandas DataFrame as .pkl or .pkl.gz, with
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import pickle
+import random
 import re
+import resource
 import sys
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pandas
 
 COLUMNS = ["question", "system_prompt"]
 _SEED = 42
-
-# NumPy 2 has moved its parts.
-_CORE = "numpy.core" if numpy.__version__.startswith("1.") else "numpy._core"
-# All that the pickle of a DataFrame of text, numbers and lists of them names, from pandas 1 to 3 and NumPy 1 to 2.
-# Not what pyarrow's strings need: it takes offsets into memory from the file, and does not look where they lead.
-_ALLOWED = {
-    "builtins": {"slice", "bytearray"},
-    "numpy": {"dtype", "ndarray"},
-    f"{_CORE}.multiarray": {"_reconstruct", "scalar"},
-    f"{_CORE}.numeric": {"_frombuffer"},
-    "pandas": {"DataFrame", "Index", "RangeIndex", "StringDtype", "NA"},
-    "pandas.arrays": {"StringArray"},
-    "pandas._libs.arrays": {"__pyx_unpickle_NDArrayBacked"},
-    "pandas._libs.internals": {"_unpickle_block"},
-    "pandas._libs.missing": {"NA"},
-    "pandas.core.arrays.string_": {"StringArray", "StringDtype", "StringArrayNumpySemantics"},
-    "pandas.core.frame": {"DataFrame"},
-    "pandas.core.indexes.base": {"Index", "_new_Index"},
-    "pandas.core.indexes.range": {"RangeIndex"},
-    "pandas.core.internals.managers": {"BlockManager"},
-}
-# Classes that pandas 2 no longer has.
-_MOVED = {("pandas.core.indexes.numeric", name): ("pandas", "Index") for name in ("Int64Index", "Float64Index")}
+# What a file may take of memory, whatever it unpacks to.
+_MOST_MEMORY = 8 << 30
 
 
 class Wrong(Exception):
     """What is wrong with a dataset, in a sentence."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Takes a DataFrame's parts and nothing else: what a pickle names, it may call."""
+class _Named:
+    """What a pickle makes of something that it names: a note of it, and nothing is called, imported or made.
+
+    NumPy's and pandas' own parts would not do, harmless as they look: their reconstruction takes sizes, offsets and
+    flags from the file and trusts them, so that a file can read and write the memory of the process.
+    """
+
+    __slots__ = ("given", "state")
+    called = ""
+    given: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *given: Any) -> _Named:
+        made = super().__new__(cls)
+        made.given, made.state = given, None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own, in Python: the one in C makes room for as many objects as the file says that there will be."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module, name = _MOVED.get((module, name), (module, name))
-        module = re.sub(r"^numpy\._?core(?=\.)", _CORE, module)
-        if name not in _ALLOWED.get(module, ()):
+        called = f"{module}.{name}"
+        if not re.fullmatch(r"(numpy|pandas)(\.\w+)*|builtins\.(slice|bytearray)", called):
             raise Wrong(
-                f"it asks for {module}.{name}, which a DataFrame of text does not need, and which could run code here: "
+                f"it asks for {called}, which a DataFrame of text does not need, and which could run code here: "
                 "save it as .jsonl or .parquet where it was made"
             )
-        return super().find_class(module, name)
+        return type(name, (_Named,), {"__slots__": (), "called": called})
+
+
+def _is(one: Any, *names: str) -> bool:
+    return isinstance(one, _Named) and one.called.rpartition(".")[2] in names
+
+
+def _whole(one: Any) -> list[Any]:
+    """The elements of an array, of one of strings, or of an index, in C's order. Raises Wrong."""
+    if _is(one, "_new_Index"):
+        return _whole(one.given[1]["data"])
+    if _is(one, "_reconstruct") and isinstance(one.state[4], list):
+        return one.state[4]
+    if _is(one, "__pyx_unpickle_NDArrayBacked"):
+        parts = one.state or one.given[2]
+        return _whole(next(part for part in parts if _is(part, "_reconstruct")))
+    raise Wrong("its parts are not those of a DataFrame of text")
+
+
+def _places(one: Any) -> Iterable[int]:
+    """Which columns a block holds: a slice, or an array of 64-bit integers."""
+    if _is(one, "slice"):
+        return range(*one.given)
+    data = one.state[4] if _is(one, "_reconstruct") else one.given[0]
+    return array("q", bytes(data.given[0] if _is(data, "bytearray") else data))
+
+
+def _columns(frame: Any) -> dict[str, list[Any]]:
+    """The two that are asked for, of the notes that an unpickler has made of a DataFrame. Raises Wrong."""
+    if not _is(frame, "DataFrame"):
+        raise Wrong(f"it holds a {type(frame).__name__}, not a DataFrame")
+    blocks, (names, *_) = frame.state["_mgr"].given
+    names, found = _whole(names), {}
+    _check_columns(names)
+    for block in blocks:
+        values, places, *_ = block.given
+        for number, place in enumerate(places := list(_places(places))):
+            if names[place] in COLUMNS:
+                whole = _whole(values)
+                length = len(whole) // len(places)
+                found[names[place]] = whole[number * length : (number + 1) * length]
+    return found
 
 
 def _pickle(path: Path) -> Any:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _Unpickler(file).load()
-    except (Wrong, OSError):
-        raise
-    # Whatever bytes of another kind make of pandas' and NumPy's parts.
-    except Exception as error:
-        raise Wrong(f"pandas {pandas.__version__} makes no DataFrame of it ({type(error).__name__}: {error})") from None
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        columns = _columns(_Unpickler(file).load())
+    # A value that is missing is a number, None, or pandas' own word for it.
+    return [
+        {name: "" if value is None or value != value or _is(value, "NA") else value for name, value in row.items()}
+        for row in (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    ]
 
 
 def _jsonl(path: Path) -> Any:
-    """By hand, as pandas' own reader takes text for dates and numbers."""
-    with path.open(encoding="utf-8") as lines:
-        return pandas.DataFrame([json.loads(line) for line in lines if line.strip()])
+    with path.open(encoding="utf-8-sig") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _csv(path: Path) -> Any:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        rows = list(reader)
+        _check_columns(reader.fieldnames or [])
+    for row in rows:
+        # A comma at the end of each line is a spreadsheet's habit.
+        if any(row.pop(None, [])):
+            raise Wrong(f"a row has more fields than the first line has names: {row['question'][:40]!r}…")
+    return rows
+
+
+def _parquet(path: Path) -> Any:
+    return pandas.read_parquet(path, columns=COLUMNS).astype(object).to_dict("records")
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".jsonl": _jsonl,
-    ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False),
-    ".parquet": lambda path: pandas.read_parquet(path, columns=COLUMNS),
+    ".csv": _csv,
+    ".parquet": _parquet,
     ".pkl": _pickle,
     ".pkl.gz": _pickle,
 }
 
 
-def read(path: Path, samples: int) -> Any:
-    """A DataFrame of `samples` rows at most, drawn as vLLM-Gaudi's scripts draw theirs. Raises Wrong."""
-    kind = next((ending for ending in _READERS if path.name.endswith(ending)), None)
+def _check_columns(names: Iterable[Any]) -> None:
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        others = ", ".join(map(str, names)) or "nothing"
+        raise Wrong(f"it has no column {' and no column '.join(missing)}, only {others}")
+
+
+def read(path: Path, samples: int) -> list[dict[str, str]]:
+    """At most `samples` rows, the same at each call. Raises Wrong."""
+    kind = next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
     if kind is None:
         raise Wrong(f"its name ends with none of {', '.join(_READERS)}")
     try:
-        found = _READERS[kind](path)
-    # pyarrow says of a missing column that there is no match for it.
-    except (OSError, ValueError, EOFError) as error:
-        raise Wrong(f"it cannot be read ({error})") from None
-    if not isinstance(found, pandas.DataFrame):
-        raise Wrong(f"it holds a {type(found).__name__}, not a DataFrame")
-    missing = [column for column in COLUMNS if column not in found.columns]
-    if missing:
-        others = ", ".join(map(str, found.columns)) or "nothing"
-        raise Wrong(f"it has no column {' and no column '.join(missing)}, only {others}")
-    text = found[COLUMNS].astype(object)
-    text = text.where(text.notna(), "")
-    for column in COLUMNS:
-        for row, value in enumerate(text[column]):
-            if not isinstance(value, str):
-                raise Wrong(f"{column} of row {row} is a {type(value).__name__}, not text")
-    text = text[text["question"] != ""]
-    if text.empty:
+        found = [_checked(row, number) for number, row in enumerate(_READERS[kind](path))]
+    except Wrong:
+        raise
+    # Whatever the readers make of what is not of their kind.
+    except Exception as error:
+        raise Wrong(f"it cannot be read ({type(error).__name__}: {error})") from None
+    rows = [row for row in found if row["question"]]
+    if not rows:
         raise Wrong("it has no row with a question")
-    return text.sample(frac=1, random_state=_SEED).head(samples)
+    return random.Random(_SEED).sample(rows, min(samples, len(rows)))
+
+
+def _checked(row: Any, number: int) -> dict[str, str]:
+    if not isinstance(row, dict):
+        raise Wrong(f"row {number} is a {type(row).__name__}, not an object")
+    _check_columns(row)
+    text = {name: "" if row[name] is None else row[name] for name in COLUMNS}
+    for name, value in text.items():
+        if not isinstance(value, str):
+            raise Wrong(f"{name} of row {number} is a {type(value).__name__}, not text")
+    return text
+
+
+def _bound_memory() -> None:
+    """Beyond what the libraries have taken, which on a machine of many cores is much."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = taken + _MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def main() -> int:
@@ -127,18 +201,19 @@ def main() -> int:
     parser.add_argument("target", type=Path)
     parser.add_argument("--samples", type=int, required=True)
     given = parser.parse_args()
+    _bound_memory()
     try:
         rows = read(given.source, given.samples)
-    except Wrong as error:
+        if given.target.suffix == ".pkl":
+            # The newest protocol that every pandas for which there is a vLLM can read.
+            pandas.DataFrame(rows, dtype=object).to_pickle(given.target, protocol=4)
+        else:
+            given.target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except (Wrong, OSError) as error:
         # Libraries' words may have lines of their own.
         reason = " ".join(str(error).split()).rstrip(".")
         sys.stderr.write(f"vllm-gateway: the dataset {given.source} cannot be used: {reason}.\n")
         return 1
-    if given.target.suffix == ".pkl":
-        # The newest protocol that every pandas for which there is a vLLM can read.
-        rows.to_pickle(given.target, protocol=4)
-    else:
-        rows.to_json(given.target, orient="records", lines=True)
     sys.stdout.write(f"Calibrating with {len(rows)} questions of {given.source}.\n")
     return 0
 

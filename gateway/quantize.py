@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,42 +64,77 @@ class Data(NamedTuple):
 
 
 def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -> str:
-    """Write the checkpoint to `folder`, which must not exist; a report of a few lines. Raises Wrong."""
+    """Write the checkpoint to `folder`, which must not exist; a report of a few lines. Raises Wrong.
+
+    All of it or nothing is there afterwards.
+    """
     if folder.exists():
         raise Wrong(f"{folder} exists already: remove it, or name another folder.")
     rows = _rows(data) if data else []
     source = _source(name, revision)
     before = _size(source)
-    _check_disk(folder, before)
-    _say(f"Loading {name}.")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="auto")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise Wrong(f"{name} cannot be loaded: {error}") from None
-    _say("Asking it, so that the quantized one can be compared.")
-    answers = [_answer(model, tokenizer, question) for question in _QUESTIONS]
     scheme = "FP8" if data else "FP8_DYNAMIC"
-    _say(f"Quantizing to {scheme}.")
-    recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=_KEPT)
-    if data:
-        batches = [_batch(tokenizer, row, data.length) for row in rows]
-        # One pass through the whole model, which is in memory anyhow.
-        loader = DataLoader(batches, batch_size=None)
-        oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="basic")
-    else:
-        oneshot(model=model, recipe=recipe)
-    compared = [_same(model, prompt, answer) for prompt, answer in answers]
-    _save(model, tokenizer, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Made before the work is done, as hours later is late for a folder that cannot be written.
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+        ) as part:
+            _check_disk(folder.parent, before)
+            made = Path(part) / folder.name
+            compared = _make(name, source, made, scheme, [(row, data.length) for row in rows] if data else [])
+            made.rename(folder)
+    except OSError as error:
+        raise Wrong(f"{folder} cannot be written: {error.strerror or error}.") from None
     same, tokens = sum(same for same, _ in compared), sum(tokens for _, tokens in compared)
     whole = sum(same == tokens for same, tokens in compared)
     after = _size(folder)
     return (
         f"{folder}: {name} as {scheme}.\n"
         f"Size: {_megabytes(before)} before, {_megabytes(after)} after ({after / before:.0%}).\n"
-        f"Greedy answers: {same} of {tokens} tokens as before ({same / tokens:.1%}), "
+        f"Greedy answers: {same} of {tokens} tokens as before ({same / max(tokens, 1):.1%}), "
         f"{whole} of {len(compared)} answers to the last token."
     )
+
+
+def _make(
+    name: str, source: Path, folder: Path, scheme: str, rows: list[tuple[dict[str, str], int]]
+) -> list[tuple[int, int]]:
+    """Write the checkpoint; of each answer how many tokens are as before, and how many there are. Raises Wrong."""
+    _say(f"Loading {name}.")
+    model, tokenizer = _load(name, source)
+    _say("Asking it, so that the quantized one can be compared.")
+    answers = [_answer(model, tokenizer, question) for question in _QUESTIONS]
+    _say(f"Quantizing to {scheme}.")
+    recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=_KEPT)
+    if rows:
+        batches = [_batch(tokenizer, row, length) for row, length in rows]
+        # One pass through the whole model, which is in memory anyhow.
+        loader = DataLoader(batches, batch_size=None)
+        oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="basic")
+    else:
+        oneshot(model=model, recipe=recipe)
+    compared = [_same(model, prompt, answer) for prompt, answer in answers]
+    model.save_pretrained(folder, save_compressed=True)
+    tokenizer.save_pretrained(folder)
+    # safetensors lets nobody else read, but the server may run as another user.
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return compared
+
+
+def _load(name: str, source: Path) -> tuple[Any, Any]:
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", device_map="auto", output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise Wrong(f"{name} cannot be loaded: {error}") from None
+    # What is not in its files is made up at random.
+    if missing := sorted(found["missing_keys"]):
+        raise Wrong(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: fetch it again.")
+    return model, tokenizer
 
 
 def _rows(data: Data) -> list[dict[str, str]]:
@@ -125,6 +161,8 @@ def _source(model: str, revision: str | None) -> Path:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Wrong(f"{model} has no config.json that can be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise Wrong(f"{model} has a config.json that is no object.")
     if found := config.get("quantization_config"):
         raise Wrong(
             f"{model} is quantized already ({found.get('quant_method', 'somehow')}): take the one it was made of."
@@ -144,13 +182,9 @@ def _megabytes(size: int) -> str:
 
 def _check_disk(folder: Path, size: int) -> None:
     """FP8 halves what has 16 bits, but not everything is quantized, so that all of it may be needed."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-    except OSError as error:
-        raise Wrong(f"{folder.parent} cannot be written: {error.strerror}.") from None
+    free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
-        raise Wrong(f"{folder.parent} has {_megabytes(free)} free, but the checkpoint may take {_megabytes(size)}.")
+        raise Wrong(f"{folder} has {_megabytes(free)} free, but the checkpoint may take {_megabytes(size)}.")
 
 
 def _prompt(tokenizer: Any, question: str, system: str = "") -> Any:
@@ -194,23 +228,6 @@ def _same(model: Any, prompt: Any, answer: Any) -> tuple[int, int]:
     return int((chosen == answer).sum()), answer.shape[1]
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """All of it or nothing is at `folder` afterwards."""
-    try:
-        with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
-        ) as part:
-            made = Path(part) / folder.name
-            model.save_pretrained(made, save_compressed=True)
-            tokenizer.save_pretrained(made)
-            # safetensors lets nobody else read, but the server may run as another user.
-            for file in made.iterdir():
-                file.chmod(0o644)
-            made.rename(folder)
-    except OSError as error:
-        raise Wrong(f"{folder} cannot be written: {error.strerror or error}.") from None
-
-
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -239,6 +256,12 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    # Too little memory is told by whatever needed it.
+    except Exception as error:
+        traceback.print_exc()
+        reason = " ".join(str(error).split())
+        sys.stderr.write(f"vllm-gateway: {given.model} was not quantized ({type(error).__name__}: {reason[:300]}).\n")
+        return 1
     return 0
 
 

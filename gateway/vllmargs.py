@@ -24,6 +24,7 @@ _OPTIONS = {
     "QUANTIZATION": "--quantization",
 }
 _EXPERTS = "VLLM_ENABLE_EXPERT_PARALLEL"
+_YES, _NO = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 # vLLM warns of each variable of its own prefix that it does not know.
 NOT_VLLMS = frozenset(name for name in (*_OPTIONS, _EXPERTS) if name.startswith("VLLM_"))
 
@@ -37,7 +38,7 @@ def options(environ: Mapping[str, str]) -> list[str]:
     found = [part for name, option in _OPTIONS.items() if environ.get(name) for part in (option, environ[name])]
     if environ.get("NUM_GPU") and not environ.get("VLLM_TP_SIZE"):
         found += ["--tensor-parallel-size", environ["NUM_GPU"]]
-    if environ.get(_EXPERTS, "").lower() in ("1", "true"):
+    if is_on(environ, _EXPERTS):
         found.append("--enable-expert-parallel")
     extra = environ.get("EXTRA_ARGS", "")
     try:
@@ -45,6 +46,14 @@ def options(environ: Mapping[str, str]) -> list[str]:
         return found + shlex.split(extra)
     except ValueError as error:
         raise Wrong(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
+
+
+def is_on(environ: Mapping[str, str], name: str) -> bool:
+    """Whether a variable says yes. Raises Wrong for another word than those for yes and no."""
+    word = environ.get(name, "").lower()
+    if word not in _YES | _NO:
+        raise Wrong(f"{name} must be true or false, but it is {word!r}.")
+    return word in _YES
 
 
 def fp8(device: str, *, prepared: bool) -> list[str]:

@@ -87,6 +87,11 @@ def test_a_dataset_of_plain_text_or_packed_is_read(kit: Kit, tmp_path: Path) -> 
         assert kit.read(tmp_path / name, tmp_path)[1] == ROWS, name
 
 
+def test_a_spreadsheets_habits_are_no_matter(kit: Kit, tmp_path: Path) -> None:
+    (tmp_path / "A.CSV").write_text("\ufeffquestion,system_prompt\nWhat is a bell?,You are kind.,\n", encoding="utf-8")
+    assert kit.read(tmp_path / "A.CSV", tmp_path)[1] == {("What is a bell?", "You are kind.")}
+
+
 def test_numbers_and_dates_in_text_stay_text(kit: Kit, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,system_prompt\n007,2026-01-01\nNA,1e5\n")
     (tmp_path / "a.jsonl").write_text('{"question": "007", "system_prompt": "2026-01-01"}\n')
@@ -153,7 +158,10 @@ def malicious(mark: Path) -> dict[str, bytes]:
         "cut off": frame[: len(frame) // 2],
         "empty": b"",
         "no pickle": b"question,system_prompt\n",
+        "a giant of bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
         "a giant": b"\x80\x04]\x94(" + b"\x8d" + (2**62).to_bytes(8, "little"),
+        # What is refused by no name: made of nothing but an array's own parts.
+        **{file.stem: file.read_bytes() for file in sorted((DATASETS / "hostile").iterdir())},
         "another thing": pickle.dumps({"question": ["a"], "system_prompt": ["b"]}),
     }
 
@@ -177,7 +185,7 @@ def test_the_evil_ones_are_evil(tmp_path: Path) -> None:
 
 def test_strings_of_pyarrow_are_refused_with_a_way_out(kit: Kit, tmp_path: Path) -> None:
     said, _ = kit.read(DATASETS / "pandas-3.1.pkl", tmp_path)
-    assert "asks for pandas.arrays.ArrowStringArray" in said
+    assert "asks for pyarrow.lib." in said
     assert said.endswith("save it as .jsonl or .parquet where it was made.\n")
 
 
@@ -189,9 +197,12 @@ def test_strings_of_pyarrow_are_refused_with_a_way_out(kit: Kit, tmp_path: Path)
         ("a.jsonl", '{"question": 5, "system_prompt": "b"}\n', "question of row 0 is a int, not text"),
         ("a.jsonl", '{"question": ["a"], "system_prompt": "b"}\n', "question of row 0 is a list, not text"),
         ("a.jsonl", "{", "it cannot be read ("),
-        ("a.jsonl", "", "it has no column question"),
+        ("a.jsonl", "", "it has no row with a question"),
+        ("a.jsonl", "[1]", "row 0 is a list, not an object"),
+        ("a.jsonl", "[" * 200_000, "it cannot be read (RecursionError"),
+        ("a.csv", "question,system_prompt\na,b,c\n", "a row has more fields than the first line has names: 'a'…"),
         ("a.csv", "question,system_prompt\n", "it has no row with a question"),
-        ("a.csv", "", "it cannot be read ("),
+        ("a.csv", "", "it has no column question and no column system_prompt, only nothing"),
         ("a.parquet", "nothing of the kind", "it cannot be read ("),
         ("a.pkl.gz", "nothing of the kind", "it cannot be read ("),
         ("a.txt", "question", "its name ends with none of .jsonl, .csv, .parquet, .pkl, .pkl.gz"),
@@ -340,6 +351,17 @@ def test_vllm_serves_it_with_the_right_answers_through_the_gateway(dynamic: tupl
     assert "CompressedTensorsW8A8Fp8" in log.read_text()
 
 
+# As a download that was cut off leaves it.
+_WITHOUT_A_LAYER = """
+import sys
+from safetensors import safe_open
+from safetensors.torch import save_file
+with safe_open(sys.argv[1], "pt") as file:
+    kept = {name: file.get_tensor(name) for name in file.keys() if ".layers.1." not in name}
+save_file(kept, sys.argv[1], metadata={"format": "pt"})
+"""
+
+
 def test_what_cannot_be_quantized_is_said_and_nothing_is_left(
     kit: Kit, dynamic: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -360,7 +382,16 @@ def test_what_cannot_be_quantized_is_said_and_nothing_is_left(
     assert done.returncode == 1
     assert f"vllm-gateway: {tmp_path / 'broken'} cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.csv", "broken", "odd"]
+    shutil.copytree(kit.model, tmp_path / "partly")
+    assert kit.run("-c", _WITHOUT_A_LAYER, tmp_path / "partly" / "model.safetensors").returncode == 0
+    done = quantize(tmp_path / "partly", tmp_path / "made")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'partly'} lacks 9 of its weights, model.layers.1." in done.stderr
+    done = quantize(kit.model, tmp_path / "bad.csv" / "made")
+    assert done.returncode == 1
+    assert "Quantizing" not in done.stdout
+    assert f"{tmp_path / 'bad.csv' / 'made'} cannot be written: File exists." in done.stderr
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.csv", "broken", "odd", "partly"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -89,14 +89,14 @@ def test_a_key_in_extra_args_is_not_logged(container: Container) -> None:
 def test_one_word_turns_fp8_on(container: Container, word: str) -> None:
     done = container.serve(**MODEL, IF_FP8_QUANTIZATION=word, LLM_DEVICE="cpu", EXTRA_ARGS="--kv-cache-dtype fp8_e4m3")
     assert done.stdout == f"{START} --kv-cache-dtype fp8_e5m2 --kv-cache-dtype fp8_e4m3\n"
-    assert f"no checkpoint in FP8 at {container.data}/fp8/Name, so that only the cache is in FP8" in done.stderr
+    assert f"no checkpoint in FP8 at {container.data}/fp8/Org--Name, so that only the cache is in FP8" in done.stderr
     assert container.serve(**MODEL, IF_FP8_QUANTIZATION="false").stdout == f"{START}\n"
 
 
 @pytest.mark.parametrize(("device", "options"), [("cpu", ""), ("cuda", " --kv-cache-dtype fp8")])
 def test_a_prepared_checkpoint_is_served_under_its_models_name(container: Container, device: str, options: str) -> None:
-    container.file("fp8/Name/config.json")
-    at = f"serve {container.data}/fp8/Name --host 0.0.0.0 --port 8008"
+    container.file("fp8/Org--Name/config.json")
+    at = f"serve {container.data}/fp8/Org--Name --host 0.0.0.0 --port 8008"
     done = container.serve(**FP8, LLM_DEVICE=device)
     assert done.stdout == f"{at} --served-model-name Org/Name{options}\n"
     named = container.serve(**FP8, LLM_DEVICE=device, SERVED_MODEL_NAME="name")
@@ -118,25 +118,43 @@ def test_gaudi_goes_by_the_scales_of_a_calibration(container: Container) -> None
 
 @pytest.mark.parametrize(("dynamic", "served"), [(True, True), (False, False)])
 def test_a_calibrated_checkpoint_is_for_gpus(container: Container, dynamic: bool, served: bool) -> None:
-    container.file("fp8/Name/config.json")
+    container.file("fp8/Org--Name/config.json")
     groups = {"group_0": {"weights": {"dynamic": False}, "input_activations": {"dynamic": dynamic}}}
     config = {"quantization_config": {"config_groups": groups}}
-    (container.data / "fp8/Name/config.json").write_text(json.dumps(config))
+    (container.data / "fp8/Org--Name/config.json").write_text(json.dumps(config))
     done = container.serve(**FP8, LLM_DEVICE="cpu")
     assert (done.returncode == 0) is served
     assert ("was calibrated on a dataset (static FP8), which only GPUs serve" in done.stderr) is not served
     assert container.serve(**FP8, LLM_DEVICE="cuda").returncode == 0
 
 
+def test_a_checkpoint_is_its_own_models_alone(container: Container) -> None:
+    container.file("fp8/Other--Name/config.json")
+    container.file("fp8/Org--Name@v1/config.json")
+    assert container.serve(**FP8, LLM_DEVICE="cuda").stdout.startswith(f"{START} ")
+    at = f"serve {container.data}/fp8/Org--Name@v1 "
+    assert container.serve(**FP8, LLM_DEVICE="cuda", LLM_VLLM_MODEL_REVISION="v1").stdout.startswith(at)
+    done = container.run("quantize", **MODEL, LLM_VLLM_MODEL_REVISION="v1")
+    assert done.stderr.startswith(
+        "vllm-gateway: Org/Name is quantized already: to do it anew, remove fp8/Org--Name@v1 in"
+    )
+
+
+def test_another_word_than_yes_and_no_is_refused(container: Container) -> None:
+    done = container.serve(**MODEL, IF_FP8_QUANTIZATION="enabled")
+    assert done.stderr == "vllm-gateway: IF_FP8_QUANTIZATION must be true or false, but it is 'enabled'.\n"
+    assert "--kv-cache-dtype" in container.serve(**MODEL, IF_FP8_QUANTIZATION="Yes", LLM_DEVICE="cpu").stdout
+
+
 def test_quantizing_is_told_what_the_settings_say(container: Container) -> None:
     done = container.run("quantize", **MODEL, LLM_DEVICE="cpu", HUGGING_FACE_HUB_TOKEN="token", VLLM_TP_SIZE="2")
-    script, made = container.data.parent / "gateway/quantize.py", container.data / "fp8/Name"
+    script, made = container.data.parent / "gateway/quantize.py", container.data / "fp8/Org--Name"
     assert done.stdout == f"token None {script} Org/Name {made}\n"
     container.file("d.csv")
     settings = {"FP8_DATASET_PATH": str(container.data / "d.csv"), "LLM_VLLM_MODEL_REVISION": "v2"}
     done = container.run("quantize", **MODEL, **settings)
     options = f"--dataset {container.data}/d.csv --samples 512 --length 2048 --revision v2"
-    assert done.stdout == f"None None {script} Org/Name {made} {options}\n"
+    assert done.stdout == f"None None {script} Org/Name {made}@v2 {options}\n"
     done = container.run("quantize", **MODEL, **settings, FP8_DATASET_SAMPLES="5", FP8_DATASET_LENGTH="64")
     assert "--samples 5 --length 64" in done.stdout
 
@@ -150,6 +168,8 @@ def test_quantizing_is_told_what_the_settings_say(container: Container) -> None:
             "There is no dataset /data/none.csv: put the file into the data",
         ),
         ({**MODEL, "LLM_DEVICE": "hpu"}, "Gaudi's FP8 is calibrated: set FP8_DATASET_PATH"),
+        ({**MODEL, "FP8_DATASET_SAMPLES": "0"}, "FP8_DATASET_SAMPLES must be a whole number, 1 or more, but it is '0'"),
+        ({**MODEL, "FP8_DATASET_PATH": __file__, "FP8_DATASET_LENGTH": "-1"}, "FP8_DATASET_LENGTH must be a whole"),
     ],
 )
 def test_quantizing_says_why_it_cannot_start(container: Container, environ: dict[str, str], message: str) -> None:
@@ -209,6 +229,12 @@ def test_gaudis_batches_and_experts_can_be_set(gaudi: Gaudi) -> None:
 def test_a_calibration_that_fails_is_told(gaudi: Gaudi) -> None:
     with pytest.raises(vllmargs.Wrong, match="Nothing was calibrated; what was in the way stands above"):
         gaudi.quantize(FAIL="1")
+    # What the scripts left is not taken for the scales.
+    assert (gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json").exists()
+    with pytest.raises(vllmargs.Wrong, match="did not end well: calibrate again"):
+        start._scales("Org/Mixtral-8x7B", gaudi.data)
+    gaudi.quantize()
+    assert start._scales("Org/Mixtral-8x7B", gaudi.data).exists()
     (gaudi.data.parent / "dataset.py").write_text("import sys; sys.exit(1)")
     gaudi.said.unlink()
     with pytest.raises(vllmargs.Wrong, match="Nothing was calibrated"):
@@ -224,7 +250,8 @@ def test_a_calibration_that_fails_is_told(gaudi: Gaudi) -> None:
         ("Llama-3.1-8B", "llama", None),
         ("mine", "mixtral", "kind mixtral, .* must begin with mixtral: rename it"),
         ("r1", "deepseek_v3", "must begin with deepseek"),
-        ("DeepSeek-R1-Distill-Llama-8B", "llama", "kind llama, .* must not begin with deepseek"),
+        ("DeepSeek-R1-Distill-Llama-8B", "llama", "kind llama, .* must be without deepseek"),
+        ("my-deepseek-distill", "llama", "must be without deepseek"),
     ],
 )
 def test_what_fp8_leaves_out_is_not_missed_for_a_folders_name(

@@ -201,9 +201,7 @@ def test_gaudis_calibration_takes_its_data_where_serving_does() -> None:
 
 def test_gaudis_calibration_is_by_pinned_scripts_or_by_ones_own() -> None:
     def scripts(**environ: str) -> str:
-        return str(
-            rendered(ROOT, *FP8, **environ)["services"]["quantize"]["build"]["additional_contexts"]["calibration"]
-        )
+        return str(rendered(ROOT, *FP8, **environ)["services"]["quantize"]["build"]["context"])
 
     assert re.fullmatch(r"https://github\.com/vllm-project/vllm-gaudi\.git#[0-9a-f]{40}", scripts())
     assert scripts(VLLM_GAUDI_SOURCE="/mine") == "/mine"

@@ -220,3 +220,18 @@ def test_down_from_another_folder_leaves_nothing(stack: dict[str, str]) -> None:
     for kind in (["ps", "--all"], ["network", "ls"], ["volume", "ls"]):
         assert run("docker", *kind, "--quiet", "--filter", ours) == ""
     assert (Path(stack["LLM_VLLM_DATA_DIR"]) / "demo-model" / "config.json").exists()
+
+
+def test_down_takes_what_a_profile_has_started(settings: dict[str, str]) -> None:
+    run(
+        "docker",
+        "compose",
+        *UP[:2],
+        "create",
+        "--no-recreate",
+        "quantize",
+        given=settings | {"COMPOSE_PROFILES": "quantize"},
+    )
+    run("docker", "compose", "--profile", "*", "down")
+    ours = "label=com.docker.compose.project=vllm-gateway"
+    assert run("docker", "ps", "--all", "--quiet", "--filter", ours) == ""
