@@ -99,8 +99,8 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
             f"{checkpoint} was calibrated on a dataset (static FP8), which only GPUs serve: "
             "remove it, and quantize again with FP8_DATASET_PATH unset."
         )
-    name = environ.get("SERVED_MODEL_NAME") or model
-    return str(checkpoint), ["--served-model-name", name, *options]
+    named = [] if environ.get("SERVED_MODEL_NAME") else ["--served-model-name", model]
+    return str(checkpoint), named + options
 
 
 def _checkpoint(model: str, environ: Mapping[str, str], data: Path) -> Path:
