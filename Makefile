@@ -30,7 +30,7 @@ test-soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak --seconds 60
 
 test-fp8: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/fp8.py
+	$(BIN)/python -m pytest tests/fp8/datasets.py tests/fp8/checkpoints.py
 
 test-docker: $(VENV)/.installed-dev
 	shellcheck run_vllm.sh

@@ -120,10 +120,16 @@ def _count(environ: Mapping[str, str], name: str, default: str) -> str:
 
 def _is_static(checkpoint: Path) -> bool:
     """Whether what flows through the layers is scaled by fixed numbers."""
-    groups = (
-        json.loads((checkpoint / "config.json").read_text()).get("quantization_config", {}).get("config_groups", {})
-    )
-    return any((group.get("input_activations") or {}).get("dynamic") is False for group in groups.values())
+    try:
+        config = json.loads((checkpoint / "config.json").read_text())
+    except ValueError as error:
+        raise vllmargs.Wrong(f"{checkpoint}/config.json is no JSON ({error}): quantize again.") from None
+    try:
+        groups = config["quantization_config"]["config_groups"].values()
+        return any(group["input_activations"]["dynamic"] is False for group in groups)
+    # Another tool's checkpoint says it in other words.
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def _scales(model: str, data: Path) -> Path:

@@ -128,6 +128,22 @@ def test_a_calibrated_checkpoint_is_for_gpus(container: Container, dynamic: bool
     assert container.serve(**FP8, LLM_DEVICE="cuda").returncode == 0
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"quantization_config": null}', '{"quantization_config": {"config_groups": []}}']
+)
+def test_a_checkpoint_of_another_kind_is_vllms_to_judge_and_a_broken_one_is_told(
+    container: Container, text: str
+) -> None:
+    container.file("fp8/Org--Name/config.json")
+    (container.data / "fp8/Org--Name/config.json").write_text(text)
+    done = container.serve(**FP8, LLM_DEVICE="cpu")
+    assert "Traceback" not in done.stderr
+    if text == "{":
+        assert f"{container.data}/fp8/Org--Name/config.json is no JSON" in done.stderr
+    else:
+        assert done.stdout.startswith(f"serve {container.data}/fp8/Org--Name ")
+
+
 def test_a_checkpoint_is_its_own_models_alone(container: Container) -> None:
     container.file("fp8/Other--Name/config.json")
     container.file("fp8/Org--Name@v1/config.json")

@@ -153,15 +153,21 @@ def test_a_model_server_that_dies_is_told_of_and_comes_back(stack: dict[str, str
     assert json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))["text"]
 
 
+def log_once_it_answers() -> str:
+    """The model server's, after an answer that is right."""
+    eventually(serves, 30)
+    answer = json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))
+    assert answer["text"].startswith("Deep learning is a branch of machine learning")
+    done = subprocess.run(["docker", "logs", MODEL_SERVER], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout + done.stderr
+
+
 def test_one_word_turns_the_cache_to_fp8(stack: dict[str, str]) -> None:
     given = stack | {"IF_FP8_QUANTIZATION": "true"}
     run("docker", "compose", *UP, "--wait", "--wait-timeout", "200", given=given)
-    eventually(serves, 30)
-    log = subprocess.run(["docker", "logs", MODEL_SERVER], capture_output=True, text=True, check=True, timeout=60)
-    assert "/data/fp8/demo-model, so that only the cache is in FP8" in log.stderr
-    assert "Using fp8_e5m2 data type to store kv cache" in log.stdout + log.stderr
-    answer = json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))
-    assert answer["text"].startswith("Deep learning is a branch of machine learning")
+    log = log_once_it_answers()
+    assert "/data/fp8/demo-model, so that only the cache is in FP8" in log
+    assert "Using fp8_e5m2 data type to store kv cache" in log
 
 
 def test_a_checkpoint_in_fp8_is_made_and_then_served(stack: dict[str, str]) -> None:
@@ -171,12 +177,9 @@ def test_a_checkpoint_in_fp8_is_made_and_then_served(stack: dict[str, str]) -> N
     made = Path(stack["LLM_VLLM_DATA_DIR"]) / "fp8" / "demo-model"
     assert made.stat().st_uid == 1000
     run("docker", "compose", *UP, "--force-recreate", "--wait", "--wait-timeout", "200", MODEL_SERVER, given=given)
-    eventually(serves, 30)
-    log = subprocess.run(["docker", "logs", MODEL_SERVER], capture_output=True, text=True, check=True, timeout=60)
-    assert "Starting: vllm serve /data/fp8/demo-model" in log.stderr
-    assert "CompressedTensorsW8A8Fp8" in log.stdout + log.stderr
-    answer = json.loads(run("bash", "-c", f"curl -sS {REQUESTS[0][4:]}"))
-    assert answer["text"].startswith("Deep learning is a branch of machine learning")
+    log = log_once_it_answers()
+    assert "Starting: vllm serve /data/fp8/demo-model" in log
+    assert "CompressedTensorsW8A8Fp8" in log
 
 
 def test_what_the_dashboard_draws_is_what_the_two_tell_of_themselves(stack: dict[str, str]) -> None:
