@@ -11,6 +11,7 @@ A request of this form, with what the systems it comes from really accept:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -31,6 +32,9 @@ _STREAMING = ("streaming", "stream")
 
 # vLLM counts tokens in 32 bits; what fits there is for the model's own limit to judge.
 _MOST_TOKENS = 2**31 - 1
+
+# What most requests are made of.
+_USUAL_FIELDS = frozenset({"max_new_tokens", "messages", "model", "streaming", "temperature", "top_p"})
 
 # Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
 _OWN_FIELDS = frozenset(
@@ -83,22 +87,32 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     messages, prompt = _from_object(said) if isinstance(said := body.get("messages"), dict) else _messages(body)
     if system_role == "merge":
         messages = _merged(messages)
-    streaming = _streaming(body) and not whole
+    others: Json | None = None
+    guardrail = data = None
+    if not body.keys() <= _USUAL_FIELDS:  # most have no more, and need no more looks
+        others = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
+        guardrail, data = body.get("output_guardrail_params"), body.get("data")
+        if data is not None and not isinstance(data, dict):
+            raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
+        if body.get("stream_style") is not None:
+            style = _style(body["stream_style"])
+        body = {**body, _MAX_TOKENS[0]: _one_of(body, _MAX_TOKENS, _max_tokens)}
+        body[_STREAMING[0]] = _one_of(body, _STREAMING, _streaming)
+    model, tokens, streaming = body.get("model"), body.get("max_new_tokens"), body.get("streaming")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest(f"model must be a string, but it is {kind_of(model)}.", param="model")
+    streaming = (streaming is None or _streaming(streaming, "streaming")) and not whole
     chat = {
         "messages": messages,
-        "max_tokens": _max_tokens(body),
+        "max_tokens": MAX_NEW_TOKENS if tokens is None else _max_tokens(tokens, "max_new_tokens"),
         "temperature": TEMPERATURE if body.get("temperature") is None else _temperature(body["temperature"]),
         "top_p": TOP_P if body.get("top_p") is None else _top_p(body["top_p"]),
         "stream": streaming,
     }
-    if not body.keys() <= _OWN_FIELDS:
-        others = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
+    if others:
         if not streaming:
             others.pop("stream_options", None)
         chat |= others
-    guardrail, data = body.get("output_guardrail_params"), body.get("data")
-    if data is not None and not isinstance(data, dict):
-        raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
     echoed = {
         "prompt": prompt,
         "streaming": streaming,
@@ -108,9 +122,7 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     }
     if (guardrail or data) and not _can_be_written(echoed):
         raise _too_deep(echoed)  # while it can still be refused
-    if body.get("stream_style") is not None:
-        style = _style(body["stream_style"])
-    return Simplified(chat, _model(body.get("model")), streaming, style, echoed)
+    return Simplified(chat, model or None, streaming, style, echoed)
 
 
 def to_chat_call(request: Simplified, model: str) -> bytes:
@@ -241,22 +253,20 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _max_tokens(body: Json) -> int:
-    name, value = _one_of(body, _MAX_TOKENS, MAX_NEW_TOKENS)
+def _max_tokens(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
         raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {_shown(value)}.", param=name)
     return value
 
 
-def _streaming(body: Json) -> bool:
-    name, value = _one_of(body, _STREAMING, True)
+def _streaming(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false, but it is {_shown(value)}.", param=name)
     return value
 
 
-def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
-    """The name and value of a field that goes by several names; they may not contradict each other."""
+def _one_of(body: Json, names: tuple[str, ...], check: Callable[[Any, str], Any]) -> Any:
+    """The checked value of a field that goes by several names; they may not contradict each other."""
     first, said = names[0], None
     for name in names:
         value = body.get(name)
@@ -269,7 +279,7 @@ def _one_of(body: Json, names: tuple[str, ...], default: Any) -> tuple[str, Any]
                 f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
                 param=first,
             )
-    return first, default if said is None else said
+    return None if said is None else check(said, first)
 
 
 def _temperature(value: Any) -> float:
@@ -289,12 +299,6 @@ def _style(value: Any) -> Style:
         allowed = " or ".join(map(repr, get_args(Style)))
         raise BadRequest(f"stream_style must be {allowed}, but it is {_shown(value)}.", param="stream_style")
     return cast(Style, value)
-
-
-def _model(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise BadRequest(f"model must be a string, but it is {kind_of(value)}.", param="model")
-    return value or None
 
 
 def kind_of(value: Any) -> str:
