@@ -12,15 +12,18 @@ from typing import TypedDict
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from gateway import endpoints
 from gateway.config import Settings
-from gateway.exchange import ROUTES, DataPath, Drain, Exchange, Limits
+from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.health import Prober
 from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
 from gateway.metrics import Metrics
+from gateway.openapi import describe
+from gateway.routes import ROUTES
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
@@ -90,6 +93,7 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
 
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
+    relayed = [route for route in ROUTES if route.name in settings.routes]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -106,6 +110,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         ended = Ended(metrics, request_log)
         data_path = DataPath(
+            routes={(one.method.encode(), one.path.encode()): one for one in relayed if "{" not in one.path},
             pool=pool,
             transport=connections,
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
@@ -146,10 +151,11 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
 
     app = Starlette(
         routes=[
-            *(Route(route.path, endpoints.Relay(route), methods=[route.method]) for route in ROUTES),
+            *(Route(one.path, endpoints.Relay(one), methods=[one.method]) for one in relayed),
             Route("/health", endpoints.health, methods=["GET"]),
             Route("/v1/health_check", endpoints.health_check, methods=["GET"]),
             Route("/metrics", endpoints.metrics, methods=["GET"]),
+            Route("/openapi.json", JSONResponse(describe(relayed)), methods=["GET"]),
         ],
         middleware=[Middleware(endpoints.Outermost)],
         exception_handlers={HTTPException: endpoints.refused},

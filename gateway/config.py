@@ -14,6 +14,8 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.routes import NAMES
+
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
 _KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")
 
@@ -96,6 +98,9 @@ class Settings(_EnvironmentSettings):
     stream_style: Literal["openai", "repr"] = Field(
         "openai", description="How simplified streams look; a request may say its own `stream_style`."
     )
+    routes: Annotated[tuple[str, ...], NoDecode] = Field(
+        NAMES, description="Calls that are relayed, separated by commas; any other path does not exist."
+    )
     disable_streaming: bool = Field(
         False,
         validation_alias=AliasChoices("GATEWAY_DISABLE_STREAMING", "LLM_DISABLE_STREAMING"),
@@ -142,9 +147,9 @@ class Settings(_EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
-    @field_validator("upstreams", mode="before")
+    @field_validator("upstreams", "routes", mode="before")
     @classmethod
-    def _split_upstreams(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
 
     @field_validator("upstreams")
@@ -154,6 +159,13 @@ class Settings(_EnvironmentSettings):
         if len(set(urls)) != len(urls):
             raise ValueError("each URL once")
         return urls
+
+    @field_validator("routes")
+    @classmethod
+    def _check_routes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(value) <= set(NAMES):
+            raise ValueError(f"some of {', '.join(NAMES)}, separated by commas")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -15,8 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.exchange import FAILED, ROUTES, Exchange, Route, new_request_id
+from gateway.exchange import FAILED, Exchange, new_request_id
 from gateway.headers import AnswerHead, RequestHead
+from gateway.routes import RESPONSE_ID, Route
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +25,6 @@ _log = logging.getLogger(__name__)
 _HIGH_WATER = 64 * 1024
 _LOW_WATER = 16 * 1024
 
-# Starlette answers HEAD wherever it answers GET; the exchange asks upstream by GET, the server drops the body.
-_DATA_PATH = {(route.method, route.path) for route in ROUTES}
-_DATA_PATH |= {("HEAD", path) for method, path in _DATA_PATH if method == "GET"}
 # Asked again and again by machines: a line for each would hide the others.
 _QUIET = frozenset({"/health", "/metrics", "/v1/health_check"})
 
@@ -39,10 +37,15 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, until its answer is written or its client has gone."""
+        if not all(map(RESPONSE_ID.fullmatch, scope["path_params"].values())):
+            raise HTTPException(404)
+        scope["relayed"] = True
         client = _AsgiClient()
-        path = scope["state"]["data_path"]
-        head = RequestHead(list(scope["headers"]))  # the server may yet add trailers to its own
-        exchange = client.exchange = Exchange(path, client, self._route, scope["query_string"], head)
+        path, head = scope["state"]["data_path"], scope["head"]
+        # Starlette answers HEAD wherever it answers GET; the exchange asks by GET, the server drops the body.
+        query = scope["query_string"].decode("latin-1")
+        target = f"{scope['path']}?{query}" if query else scope["path"]
+        exchange = client.exchange = Exchange(path, client, self._route, target, head)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)
@@ -131,23 +134,25 @@ class _AsgiClient:
 
 
 class Outermost:
-    """Every request but the data path's: its id, its log line, its count, and an answer if its handler fails."""
+    """Each request's id; of those that are not relayed, the log line and the count; an answer if a handler fails."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) in _DATA_PATH:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = RequestHead(scope["headers"]).request_id or new_request_id()
+        head = scope["head"] = RequestHead(list(scope["headers"]))  # the server may yet add trailers to its own
+        request_id = scope["request_id"] = head.request_id = head.request_id or new_request_id()
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if "relayed" not in scope:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
@@ -155,8 +160,11 @@ class Outermost:
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
             error = GatewayError(FAILED)
+            scope.pop("relayed", None)
             if status == 0:
                 await to_response(error, request_id)(scope, receive, send_with_id)
+        if "relayed" in scope:
+            return
         state = scope["state"]
         route = scope["path"] if status != 404 else "unknown"
         state["metrics"].other(route, status)

@@ -6,6 +6,8 @@ from typing import Literal
 
 import orjson
 
+from gateway.sse import Ends
+
 Style = Literal["openai", "repr"]
 
 
@@ -27,26 +29,51 @@ class GatewayError(Exception):
         self.message = message
         self.param = param
 
-    def envelope(self, request_id: str) -> bytes:
-        """OpenAI's error object, with the request id inside, as clients' error classes show that object."""
-        return orjson.dumps(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "param": self.param,
-                    "code": self.code,
-                    "request_id": request_id,
-                }
-            }
-        )
+    def envelope(self, request_id: str, ends: Ends = "done") -> bytes:
+        """OpenAI's error object, with the request id inside, as clients' error classes show that object.
 
-    def event(self, request_id: str) -> bytes:
-        """The error as a server-sent event and the end of the stream.
-
-        Both of today's styles end alike, as vLLM itself does: the envelope, then `[DONE]`.
+        Anthropic's, where that is spoken, is the same but for one field more and other words for the type.
         """
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+            "request_id": request_id,
+        }
+        if ends == "messages":
+            error["type"] = _ANTHROPIC_TYPES.get(self.status, self.type)
+            return orjson.dumps({"type": "error", "error": error, "request_id": request_id})
+        return orjson.dumps({"error": error})
+
+    def event(self, request_id: str, ends: Ends = "done", number: int = 0) -> bytes:
+        """The error as a server-sent event, and the end of the stream, as vLLM itself does both.
+
+        `number` is the event's own, where events have numbers.
+        """
+        if ends == "messages":
+            return b"event: error\ndata: " + self.envelope(request_id, ends) + b"\n\n"
+        if ends == "responses":
+            error = {
+                "type": "error",
+                "code": self.code,
+                "message": self.message,
+                "param": self.param,
+                "sequence_number": number,
+                "request_id": request_id,
+            }
+            return b"event: error\ndata: " + orjson.dumps(error) + b"\n\n"
         return b"data: " + self.envelope(request_id) + b"\n\ndata: [DONE]\n\n"
+
+
+# docs.anthropic.com, "Errors".
+_ANTHROPIC_TYPES = {
+    413: "request_too_large",
+    500: "api_error",
+    502: "api_error",
+    503: "api_error",
+    504: "timeout_error",
+}
 
 
 class BadRequest(GatewayError):

@@ -33,12 +33,15 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.headers import AnswerHead, RequestHead
+from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.usage import usage_in, usage_text
 from gateway.waiting import Waiting
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
 HELD_EVENT = 64 * 1024
+# What is kept of one that is larger: its first line names it.
+_EVENT_NAME = 64
 # A whole answer that has to be rewritten is collected up to this size.
 COLLECTED = 64 * 1024 * 1024
 # The slowest that a body may come, in bytes a second, past its time limit.
@@ -130,10 +133,12 @@ class Drain:
 class DataPath:
     """What all exchanges of one gateway share.
 
-    `time` gives monotonic seconds. `finished` is called with each exchange at its end. `in_flight`
-    holds those that have begun and not ended. `authorization` is the upstreams' key, as a header's value.
+    `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds. `finished`
+    is called with each exchange at its end. `in_flight` holds those that have begun and not ended.
+    `authorization` is the upstreams' key, as a header's value.
     """
 
+    routes: dict[tuple[bytes, bytes], Route]
     pool: UpstreamPool
     transport: Transport
     time: Callable[[], float]
@@ -157,22 +162,6 @@ class DataPath:
         if now >= self.drain.ends_at:
             return [*self.waiting, *self.in_flight]  # those first, lest they take the places of the others
         return [exchange for exchange in self.in_flight if exchange.due <= now]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A path that is relayed."""
-
-    method: str
-    path: str
-    endpoint: Literal["chat", "completions", "models"]
-
-
-ROUTES = (
-    Route("POST", "/v1/chat/completions", "chat"),
-    Route("POST", "/v1/completions", "completions"),
-    Route("GET", "/v1/models", "models"),
-)
 
 
 # An exchange's state. No Enum: its members cost as much to look up as a call.
@@ -215,6 +204,7 @@ class Exchange:
         "_connection",
         "_content",
         "_cut_event",
+        "_cut_head",
         "_head",
         "_held",
         "_last",
@@ -223,7 +213,6 @@ class Exchange:
         "_path",
         "_paused",
         "_pieces",
-        "_query",
         "_refusal",
         "_repr",
         "_request",
@@ -233,6 +222,7 @@ class Exchange:
         "_sse",
         "_started",
         "_state",
+        "_target",
         "_usage",
         "_usage_text",
         "_way",
@@ -256,7 +246,7 @@ class Exchange:
         "upstream_ended_at",
     )
 
-    def __init__(self, path: DataPath, client: Client, route: Route, query: bytes, head: RequestHead) -> None:
+    def __init__(self, path: DataPath, client: Client, route: Route, target: str, head: RequestHead) -> None:
         started_at = path.time()
         self.route = route
         self.request_id = head.request_id or new_request_id()
@@ -277,7 +267,7 @@ class Exchange:
         self.due = started_at
         self._path = path
         self._client = client
-        self._query = query
+        self._target = target
         self._request = head
         self._head: AnswerHead | None = None
         self._length: bytes | None = None
@@ -297,6 +287,7 @@ class Exchange:
         self._repr: simplified.ReprStream | None = None
         self._held = b""
         self._cut_event = False
+        self._cut_head = b""
         self._last = b""
         self._before_last = b""
         self._begun_at = started_at  # upstream
@@ -397,11 +388,11 @@ class Exchange:
 
     def _to_upstream_body(self, content: bytes | memoryview) -> bytes | memoryview:
         """What goes to the upstream: the bytes that came, or, for the simplified form, a chat call."""
-        endpoint = self.route.endpoint
-        if endpoint == "models":
+        kind = self.route.body
+        if kind == "none":
             return b""
         body = to_object(content)
-        if endpoint == "chat":
+        if kind == "chat":
             if simplified.is_simplified(body):
                 return self._from_simplified(body)
             if not isinstance(body.get("messages"), list):
@@ -476,9 +467,8 @@ class Exchange:
         """The whole request as it goes out."""
         route, upstream, content, request = self.route, self.upstream, self._content, self._request
         assert upstream is not None
-        query = "?" + self._query.decode("latin-1") if self._query else ""
         head = (
-            f"{route.method} {upstream.prefix}{route.path}{query} HTTP/1.1\r\n"
+            f"{route.method} {upstream.prefix}{self._target} HTTP/1.1\r\n"
             f"host: {upstream.authority}\r\nx-request-id: {self.request_id}\r\n"
         )
         if route.method == "POST":
@@ -602,14 +592,18 @@ class Exchange:
         connection, self._connection = self._connection, None
         self.upstream_ended_at = self._path.time()
         if connection is not None:
-            if self._lacks_done():
+            if self._lacks_end():
                 connection.discard()  # who broke off in the middle is not to be trusted with more
             else:
                 connection.release()
         self._complete()
 
-    def _lacks_done(self) -> bool:
-        return self._sse and self.status == 200 and not sse.has_done(self._before_last + self._last + self._held)
+    def _lacks_end(self) -> bool:
+        return self._sse and self.status == 200 and not self._has_end(self._before_last + self._last + self._held)
+
+    def _has_end(self, tail: bytes) -> bool:
+        """Whether the stream's end is in its last bytes; an end that is too large to be held began before them."""
+        return sse.has_end(self._cut_head + tail, self.route.ends)
 
     def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
         """The whole answer is there, at once."""
@@ -659,6 +653,8 @@ class Exchange:
             self._held = b""
         end = sse.end_of_last_event(data)
         if len(data) - end > HELD_EVENT:
+            if end or not self._cut_event:
+                self._cut_head = data[end : end + _EVENT_NAME]
             self._cut_event = True
             return data
         self._held = data[end:]
@@ -686,14 +682,15 @@ class Exchange:
             return
         failed = self.status >= 500
         if self._sse:
-            if self._held and (self.status != 200 or sse.has_done(self._held)):
+            if self._held and (self.status != 200 or self._has_end(self._held)):
                 # The last event lacks its blank line, but nothing else.
                 self._way = _RELAYED
                 self.upstream_body(self._held if self._repr is None else self._held + b"\n\n")
             end = self._before_last + self._last
-            if self._lacks_done():
-                self._upstream_failed(UpstreamBroken("The model server ended its stream without [DONE]."))
-            failed = failed or b'data: {"error"' in end
+            if self._lacks_end():
+                end_name = sse.END_NAMES[self.route.ends]
+                self._upstream_failed(UpstreamBroken(f"The model server ended its stream without {end_name}."))
+            failed = failed or sse.has_error(end)
         if self._state is _ENDED:  # the client has left while it was written to, or what it got was an error
             return
         client = self._client
@@ -825,16 +822,17 @@ class Exchange:
         self._drop_connection()
         client = self._client
         if not self._started:
-            content = error.envelope(self.request_id)
+            content = error.envelope(self.request_id, self.route.ends)
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
             client.whole(AnswerHead(error.status, [_JSON, *error.headers]), content, self.request_id)
         elif self._sse and not self._cut_event:
-            done = self.status == 200 and sse.has_done(self._before_last + self._last)  # and so it has all of it
+            tail = self._before_last + self._last
+            done = self.status == 200 and self._has_end(tail)  # and so it has all of it
             self._finish(error.outcome)
             if not done:
-                client.body(error.event(self.request_id))
+                client.body(error.event(self.request_id, self.route.ends, sse.next_sequence_number(tail)))
             client.end()
         else:
             self._finish(error.outcome)

@@ -14,14 +14,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.errors import GatewayError
-from gateway.exchange import FAILED, ROUTES, Exchange, Route
+from gateway.exchange import FAILED, Exchange
 from gateway.headers import AnswerHead, RequestHead, SameHead, lines
 from gateway.protocol import Protocol
+from gateway.routes import Route
 
 _log = logging.getLogger(__name__)
-
-# A target with a query, or in another spelling, goes the long way.
-_ROUTES = {(route.method.encode(), route.path.encode()): route for route in ROUTES}
 
 
 class Shortcut(Protocol):
@@ -90,7 +88,7 @@ class Shortcut(Protocol):
 
     def _begin(self, head: RequestHead, route: Route) -> Exchange:
         path = self.app_state["data_path"]
-        exchange = self._exchange = Exchange(path, self, route, b"", head)
+        exchange = self._exchange = Exchange(path, self, route, route.path, head)
         self.cycle = self
         self.keep_alive = not path.drain.began
         self.response_started = self.response_complete = False
@@ -108,7 +106,8 @@ class Shortcut(Protocol):
 
     def on_headers_complete(self) -> None:
         parser, cycle = self.parser, self.cycle
-        route = _ROUTES.get((parser.get_method(), self.url))
+        # A target with a query, or in another spelling, goes the long way.
+        route = self._path.routes.get((parser.get_method(), self.url))
         if (
             route is None
             or self.expect_100_continue

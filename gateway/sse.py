@@ -8,9 +8,21 @@ not part of the data; several data lines are joined with a line feed.
 from __future__ import annotations
 
 import re
+from typing import Literal
+
+# How a stream ends: by `[DONE]`, as OpenAI's Responses do, or as Anthropic's Messages do.
+Ends = Literal["done", "responses", "messages"]
 
 DONE = b"[DONE]"
-_DONE_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\](?:[\r\n]|$)")
+# Each ends with one of these events; inside JSON a line cannot begin so.
+_END_EVENT = {
+    "done": re.compile(rb"(?:^|[\r\n])data: ?\[DONE\](?:[\r\n]|$)"),
+    "responses": re.compile(rb"(?:^|[\r\n])event: ?(?:response\.(?:completed|failed|incomplete)|error)(?:[\r\n]|$)"),
+    "messages": re.compile(rb"(?:^|[\r\n])event: ?(?:message_stop|error)(?:[\r\n]|$)"),
+}
+END_NAMES = {"done": "[DONE]", "responses": "response.completed", "messages": "message_stop"}
+_ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"|event: ?(?:error|response\.failed)[\r\n])')
+_SEQUENCE = re.compile(rb'"sequence_number": ?(\d{1,9})\b')
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
@@ -28,9 +40,20 @@ def end_of_last_event(data: bytes) -> int:
     return max((at + len(blank) for blank in _BLANK if (at := data.rfind(blank)) >= 0), default=0)
 
 
-def has_done(data: bytes) -> bool:
-    """Whether the event that ends a stream is in `data`; inside JSON a line cannot begin with it."""
-    return _DONE_EVENT.search(data) is not None
+def has_end(data: bytes, ends: Ends) -> bool:
+    """Whether the event that ends a stream is in `data`."""
+    return _END_EVENT[ends].search(data) is not None
+
+
+def has_error(data: bytes) -> bool:
+    """Whether an event that tells of an error is in `data`."""
+    return _ERROR_EVENT.search(data) is not None
+
+
+def next_sequence_number(data: bytes) -> int:
+    """What the event after those in `data` is numbered, as those of Responses are."""
+    found = _SEQUENCE.findall(data)
+    return int(found[-1]) + 1 if found else 0
 
 
 def data_of(event: bytes) -> bytes | None:

@@ -9,12 +9,15 @@ from typing import Any
 
 import orjson
 
-from gateway.exchange import ROUTES, DataPath, Drain, Exchange, Limits, Route
+from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import AnswerHead, Header, RequestHead, answer_head
+from gateway.routes import ROUTES, Route
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
 
-CHAT, COMPLETIONS, MODELS = ROUTES
+_BY_PATH = {route.path: route for route in ROUTES}
+CHAT, COMPLETIONS, MODELS = (_BY_PATH[f"/v1/{path}"] for path in ("chat/completions", "completions", "models"))
+RESPONSES, MESSAGES = _BY_PATH["/v1/responses"], _BY_PATH["/v1/messages"]
 # No limit is a multiple of another, so that none is kept by chance.
 LIMITS = Limits(
     max_body=100_000,
@@ -218,7 +221,7 @@ class Conversation:
         upstreams: int = 1,
         models: tuple[str, ...] = ("demo",),
         route: Route = CHAT,
-        query: bytes = b"",
+        query: str = "",
         headers: tuple[Header, ...] = (),
         limits: Limits = LIMITS,
         most: float = 4,
@@ -244,6 +247,7 @@ class Conversation:
             "authorization": None,
         }
         self.path = DataPath(
+            routes={},
             pool=UpstreamPool(tuple(self.upstreams), most=most, most_each=most_each),
             transport=self.transport,
             time=self.clock.time,
@@ -255,7 +259,7 @@ class Conversation:
             **{**defaults, **settings},
         )
         self.request_head = RequestHead(list(headers))
-        self.exchange = Exchange(self.path, self.client, route, query, self.request_head)
+        self.exchange = Exchange(self.path, self.client, route, route.path + query, self.request_head)
         self._look()
 
     def crowd(self, others: int) -> None:

@@ -17,6 +17,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_api_key", "sk-1", "sk-1"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
+    ("routes", "chat, models", ("chat", "models")),
     ("disable_streaming", "True", True),
     ("system_role", "merge", "merge"),
     ("max_in_flight", "12", 12),

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from gateway import config
-from gateway.exchange import ROUTES
+from gateway.routes import REFUSED, ROUTES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_the_table_of_settings_is_made_from_the_settings() -> None:
@@ -28,9 +29,22 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_every_relayed_path_is_in_the_readme() -> None:
+def test_the_tables_of_paths_are_made_from_the_list_of_routes() -> None:
+    rows = ["| Call | What | `GATEWAY_ROUTES` |", "|---|---|---|"]
+    rows += [f"| `{route.method} {route.path}` | {route.about} | {route.name} |" for route in ROUTES]
+    reasons: dict[str, list[str]] = {}
+    for path, why in REFUSED.items():
+        reasons.setdefault(why, []).append(f"`{path}`")
+    refused = ["| Not relayed | Why |", "|---|---|"]
+    refused += [f"| {', '.join(paths)} | {why} |" for why, paths in reasons.items()]
+    for table in ("\n".join(rows), "\n".join(refused)):
+        assert table in API, f"put this into docs/api.md:\n{table}"
+
+
+def test_every_route_has_an_example() -> None:
     for route in ROUTES:
-        assert f"`{route.method} {route.path}`" in README
+        path = re.escape(route.path).replace(re.escape("{response_id}"), "[^/ ]+")
+        assert re.search(rf"curl [^\n]*http://localhost:9000{path}( |$)", API, re.MULTILINE), route.path
 
 
 def test_every_promise_names_a_test_that_there_is() -> None:

@@ -394,7 +394,7 @@ def test_an_answer_too_large_to_be_rewritten_is_a_502(monkeypatch: pytest.Monkey
 def test_the_request_head_says_what_the_upstream_may_know() -> None:
     talk = sent_off(
         OPENAI_WHOLE,
-        query=b"a=1&b=%20",
+        query="?a=1&b=%20",
         authorization="Bearer ours",
         headers=(
             (b"host", b"gateway.example"),
@@ -1196,7 +1196,7 @@ def test_the_first_that_came_is_the_first_that_goes() -> None:
     talk.connect()
     waiting = []
     for _ in range(3):
-        one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+        one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
         one.request(orjson.dumps(OPENAI_WHOLE))
         waiting.append(one)
     assert [one.status for one in waiting] == [0, 0, 429]
@@ -1215,7 +1215,7 @@ def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
     first = talk.exchange.upstream
     other = next(one for one in talk.upstreams if one is not first)
     other.in_flight += 1
-    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert one.upstream is None
     other.in_flight -= 1
@@ -1227,14 +1227,14 @@ def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.M
     talk = busy(max_queue=1)
     looks: list[str | None] = []
     monkeypatch.setattr(talk.path.pool, "choose", lambda model, now: looks.append(model))
-    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert (one.status, len(looks)) == (429, 1)
 
 
 def test_room_for_several_is_for_as_many() -> None:
     talk = busy(upstreams=2, max_queue=3)
-    others = [Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([])) for _ in range(2)]
+    others = [Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(2)]
     for one in others:
         one.request(orjson.dumps(OPENAI_WHOLE))
     talk.crowd(0)
@@ -1247,7 +1247,7 @@ def test_those_that_wait_take_no_places_at_the_drains_end() -> None:
     talk = Conversation(most=1, max_queue=5)
     talk.ask(OPENAI_WHOLE)
     talk.connect()
-    others = [Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([])) for _ in range(5)]
+    others = [Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(5)]
     for one in others:
         one.request(orjson.dumps(OPENAI_WHOLE))
     talk.path.drain.ends_at = talk.clock.now
@@ -1263,7 +1263,7 @@ def test_one_that_another_upstream_could_serve_does_not_wait_behind_one_that_it_
     talk.upstreams[1].models = ("other",)
     talk.crowd(1)
     talk.ask(OPENAI_WHOLE)
-    one = Exchange(talk.path, ClientRecorder(), CHAT, b"", RequestHead([]))
+    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps({**OPENAI_WHOLE, "model": "other"}))
     talk.upstreams[1].in_flight -= 1
     talk.path.waiting.room()

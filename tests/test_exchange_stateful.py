@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.exchange import STALE_WITHIN, Limits, Route
+from gateway.exchange import STALE_WITHIN, Limits
 from gateway.headers import Header
+from gateway.routes import Route
 from tests.fake_vllm import DONE, EVENTS, completion
 from tests.recorders import CHAT, COMPLETIONS, MODELS, TICK, ConnectionRecorder, Conversation
 from tests.recorders import LIMITS as RECORDED

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.sse import DONE, Decoder, data_of, encode, end_of_last_event
+from gateway.sse import (
+    DONE,
+    Decoder,
+    Ends,
+    data_of,
+    encode,
+    end_of_last_event,
+    has_end,
+    has_error,
+    next_sequence_number,
+)
 
 VALUES = st.binary(max_size=6).filter(lambda value: not value.startswith(b" ") and not {10, 13} & set(value))
 DATA_LINES = st.builds(lambda start, value: (start + value, value), st.sampled_from([b"data:", b"data: "]), VALUES)
@@ -127,3 +137,43 @@ def test_an_unfinished_event_past_the_limit_is_refused() -> None:
 
 def test_many_events_in_one_read_may_pass_the_limit_together() -> None:
     assert Decoder(limit=10).feed(encode(b"x") * 50) == [b"x"] * 50
+
+
+@pytest.mark.parametrize(
+    ("ends", "data", "found"),
+    [
+        ("done", b"data: [DONE]\n\n", True),
+        ("done", b"e\r\ndata: [DONE]\n\n\r\n", True),
+        ("done", b'data: {"text":"data: [DONE]"}\n\n', False),
+        ("done", b"event: message_stop\ndata: {}\n\n", False),
+        ("responses", b"event: response.completed\ndata: {}\n\n", True),
+        ("responses", b"event: response.incomplete\r\ndata: {}\r\n\r\n", True),
+        ("responses", b"event:error\ndata: {}\n\n", True),
+        ("responses", b"event: response.in_progress\ndata: {}\n\n", False),
+        ("responses", b'data: {"text":"event: response.completed"}\n\n', False),
+        ("responses", b"data: [DONE]\n\n", False),
+        ("messages", b"event: message_delta\ndata: {}\n\nevent: message_stop\ndata: {}\n\n", True),
+        ("messages", b"event: message_stopped\ndata: {}\n\n", False),
+    ],
+)
+def test_a_streams_end_is_the_event_that_ends_its_kind(ends: Ends, data: bytes, found: bool) -> None:
+    assert has_end(data, ends) is found
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'data: {"error":{}}\n\n', True),
+        (b"20\r\nevent: error\ndata: {}\n\n", True),
+        (b"event: response.failed\ndata: {}\n\n", True),
+        (b"event: response.completed\ndata: {}\n\n", False),
+        (b'data: {"text":"event: error"}\n\n', False),
+    ],
+)
+def test_an_error_in_a_stream_is_seen(data: bytes, found: bool) -> None:
+    assert has_error(data) is found
+
+
+def test_an_event_of_responses_is_numbered_after_the_last() -> None:
+    assert next_sequence_number(b'{"sequence_number":8}\n\ndata: {"sequence_number": 9,"type":"x"}') == 10
+    assert next_sequence_number(b"data: {}\n\n") == 0

@@ -25,7 +25,7 @@ REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":2
         (b"data: [DONE]\n\n", None),
         (b'{"usage":null}', None),
         (b'{"usage":{}}', None),
-        (b'{"usage":{"prompt_tokens":3}}', None),
+        (b'{"usage":{"prompt_tokens":3}}', (3, 0)),
         (b'{"usage":{"completion_tokens":3}}', None),
         (b'{"prompt_tokens":1,"completion_tokens":2}', None),
         (b"{" + REPORTED + b"}", (31, 22)),
@@ -33,6 +33,10 @@ REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":2
         (b'ge":{"prompt_tokens":8,"completion_tokens":9}}\n\ndata: {' + REPORTED + b"}\n\ndata: [DONE]\n\n", (31, 22)),
         (b'{"usage":{"prompt_tokens":8,"completion_tokens":9}}\n\ndata: {' + REPORTED + b"}\n\n", (31, 22)),
         (b'{"usage":{"prompt_tokens":0,"completion_tokens":0,"prompt_tokens_details":null}}', (0, 0)),
+        (
+            b'{"usage":{"input_tokens":17,"input_tokens_details":{"cached_tokens":0},"output_tokens":22},"user":0}',
+            (17, 22),
+        ),
         (b'{"usage":{"prompt_tokens_details":{"cached_tokens":5},"prompt_tokens":7,"completion_tokens":1}}', (7, 1)),
     ],
 )

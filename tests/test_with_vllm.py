@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from gateway.environment import ensure_demo_model, ensure_environment
+from gateway.routes import REFUSED, ROUTES
 from tests.gateway_process import running
 from tests.stack import MODEL, Stack
 from tests.tee import Tee
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.vllm
 
 CHAT = "/v1/chat/completions"
 README = (Path(__file__).parent.parent / "README.md").read_text()
+API = (Path(__file__).parent.parent / "docs/api.md").read_text()
 RAG = "### You are a helpful assistant. Answer from the search results. ### Search results: \n\n"
 DEEP_LEARNING = {"messages": {"system": RAG, "user": "### Question: What is Deep Learning? \n\n"}}
 GREEDY: dict[str, Any] = {
@@ -36,6 +38,8 @@ GREEDY: dict[str, Any] = {
 }
 # Goes on for some thousand tokens, whatever the model thinks of it.
 ENDLESS: dict[str, Any] = {**GREEDY, "ignore_eos": True, "max_tokens": 4000}
+RESPONSE: dict[str, Any] = {"model": MODEL, "input": "What is vLLM?", "temperature": 0, "max_output_tokens": 60}
+MESSAGE: dict[str, Any] = {**GREEDY}
 
 
 @pytest.fixture(params=["shortcut", "app"])
@@ -129,6 +133,16 @@ def test_usage_is_streamed_where_it_is_asked_for(client: httpx.Client) -> None:
         (CHAT, {**GREEDY, "max_tokens": 100_000}),
         ("/v1/completions", {"model": MODEL, "prompt": "What is Deep Learning?", "max_tokens": 32, "temperature": 0}),
         ("/v1/completions", {"model": MODEL, "prompt": "Hello", "max_tokens": 9, "temperature": 0, "stream": True}),
+        (f"{CHAT}/batch", {**GREEDY, "messages": [GREEDY["messages"], GREEDY["messages"]]}),
+        ("/v1/responses", RESPONSE),
+        ("/v1/responses", {**RESPONSE, "stream": True}),
+        ("/v1/messages", MESSAGE),
+        ("/v1/messages", {**MESSAGE, "stream": True}),
+        ("/v1/messages", {**MESSAGE, "model": "nope"}),
+        ("/v1/messages/count_tokens", {"model": MODEL, "messages": MESSAGE["messages"]}),
+        ("/tokenize", {"model": MODEL, "prompt": "What is vLLM?"}),
+        ("/detokenize", {"model": MODEL, "tokens": [90, 91]}),
+        ("/v1/embeddings", {"model": MODEL, "input": "Hi"}),
     ],
 )
 def test_what_vllm_sends_is_what_the_client_gets(stack: Stack, path: str, body: dict[str, Any]) -> None:
@@ -155,6 +169,36 @@ def test_a_greedy_stream_reads_as_vllms_own(stack: Stack) -> None:
 
     assert text_of(ours) == text_of(its)
     assert ours[-1]["choices"][0]["finish_reason"] == its[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("call", [("/v1/responses", RESPONSE), ("/v1/messages", MESSAGE)])
+def test_tokens_of_every_kind_of_stream_are_counted(stack: Stack, call: tuple[str, dict[str, Any]]) -> None:
+    path, body = call
+    with running(stack.vllm_url) as gateway, gateway.client(timeout=60) as client:
+        usage = client.post(path, json=body).json()["usage"]
+        streamed = client.post(path, json={**body, "stream": True})
+        metrics = client.get("/metrics").text
+
+    assert streamed.status_code == 200
+    for kind, field in (("prompt", "input_tokens"), ("completion", "output_tokens")):
+        assert f'gateway_tokens_total{{kind="{kind}"}} {2 * usage[field]:.1f}' in metrics
+    assert 'gateway_outcomes_total{outcome="done"} 2.0' in metrics
+
+
+def test_every_path_of_vllm_is_relayed_or_refused_on_purpose(stack: Stack) -> None:
+    with stack.vllm() as vllm:
+        described = vllm.get("/openapi.json").json()["paths"]
+    # And those that a server has only with another model or option.
+    source = ensure_environment(os.environ).parent.parent / "lib"
+    decorated = re.compile(r'router\.(?:get|post|put|delete|api_route|websocket)\(\s*f?"([^"]+)"')
+    files = list(source.glob("python3*/site-packages/vllm/entrypoints/**/*.py"))
+    written = {path for file in files for path in decorated.findall(file.read_text())}
+    relayed = {route.path for route in ROUTES}
+
+    assert len(written) > 60
+    assert relayed <= written
+    assert sorted((set(described) | written) - relayed - set(REFUSED)) == []
+    assert not relayed & set(REFUSED)
 
 
 def test_models_are_vllms(stack: Stack) -> None:
@@ -277,7 +321,28 @@ def test_the_readmes_requests_get_the_answers_that_it_shows(stack: Stack) -> Non
 
 
 def without_ids_and_version(body: str) -> str:
-    return re.sub(r'"(id|system_fingerprint)": ?"[^"]*"|"created": ?\d+', r'"":0', body)
+    return re.sub(r'"(id|system_fingerprint)": ?"[^"]*"|"created(_at)?": ?\d+', r'"":0', body)
+
+
+def test_the_documents_requests_get_the_answers_that_it_shows(stack: Stack) -> None:
+    document, _ = API.split("## Vectors")  # which another model gives
+    pairs = re.findall(r"```sh\n(.*?)```\n\n```(json|text)\n(.*?)```\n", document, re.DOTALL)
+    pairs = [
+        pair for pair in pairs if "resp_" not in pair[0] and "background" not in pair[0]
+    ]  # of another server's store
+    assert len(pairs) > 12
+
+    for request, kind, answer in pairs:
+        command = request.replace("http://localhost:9000", stack.gateway_url)
+        got = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True).stdout
+        if kind == "json":
+            assert json.loads(without_ids_and_version(got)) == json.loads(without_ids_and_version(answer))
+        else:
+            # A slow vLLM may put two tokens into one event; the first and the last event are the same, and so is the
+            # text up to what differs.
+            ours, its = (without_ids_and_version(text).strip().split("\n\n") for text in (got, answer))
+            assert ours[0][:30] == its[0][:30]
+            assert ours[-1][:25] == its[-1][:25]
 
 
 def test_the_readmes_python_runs(stack: Stack) -> None:

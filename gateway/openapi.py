@@ -1,0 +1,114 @@
+"""The OpenAPI description of what is served here, made from the list of routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.routes import Route
+
+Json = dict[str, Any]
+
+_TEXT = {"type": "string", "minLength": 1}
+_SIMPLIFIED = {
+    "type": "object",
+    "description": "The simplified form: what a pipeline knows, and any field that vLLM's chat completions know.",
+    "properties": {
+        "messages": {
+            "description": "What is asked. A list of OpenAI's messages makes the call simplified only together with "
+            "`max_new_tokens` or `streaming`.",
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {"system": {"type": ["string", "null"]}, "user": _TEXT},
+                    "required": ["user"],
+                },
+                _TEXT,
+                {"type": "array", "items": {"type": "object"}},
+            ],
+        },
+        "query": {**_TEXT, "description": "The user's text, where there is no `messages`."},
+        "max_new_tokens": {"type": "integer", "minimum": 1, "default": 1024, "description": "Or `max_tokens`."},
+        "streaming": {"type": "boolean", "default": True, "description": "Or `stream`."},
+        "temperature": {"type": "number", "minimum": 0, "default": 0.01},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 0.95},
+        "model": {"type": "string", "description": "Of those that are served; else the configured one, or the first."},
+        "stream_style": {"enum": ["openai", "repr"], "description": "How the stream looks."},
+        "data": {"type": ["object", "null"], "description": "Given back with the reply."},
+        "output_guardrail_params": {"description": "Given back with the reply."},
+    },
+}
+_CHAT = {
+    "type": "object",
+    "description": "OpenAI's form, which goes to vLLM as it came.",
+    "properties": {"messages": {"type": "array", "items": {"type": "object"}}, "stream": {"type": "boolean"}},
+    "required": ["messages"],
+}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+                "request_id": {"type": "string"},
+            },
+            "required": ["message", "type"],
+        }
+    },
+    "required": ["error"],
+}
+_OWN = {
+    "/health": "This process answers.",
+    "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
+    "/metrics": "Prometheus.",
+    "/openapi.json": "This description.",
+}
+
+
+def describe(routes: Iterable[Route]) -> Json:
+    """OpenAPI 3.1: the relayed `routes`, whose requests and answers are vLLM's own, and the gateway's."""
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    for path, about in _OWN.items():
+        paths[path] = {"get": {"summary": about, "responses": {"200": {"description": "As it says."}}}}
+    paths["/v1/health_check"]["get"]["responses"]["503"] = {"description": "No call would succeed now."}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vllm-gateway", "version": "1", "description": "A thin gateway in front of vLLM."},
+        "paths": paths,
+        "components": {"schemas": {"Simplified": _SIMPLIFIED, "Chat": _CHAT, "Error": _ERROR}},
+    }
+
+
+def _operation(route: Route) -> Json:
+    answer: Json = {"application/json": {"schema": {}}}
+    if route.streams:
+        answer["text/event-stream"] = {"schema": {"type": "string"}}
+    operation: Json = {
+        "summary": route.about,
+        "tags": [route.name],
+        "responses": {
+            "200": {"description": "vLLM's answer.", "content": answer},
+            "default": {
+                "description": "An error: vLLM's as it wrote it, or the gateway's.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            },
+        },
+    }
+    if "{response_id}" in route.path:
+        name = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        operation["parameters"] = [name]
+    if route.body != "none":
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route)}}}
+    return operation
+
+
+def _body(route: Route) -> Json:
+    if route.body == "chat":
+        return {"anyOf": [{"$ref": "#/components/schemas/Simplified"}, {"$ref": "#/components/schemas/Chat"}]}
+    return {"type": "object", "description": "vLLM's own fields."}

@@ -1,0 +1,122 @@
+"""The paths that are relayed, and those of vLLM's own that are not: the one list that all others are made from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway.sse import Ends
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path that is relayed; it may hold `{response_id}`.
+
+    `name` is what GATEWAY_ROUTES calls it and those that belong to it. `body` is the request's: `chat`
+    is JSON in OpenAI's or the simplified form, `json` any object, which goes on as it came. `streams` says
+    that an answer may be server-sent events, `ends` how those end.
+    """
+
+    name: str
+    method: Literal["GET", "POST"]
+    path: str
+    about: str
+    body: Literal["chat", "json", "none"] = "json"
+    streams: bool = False
+    ends: Ends = "done"
+
+
+# Nothing that a path could be changed by.
+RESPONSE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+ROUTES = (
+    Route("chat", "POST", "/v1/chat/completions", "A chat, in OpenAI's or the simplified form.", "chat", True),
+    Route("chat", "POST", "/v1/chat/completions/batch", "Several chats, each with its completion."),
+    Route("completions", "POST", "/v1/completions", "A text, completed.", streams=True),
+    Route("responses", "POST", "/v1/responses", "OpenAI's Responses.", streams=True, ends="responses"),
+    Route(
+        "responses", "GET", "/v1/responses/{response_id}", "A stored response.", "none", streams=True, ends="responses"
+    ),
+    Route("responses", "POST", "/v1/responses/{response_id}/cancel", "The end of one in the background.", "none"),
+    Route("messages", "POST", "/v1/messages", "Anthropic's Messages.", streams=True, ends="messages"),
+    Route("messages", "POST", "/v1/messages/count_tokens", "How long a call of Messages is.", ends="messages"),
+    Route("embeddings", "POST", "/v1/embeddings", "A vector for each text."),
+    Route("rerank", "POST", "/rerank", "Documents by their worth for a query."),
+    Route("rerank", "POST", "/v1/rerank", "Documents by their worth for a query."),
+    Route("rerank", "POST", "/v2/rerank", "Documents by their worth for a query."),
+    Route("score", "POST", "/score", "How alike pairs of texts are."),
+    Route("score", "POST", "/v1/score", "How alike pairs of texts are."),
+    Route("pooling", "POST", "/pooling", "What the model's pooler gives."),
+    Route("classify", "POST", "/classify", "A class for each text."),
+    Route("tokenize", "POST", "/tokenize", "The tokens of a text or a chat."),
+    Route("tokenize", "POST", "/detokenize", "The text of tokens."),
+    Route("models", "GET", "/v1/models", "The models that are served.", "none"),
+    Route("version", "GET", "/version", "vLLM's version.", "none"),
+)
+
+# What GATEWAY_ROUTES may name.
+NAMES = tuple(dict.fromkeys(route.name for route in ROUTES))
+
+_OPERATORS = "changes or stops the server for everyone"
+_INSIDE = "tells of the server's inside"
+_OTHER_WAY_IN = "another way into calls that have paths of their own"
+_EXPERIMENT = "an experiment of vLLM's"
+_OURS = "the gateway's own"
+
+# Not relayed, and why: whatever is not above is not, and these are all that vLLM is known to have.
+REFUSED = {
+    "/health": _OURS,
+    "/metrics": _OURS,
+    "/ping": "the same as vLLM's `/health`; `/v1/health_check` tells of vLLM",
+    "/v1/realtime": "a WebSocket, which this gateway does not speak",
+    "/v1/audio/transcriptions": "an upload, which this gateway does not take yet",
+    "/v1/audio/translations": "an upload, which this gateway does not take yet",
+    "/generative_scoring": _EXPERIMENT,
+    "/v1/systemone": _EXPERIMENT,
+    "/invocations": _OTHER_WAY_IN,
+    "/inference/v1/generate": _OTHER_WAY_IN,
+    "/v2/embed": _OTHER_WAY_IN,
+    "/cohere/v2/chat": _OTHER_WAY_IN,
+    "/cohere/v2/chat/render": _INSIDE,
+    "/v1/chat/completions/render": _INSIDE,
+    "/v1/chat/completions/derender": _INSIDE,
+    "/v1/completions/render": _INSIDE,
+    "/v1/completions/derender": _INSIDE,
+    "/v1/messages/render": _INSIDE,
+    "/v1/responses/render": _INSIDE,
+    "/load": _INSIDE,
+    "/kv_event_sources": _INSIDE,
+    "/server_info": _INSIDE,
+    "/tokenizer_info": _INSIDE,
+    "/get_world_size": _INSIDE,
+    "/weight_info": _INSIDE,
+    "/weight_checker": _INSIDE,
+    "/is_paused": _INSIDE,
+    "/is_sleeping": _INSIDE,
+    "/is_scaling_elastic_ep": _INSIDE,
+    "/fault_tolerance/status": _INSIDE,
+    "/fault_tolerance/apply": _OPERATORS,
+    "/scale_elastic_ep": _OPERATORS,
+    "/sleep": _OPERATORS,
+    "/wake_up": _OPERATORS,
+    "/pause": _OPERATORS,
+    "/resume": _OPERATORS,
+    "/start_profile": _OPERATORS,
+    "/stop_profile": _OPERATORS,
+    "/collective_rpc": _OPERATORS,
+    "/abort_requests": _OPERATORS,
+    "/release_kv_cache_memory": _OPERATORS,
+    "/reset_prefix_cache": _OPERATORS,
+    "/reset_mm_cache": _OPERATORS,
+    "/reset_encoder_cache": _OPERATORS,
+    "/init_weight_transfer_engine": _OPERATORS,
+    "/shutdown_weight_transfer_engine": _OPERATORS,
+    "/start_weight_update": _OPERATORS,
+    "/start_draft_weight_update": _OPERATORS,
+    "/update_weights": _OPERATORS,
+    "/update_weight_version": _OPERATORS,
+    "/finish_weight_update": _OPERATORS,
+    "/v1/load_lora_adapter": _OPERATORS,
+    "/v1/unload_lora_adapter": _OPERATORS,
+}
