@@ -133,7 +133,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             model=settings.model,
             style=settings.stream_style,
             system_role=settings.system_role,
-            whole=settings.disable_streaming,
+            whole=settings.disable_streaming or settings.output_guard,
             authorization=_authorization(settings),
         )
         looking = asyncio.create_task(_look_again_and_again(data_path, ended))

@@ -14,6 +14,7 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.errors import Style
 from gateway.routes import NAMES
 
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
@@ -95,7 +96,7 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_MODEL", "LLM_MODEL_NAME"),
         description="Model of a simplified request that names none; unset: the one that the upstream serves.",
     )
-    stream_style: Literal["openai", "repr"] = Field(
+    stream_style: Style = Field(
         "openai", description="How simplified streams look; a request may say its own `stream_style`."
     )
     routes: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -105,6 +106,11 @@ class Settings(_EnvironmentSettings):
         False,
         validation_alias=AliasChoices("GATEWAY_DISABLE_STREAMING", "LLM_DISABLE_STREAMING"),
         description="Answer every simplified request whole, whatever it asks for.",
+    )
+    output_guard: bool = Field(
+        False,
+        validation_alias=AliasChoices("GATEWAY_OUTPUT_GUARD", "LLM_OUTPUT_GUARD_EXISTS"),
+        description="The same, for a guard behind this that reads whole answers.",
     )
     system_role: Literal["system", "merge"] = Field(
         "system", description="`merge` puts the system text before the user's, for models that refuse a system role."

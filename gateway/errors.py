@@ -8,7 +8,7 @@ import orjson
 
 from gateway.sse import Ends
 
-Style = Literal["openai", "repr"]
+Style = Literal["openai", "repr", "answer_part"]
 
 
 class GatewayError(Exception):

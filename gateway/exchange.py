@@ -179,7 +179,7 @@ _COLLECTED = 2  # rewritten at its end
 
 _JSON = (b"content-type", b"application/json")
 _REPLY = AnswerHead(200, [_JSON])
-_REPR = AnswerHead(
+_TEXTS = AnswerHead(
     200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
 )
 
@@ -214,7 +214,6 @@ class Exchange:
         "_paused",
         "_pieces",
         "_refusal",
-        "_repr",
         "_request",
         "_retried",
         "_simplified",
@@ -223,6 +222,7 @@ class Exchange:
         "_started",
         "_state",
         "_target",
+        "_texts",
         "_usage",
         "_usage_text",
         "_way",
@@ -284,7 +284,7 @@ class Exchange:
         self._sse = False
         self._way = _RELAYED
         self._write_chunk: Callable[[bytes], None] | None = None
-        self._repr: simplified.ReprStream | None = None
+        self._texts: simplified.TextStream | None = None
         self._held = b""
         self._cut_event = False
         self._cut_head = b""
@@ -514,9 +514,9 @@ class Exchange:
             # An error event may have to be added, so no length can be promised.
             self._sse = True
             self._way = _IN_EVENTS
-            if rewritten is not None and rewritten.style == "repr":
-                self._repr = simplified.ReprStream()
-                self._head = _REPR
+            if rewritten is not None and rewritten.style != "openai":
+                self._texts = simplified.TextStream(rewritten)
+                self._head = _TEXTS
         elif rewritten is not None:
             self._way = _COLLECTED
         else:
@@ -553,8 +553,8 @@ class Exchange:
             self._collect(data)
             return
         self._before_last, self._last = self._last, data
-        if self._repr is not None:
-            data = self._to_repr(data)
+        if self._texts is not None:
+            data = self._to_texts(data)
             if not data:
                 return
         if not self._started:
@@ -567,7 +567,7 @@ class Exchange:
         head, self._head = self._head, None  # not kept for as long as a stream lasts
         assert head is not None
         self._client.start(head, self._length, self.request_id)
-        if self._way is _IN_EVENTS and self._repr is None:
+        if self._way is _IN_EVENTS and self._texts is None:
             self._write_chunk = self._client.chunk
 
     def upstream_chunk(self, chunk: bytes, size: int) -> None:
@@ -661,10 +661,10 @@ class Exchange:
         self._cut_event = self._cut_event and not end
         return data[:end]
 
-    def _to_repr(self, data: bytes) -> bytes:
-        assert self._repr is not None
+    def _to_texts(self, data: bytes) -> bytes:
+        assert self._texts is not None
         try:
-            return self._repr.feed(data)
+            return self._texts.feed(data)
         except GatewayError as error:
             self._upstream_failed(error)
             return b""
@@ -685,7 +685,7 @@ class Exchange:
             if self._held and (self.status != 200 or self._has_end(self._held)):
                 # The last event lacks its blank line, but nothing else.
                 self._way = _RELAYED
-                self.upstream_body(self._held if self._repr is None else self._held + b"\n\n")
+                self.upstream_body(self._held if self._texts is None else self._held + b"\n\n")
             end = self._before_last + self._last
             if self._lacks_end():
                 end_name = sse.END_NAMES[self.route.ends]
@@ -832,11 +832,16 @@ class Exchange:
             done = self.status == 200 and self._has_end(tail)  # and so it has all of it
             self._finish(error.outcome)
             if not done:
-                client.body(error.event(self.request_id, self.route.ends, sse.next_sequence_number(tail)))
+                client.body(self._event_of(error, tail))
             client.end()
         else:
             self._finish(error.outcome)
             client.abort()
+
+    def _event_of(self, error: GatewayError, tail: bytes) -> bytes:
+        if self._texts is not None:
+            return self._texts.failed(error.envelope(self.request_id))
+        return error.event(self.request_id, self.route.ends, sse.next_sequence_number(tail))
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

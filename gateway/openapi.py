@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
+from gateway.errors import Style
 from gateway.routes import Route
 
 Json = dict[str, Any]
 
 _TEXT = {"type": "string", "minLength": 1}
+_PARTS = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type"]}}
 _SIMPLIFIED = {
     "type": "object",
     "description": "The simplified form: what a pipeline knows, and any field that vLLM's chat completions know.",
@@ -20,7 +22,7 @@ _SIMPLIFIED = {
             "anyOf": [
                 {
                     "type": "object",
-                    "properties": {"system": {"type": ["string", "null"]}, "user": _TEXT},
+                    "properties": {"system": {"type": ["string", "null"]}, "user": {"anyOf": [_TEXT, _PARTS]}},
                     "required": ["user"],
                 },
                 _TEXT,
@@ -33,8 +35,11 @@ _SIMPLIFIED = {
         "temperature": {"type": "number", "minimum": 0, "default": 0.01},
         "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 0.95},
         "model": {"type": "string", "description": "Of those that are served; else the configured one, or the first."},
-        "stream_style": {"enum": ["openai", "repr"], "description": "How the stream looks."},
-        "data": {"type": ["object", "null"], "description": "Given back with the reply."},
+        "stream_style": {"enum": list(get_args(Style)), "description": "How the stream looks."},
+        "data": {
+            "type": ["object", "null"],
+            "description": "Given back with the reply; of `reranked_docs`, what they cite.",
+        },
         "output_guardrail_params": {"description": "Given back with the reply."},
     },
 }

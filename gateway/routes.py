@@ -27,8 +27,8 @@ class Route:
     ends: Ends = "done"
 
 
-# Nothing that a path could be changed by.
-RESPONSE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+# As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
+RESPONSE_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")
 
 ROUTES = (
     Route("chat", "POST", "/v1/chat/completions", "A chat, in OpenAI's or the simplified form.", "chat", True),

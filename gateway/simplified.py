@@ -2,7 +2,7 @@
 
 A request of this form, with what the systems it comes from really accept:
 
-    {"messages": {"system": str?, "user": str}, "max_new_tokens": int?, "streaming": bool?, …}
+    {"messages": {"system": str?, "user": str | [part, …]}, "max_new_tokens": int?, "streaming": bool?, …}
     {"messages": str, …}                  a user's text alone
     {"query": str, …}                     the same, in their first releases
     {"messages": [{role, content}, …], "max_new_tokens": …, "stream": …}    their last ones
@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 import orjson
 
 from gateway import sse
+from gateway.citations import cited
 from gateway.errors import BadRequest, Style, UpstreamBroken
 
 Json = dict[str, Any]
@@ -94,6 +95,7 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
         guardrail, data = body.get("output_guardrail_params"), body.get("data")
         if data is not None and not isinstance(data, dict):
             raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
+        data = data and cited(data)
         if body.get("stream_style") is not None:
             style = _style(body["stream_style"])
         body = {**body, _MAX_TOKENS[0]: _one_of(body, _MAX_TOKENS, _max_tokens)}
@@ -154,15 +156,20 @@ def to_reply(request: Simplified, answer: bytes) -> bytes:
     )
 
 
-class ReprStream:
-    """vLLM's chunks in, the stream out that callers of the replaced releases 1.2 to 1.5 parse.
+class TextStream:
+    """vLLM's chunks in, a stream of texts out, in a style that is not vLLM's own.
 
-    Each event is Python's `repr` of a piece of text; then comes `[DONE]`. Text is never left out, not
-    even where it shares a chunk with the finish reason; what is no text has no place in this style.
+    `repr` is what callers of the replaced releases 1.2 to 1.5 parse: each event is Python's `repr` of a
+    piece of text, then comes `[DONE]` and, where the request had `data`, a line of its own with what is
+    cited. `answer_part` is vllm-app's: JSON of a type and the text, at last one of type `done`. Text is
+    never left out, not even where it shares a chunk with the finish reason; what is no text has no place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, request: Simplified) -> None:
         self._decoder = sse.Decoder(limit=1024 * 1024)
+        self._as_repr = request.style == "repr"
+        data = request.echoed["data"]
+        self._sources = b"json: " + orjson.dumps(data) + b"\n\n" if data is not None else b""
 
     def feed(self, data: bytes) -> bytes:
         """The events for these bytes; raises UpstreamBroken where they hold no chunks."""
@@ -171,15 +178,32 @@ class ReprStream:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UpstreamBroken("The model server's stream holds something that is not a chat chunk.") from error
 
-    @staticmethod
-    def _event(data: bytes) -> bytes:
+    def failed(self, envelope: bytes) -> bytes:
+        """An error as an event, and the end."""
+        return self._error(orjson.loads(envelope)) + self._end()
+
+    def _event(self, data: bytes) -> bytes:
         if data == sse.DONE:
-            return sse.encode(data)
+            return self._end() + (self._sources if self._as_repr else b"")
         chunk = orjson.loads(data)
         if "error" in chunk:
-            return sse.encode(orjson.dumps(chunk))
+            return self._error(chunk)
         text = [choice["delta"].get("content") for choice in chunk["choices"] if choice["index"] == 0]
-        return b"".join(sse.encode(repr(piece).encode()) for piece in text if piece is not None)
+        return b"".join(self._piece(piece) for piece in text if piece is not None)
+
+    def _piece(self, text: str) -> bytes:
+        if self._as_repr:
+            return sse.encode(repr(text).encode())
+        return sse.encode(orjson.dumps({"type": "answer_part", "data": text})) if text else b""
+
+    def _error(self, told: Json) -> bytes:
+        if self._as_repr:
+            return sse.encode(orjson.dumps(told))
+        # A caller that knows no such type may still show its data.
+        return sse.encode(orjson.dumps({"type": "error", "data": told["error"]["message"], **told}))
+
+    def _end(self) -> bytes:
+        return sse.encode(sse.DONE if self._as_repr else b'{"type":"done"}')
 
 
 def _too_deep(fields: Json) -> BadRequest:
@@ -206,12 +230,26 @@ def _messages(body: Json) -> tuple[list[Json], str]:
 
 
 def _from_object(messages: Json) -> tuple[list[Json], str]:
-    user = _text(messages.get("user"), "messages.user")
+    user = messages.get("user")
+    prompt = _texts_of(user) if isinstance(user, list) else _text(user, "messages.user")
     system = messages.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRequest(f"messages.system must be a string, but it is {kind_of(system)}.", param="messages.system")
     turn = {"role": "user", "content": user}
-    return [{"role": "system", "content": system}, turn] if system else [turn], user
+    return [{"role": "system", "content": system}, turn] if system else [turn], prompt
+
+
+def _texts_of(parts: list[Any]) -> str:
+    """The text of OpenAI's content parts, of which some may be images; the model judges those."""
+    for at, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadRequest(
+                f"messages.user[{at}] must be an object with a type, as OpenAI's content parts are.",
+                param=f"messages.user[{at}]",
+            )
+    if not parts:
+        raise BadRequest("messages.user must be a string or content parts, but it is empty.", param="messages.user")
+    return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
 def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
@@ -239,10 +277,12 @@ def _merged(messages: list[Json]) -> list[Json]:
     first = next((at for at, message in enumerate(rest) if message["role"] == "user"), None)
     if not system or first is None:
         return messages
-    texts = [*system, rest[first].get("content")]
-    if not all(isinstance(text, str) for text in texts):
+    user = rest[first].get("content")
+    if not all(isinstance(text, str) for text in system) or not isinstance(user, (str, list)):
         raise BadRequest("messages must hold strings, as this gateway merges the system text.", param="messages")
-    return [*rest[:first], {**rest[first], "content": "\n\n".join(cast(list[str], texts))}, *rest[first + 1 :]]
+    text = "\n\n".join(cast(list[str], system))
+    content = f"{text}\n\n{user}" if isinstance(user, str) else [{"type": "text", "text": f"{text}\n\n"}, *user]
+    return [*rest[:first], {**rest[first], "content": content}, *rest[first + 1 :]]
 
 
 def _text(value: Any, name: str) -> str:

@@ -66,7 +66,12 @@ BAD = {
     "streaming yes": (body(streaming="yes"), 400, "streaming", 'true or false, but it is "yes"'),
     "stream 1": (body(stream=1), 400, "stream", "true or false, but it is 1"),
     "stream and streaming differ": (body(stream=True, streaming=False), 400, "streaming", "mean the same but differ"),
-    "an unknown style": (body(stream_style="xml"), 400, "stream_style", "'openai' or 'repr', but it is \"xml\""),
+    "an unknown style": (
+        body(stream_style="xml"),
+        400,
+        "stream_style",
+        "'openai' or 'repr' or 'answer_part', but it is \"xml\"",
+    ),
     "model a number": (body(model=5), 400, "model", "it is a number"),
     "data a list": (body(data=[]), 400, "data", "it is an array"),
     "a model that is not served": (body(model="nope"), 404, "model", "'nope' is not served; served: demo"),

@@ -19,6 +19,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("stream_style", "repr", "repr"),
     ("routes", "chat, models", ("chat", "models")),
     ("disable_streaming", "True", True),
+    ("output_guard", "True", True),
     ("system_role", "merge", "merge"),
     ("max_in_flight", "12", 12),
     ("max_in_flight_per_upstream", "13", 13),
@@ -45,6 +46,7 @@ ALIASES = {
     "LLM_VLLM_API_KEY": "upstream_api_key",
     "LLM_MODEL_NAME": "model",
     "LLM_DISABLE_STREAMING": "disable_streaming",
+    "LLM_OUTPUT_GUARD_EXISTS": "output_guard",
     "OPEA_LOGGER_LEVEL": "log_level",
 }
 RAW = {field: raw for field, raw, _ in VALUES}

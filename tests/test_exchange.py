@@ -32,7 +32,7 @@ SIMPLIFIED_WHOLE = {"messages": {"system": "Be brief.", "user": "What is it?"}, 
 SIMPLIFIED_STREAM = {"messages": {"user": "What is it?"}}
 
 CONTENT = b"".join(EVENTS)
-STYLES: tuple[Style, ...] = ("openai", "repr")
+STYLES: tuple[Style, ...] = ("openai", "repr", "answer_part")
 UPSTREAMS_ERROR = (
     b'data: {"error":{"message":"out of memory","type":"InternalServerError","param":null,"code":500}}\n\n'
 )
@@ -752,7 +752,13 @@ def test_a_simplified_stream_that_breaks_off_ends_with_an_error_event(style: Sty
     talk = answering(SIMPLIFIED_STREAM, style=style)
     talk.exchange.upstream_body(EVENTS[1] + EVENTS[2][:20])
     talk.lose(answered=True)
-    assert_ends_with_an_error_event(talk, EVENTS[1] if style == "openai" else b'data: "It\'s"\n\n')
+    if style == "answer_part":
+        part, error, done = (orjson.loads(event[6:]) for event in talk.client.content.split(b"\n\n")[:-1])
+        assert (part, done) == ({"type": "answer_part", "data": "It's"}, {"type": "done"})
+        assert (error["type"], error["error"]["code"]) == ("error", "upstream_broken")
+        talk.assert_settled()
+    else:
+        assert_ends_with_an_error_event(talk, EVENTS[1] if style == "openai" else b'data: "It\'s"\n\n')
 
 
 def test_half_an_event_too_large_to_be_held_back_makes_a_loss_a_cut() -> None:

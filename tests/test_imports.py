@@ -12,7 +12,19 @@ import pytest
 import gateway
 
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(gateway.__file__).parent.glob("*.py")}
-PURE = {"openapi", "routes", "waiting", "simplified", "sse", "headers", "upstreams", "errors", "body", "usage"}
+PURE = {
+    "citations",
+    "openapi",
+    "routes",
+    "waiting",
+    "simplified",
+    "sse",
+    "headers",
+    "upstreams",
+    "errors",
+    "body",
+    "usage",
+}
 CHAIN = ["cli", "server", "app", "endpoints", "transport", "exchange"]
 # The commands, the composition root and what starts from settings; everything else receives values.
 READS_CONFIG = {"app", "check", "cli", "modelserver", "server", "up"}

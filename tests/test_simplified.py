@@ -18,6 +18,8 @@ Body = dict[str, Any]
 Role = Literal["system", "merge"]
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi."}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+PARTS = [{"type": "text", "text": "What is"}, IMAGE, {"type": "text", "text": "this?"}]
 ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}
 
 
@@ -75,6 +77,13 @@ def test_the_form_is_told_by_the_messages(body: Body, simplified: bool) -> None:
             "Hi.",
         ),
         ({"messages": [SYSTEM, USER], "max_new_tokens": 9}, "system", [SYSTEM, USER], "Hi."),
+        ({"messages": {"user": PARTS}}, "system", [{"role": "user", "content": PARTS}], "What is\nthis?"),
+        (
+            {"messages": {"system": "Be brief.", "user": PARTS}},
+            "merge",
+            [{"role": "user", "content": [{"type": "text", "text": "Be brief.\n\n"}, *PARTS]}],
+            "What is\nthis?",
+        ),
         (
             {"messages": [USER, SYSTEM, {"role": "user", "content": "Bye."}], "streaming": True},
             "merge",
@@ -159,6 +168,10 @@ def test_a_request_may_say_its_own_style(sent: Body, style: Style) -> None:
         ({"messages": {"user": " \n"}}, "messages.user", "it is empty"),
         ({"messages": {"user": 7}}, "messages.user", "it is a number"),
         ({"messages": {"user": "Hi.", "system": ["x"]}}, "messages.system", "it is an array"),
+        ({"messages": {"user": []}}, "messages.user", "it is empty"),
+        ({"messages": {"user": ["x"]}}, "messages.user[0]", "an object with a type"),
+        ({"messages": {"user": [IMAGE, {"text": "x"}]}}, "messages.user[1]", "an object with a type"),
+        ({"data": {"reranked_docs": {}}}, "data.reranked_docs", "an array of documents"),
         ({"messages": ""}, "messages", "it is empty"),
         ({"messages": None, "query": True}, "query", "it is a boolean"),
         ({"messages": [], "streaming": True}, "messages", "at least one message of role 'user'"),
@@ -180,7 +193,7 @@ def test_a_request_may_say_its_own_style(sent: Body, style: Style) -> None:
         ({"stream": 1}, "stream", "it is 1"),
         ({"streaming": True, "stream": False}, "streaming", "(true and false)"),
         ({"streaming": True, "stream": 1}, "streaming", "(true and 1)"),
-        ({"stream_style": "xml"}, "stream_style", "'openai' or 'repr'"),
+        ({"stream_style": "xml"}, "stream_style", "'openai' or 'repr' or 'answer_part'"),
         ({"model": {}}, "model", "it is an object"),
         ({"data": []}, "data", "it is an array"),
     ],

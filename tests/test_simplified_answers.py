@@ -1,4 +1,4 @@
-"""The simplified replies: whole, and as the stream of Python reprs that callers of releases 1.2 to 1.5 parse."""
+"""The simplified replies: whole, with what they cite, and as streams in styles that are not vLLM's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import UpstreamBroken
-from gateway.simplified import ReprStream, Simplified, from_body, to_reply
+from gateway.errors import BadRequest, Style, UpstreamBroken
+from gateway.simplified import Simplified, TextStream, from_body, to_reply
 from gateway.sse import DONE, Decoder, encode
 
 ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}
@@ -79,6 +79,10 @@ def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: byt
         to_reply(read({"messages": "Hi."}), answer)
 
 
+def texts(style: Style = "repr", **sent: Any) -> TextStream:
+    return TextStream(from_body({"messages": "Hi.", **sent}, style, "system", whole=False))
+
+
 def chunk(content: str | None, **choice: Any) -> bytes:
     return encode(json.dumps({"choices": [{"index": 0, "delta": {"content": content}, **choice}]}).encode())
 
@@ -91,9 +95,9 @@ def events(stream: bytes) -> list[bytes]:
 @example(["It's", ' a "q"\n', "'\"", "\U0001f600", "\r\n\r\ndata: x\n\n", ""])
 @settings(deadline=None)
 def test_callers_read_back_the_text_whatever_it_holds(pieces: list[str]) -> None:
-    stream = ReprStream().feed(b"".join(map(chunk, pieces)) + encode(DONE))
-    *texts, end = events(stream)
-    assert [ast.literal_eval(text.decode()) for text in texts] == pieces
+    stream = texts().feed(b"".join(map(chunk, pieces)) + encode(DONE))
+    *pairs, end = events(stream)
+    assert [ast.literal_eval(text.decode()) for text in pairs] == pieces
     assert end == b"[DONE]"
 
 
@@ -101,9 +105,9 @@ def test_callers_read_back_the_text_whatever_it_holds(pieces: list[str]) -> None
 @settings(deadline=None)
 def test_every_split_point_of_the_upstreams_stream_gives_the_same_stream(pieces: list[str]) -> None:
     upstream = b"".join(map(chunk, pieces)) + encode(DONE)
-    whole = ReprStream().feed(upstream)
+    whole = texts().feed(upstream)
     for at in range(len(upstream) + 1):
-        stream = ReprStream()
+        stream = texts()
         assert stream.feed(upstream[:at]) + stream.feed(upstream[at:]) == whole
 
 
@@ -125,11 +129,11 @@ def test_every_split_point_of_the_upstreams_stream_gives_the_same_stream(pieces:
     ],
 )
 def test_only_text_errors_and_the_end_are_in_the_stream(sent: bytes, written: bytes) -> None:
-    assert ReprStream().feed(sent) == written
+    assert texts().feed(sent) == written
 
 
 def test_an_error_sent_on_several_data_lines_stays_one_event() -> None:
-    stream = ReprStream().feed(b'data: {"error":\ndata: {"message":"x"}}\n\n')
+    stream = texts().feed(b'data: {"error":\ndata: {"message":"x"}}\n\n')
     assert [json.loads(event) for event in events(stream)] == [{"error": {"message": "x"}}]
 
 
@@ -150,9 +154,101 @@ def test_an_error_sent_on_several_data_lines_stays_one_event() -> None:
 )
 def test_what_is_no_chat_chunk_is_the_upstreams_fault(data: bytes) -> None:
     with pytest.raises(UpstreamBroken):
-        ReprStream().feed(encode(data))
+        texts().feed(encode(data))
 
 
 def test_an_event_without_end_is_the_upstreams_fault() -> None:
     with pytest.raises(UpstreamBroken):
-        ReprStream().feed(b"x" * 2 * 1024 * 1024)
+        texts().feed(b"x" * 2 * 1024 * 1024)
+
+
+def test_a_repr_stream_ends_with_what_is_cited_where_data_was_sent() -> None:
+    document = {"text": "x", "metadata": {"url": "http://a/b", "citation_id": 3}}
+    stream = texts(data={"reranked_docs": [document]}).feed(chunk("Hi") + encode(DONE))
+    before, _, line = stream.partition(b"data: [DONE]\n\n")
+    assert before == b"data: 'Hi'\n\n"
+    assert line.startswith(b"json: ")
+    assert line.endswith(b"\n\n")
+    (citation,) = json.loads(line.removeprefix(b"json: "))["reranked_docs"]
+    assert (citation["type"], citation["url"], citation["citation_id"]) == ("link", "http://a/b", 3)
+    assert texts(data={}).feed(encode(DONE)) == b"data: [DONE]\n\njson: {}\n\n"
+
+
+@given(PIECES)
+@settings(deadline=None)
+def test_answer_parts_hold_the_text_and_end_with_done(pieces: list[str]) -> None:
+    stream = texts("answer_part").feed(b"".join(map(chunk, pieces)) + encode(DONE))
+    *parts, end = map(json.loads, events(stream))
+    assert parts == [{"type": "answer_part", "data": piece} for piece in pieces if piece]
+    assert end == {"type": "done"}
+    assert stream.endswith(b"\n\n")
+
+
+@pytest.mark.parametrize("style", ["repr", "answer_part"])
+def test_an_error_of_ours_ends_a_stream_in_its_own_style(style: Style) -> None:
+    *_, error, end = events(texts(style).failed(UpstreamBroken("It broke off.").envelope("id-1")))
+    told = json.loads(error)
+    assert (told["error"]["message"], told["error"]["request_id"]) == ("It broke off.", "id-1")
+    if style == "repr":
+        assert (set(told), end) == ({"error"}, DONE)
+    else:
+        assert (told["type"], told["data"], json.loads(end)) == ("error", "It broke off.", {"type": "done"})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "citation"),
+    [
+        (
+            {"url": "http://a/b"},
+            {"type": "link", "url": "http://a/b", "vector_distance": 1.0, "reranker_score": 0.0, "citation_id": 0},
+        ),
+        (
+            {
+                "bucket_name": "b",
+                "object_name": "o.pdf",
+                "vector_distance": 0.2,
+                "reranker_score": 0.9,
+                "citation_id": 7,
+            },
+            {
+                "type": "file",
+                "bucket_name": "b",
+                "object_name": "o.pdf",
+                "vector_distance": 0.2,
+                "reranker_score": 0.9,
+                "citation_id": 7,
+            },
+        ),
+        ({"url": "http://a/b", "bucket_name": "b", "object_name": "o"}, {"type": "link", "url": "http://a/b"}),
+    ],
+)
+def test_a_document_is_cited_by_where_it_is_from(metadata: dict[str, Any], citation: dict[str, Any]) -> None:
+    body = {
+        "messages": "Hi.",
+        "streaming": False,
+        "data": {"reranked_docs": [{"text": "x", "metadata": metadata}], "k": 1},
+    }
+    request = from_body(body, "openai", "system", whole=False)
+    data = json.loads(to_reply(request, orjson.dumps(ANSWER)))["data"]
+    (cited,) = data["reranked_docs"]
+    assert data["k"] == 1
+    assert {**cited, **citation} == cited
+    assert "text" not in cited
+
+
+@pytest.mark.parametrize(
+    ("documents", "param"),
+    [
+        ({}, "data.reranked_docs"),
+        ("x", "data.reranked_docs"),
+        (["x"], "data.reranked_docs[0].metadata"),
+        ([{"metadata": {"url": "u"}}, {"text": "x"}], "data.reranked_docs[1].metadata"),
+        ([{"metadata": {}}], "data.reranked_docs[0].metadata"),
+        ([{"metadata": {"bucket_name": "b"}}], "data.reranked_docs[0].metadata"),
+    ],
+)
+def test_a_document_from_nowhere_is_refused(documents: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        from_body({"messages": "Hi.", "data": {"reranked_docs": documents}}, "openai", "system", whole=False)
+    assert raised.value.param == param
+    assert param in raised.value.message
