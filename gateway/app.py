@@ -154,6 +154,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             *(Route(one.path, endpoints.Relay(one), methods=[one.method]) for one in relayed),
             Route("/health", endpoints.health, methods=["GET"]),
             Route("/v1/health_check", endpoints.health_check, methods=["GET"]),
+            Route("/ping", endpoints.ping, methods=["GET"]),
             Route("/metrics", endpoints.metrics, methods=["GET"]),
             Route("/openapi.json", JSONResponse(describe(relayed)), methods=["GET"]),
         ],

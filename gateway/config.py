@@ -81,6 +81,13 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_PORT", "LLM_USVC_PORT"),
         description="Port to listen on.",
     )
+    health_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        validation_alias=AliasChoices("GATEWAY_HEALTH_PORT", "PORT_HEALTH"),
+        description="A second port, for platforms whose probes have one of their own.",
+    )
     upstreams: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://localhost:8008",),
         validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),

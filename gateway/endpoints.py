@@ -26,7 +26,7 @@ _HIGH_WATER = 64 * 1024
 _LOW_WATER = 16 * 1024
 
 # Asked again and again by machines: a line for each would hide the others.
-_QUIET = frozenset({"/health", "/metrics", "/v1/health_check"})
+_QUIET = frozenset({"/health", "/metrics", "/ping", "/v1/health_check"})
 
 
 class Relay:
@@ -210,6 +210,14 @@ async def health_check(request: Request) -> Response:
         "upstreams": upstreams,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else {"retry-after": "2"})
+
+
+async def ping(request: Request) -> Response:
+    """What load balancers of GPU workers ask for: 200 serving, 204 loading, else 503; nothing is probed for it."""
+    states = {upstream["state"] for upstream in request.state.prober.report(time.monotonic())}
+    if request.state.data_path.drain.began or not states & {"serving", "loading"}:
+        return JSONResponse({"status": "unhealthy"}, 503)
+    return JSONResponse({"status": "healthy"}) if "serving" in states else Response(status_code=204)
 
 
 async def metrics(request: Request) -> Response:

@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from gateway import simplified, sse
+from gateway import prompted, simplified, sse
 from gateway.body import to_object
 from gateway.errors import (
     BadRequest,
@@ -99,6 +99,37 @@ class Connection(Protocol):
         """Close it at once; what the upstream still does for this request is not wanted."""
 
 
+class TranslatedStream(Protocol):
+    """Makes the reply's stream, whose head is `head`, of the upstream's."""
+
+    head: AnswerHead
+
+    def feed(self, data: bytes) -> bytes:
+        """What goes out for these bytes; raises GatewayError where they are not what was to come."""
+
+    def failed(self, envelope: bytes) -> bytes:
+        """What goes out last for an error of our own."""
+
+
+class Translation(Protocol):
+    """A checked request in a form that is not vLLM's: what `target` is asked, and how its answer goes back."""
+
+    model: str | None
+    streaming: bool
+
+    @property
+    def target(self) -> str: ...
+
+    def to_call(self, model: str) -> bytes:
+        """The upstream's body; raises BadRequest."""
+
+    def to_reply(self, answer: bytes) -> bytes:
+        """The whole reply; raises UpstreamBroken."""
+
+    def to_stream(self) -> TranslatedStream | None:
+        """None where the upstream's stream goes on as it is."""
+
+
 class Transport(Protocol):
     """Where connections come from."""
 
@@ -179,9 +210,6 @@ _COLLECTED = 2  # rewritten at its end
 
 _JSON = (b"content-type", b"application/json")
 _REPLY = AnswerHead(200, [_JSON])
-_TEXTS = AnswerHead(
-    200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
-)
 
 
 def new_request_id() -> str:
@@ -216,13 +244,13 @@ class Exchange:
         "_refusal",
         "_request",
         "_retried",
-        "_simplified",
         "_size",
         "_sse",
         "_started",
         "_state",
+        "_stream",
         "_target",
-        "_texts",
+        "_translated",
         "_usage",
         "_usage_text",
         "_way",
@@ -275,7 +303,7 @@ class Exchange:
         self._pieces: list[bytes] = []
         self._size = 0
         self._content: bytes | memoryview = b""
-        self._simplified: simplified.Simplified | None = None
+        self._translated: Translation | None = None
         self._connection: Connection | None = None
         self._retried = False
         self._refusal: bytes | None = None
@@ -284,7 +312,7 @@ class Exchange:
         self._sse = False
         self._way = _RELAYED
         self._write_chunk: Callable[[bytes], None] | None = None
-        self._texts: simplified.TextStream | None = None
+        self._stream: TranslatedStream | None = None
         self._held = b""
         self._cut_event = False
         self._cut_head = b""
@@ -394,24 +422,30 @@ class Exchange:
         body = to_object(content)
         if kind == "chat":
             if simplified.is_simplified(body):
-                return self._from_simplified(body)
+                path = self._path
+                request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
+                return self._translate(request, "simplified")
             if not isinstance(body.get("messages"), list):
                 raise BadRequest(
                     "messages must be an object with system and user, a string, or OpenAI's array of messages, but "
                     f"it is {simplified.kind_of(body.get('messages'))}.",
                     param="messages",
                 )
+        elif kind == "generate":
+            return self._translate(prompted.from_generate(body), kind)
+        elif kind == "ask":
+            return self._translate(prompted.from_ask(body), kind)
         self.form = "openai"
         self.streaming = body.get("stream") is True
         model = body.get("model")
         self.model = model if isinstance(model, str) else None
         return content
 
-    def _from_simplified(self, body: dict[str, Any]) -> bytes:
-        self.form = "simplified"
+    def _translate(self, request: Translation, form: str) -> bytes:
+        self.form = form
         path = self._path
-        request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
-        self._simplified = request
+        self._translated = request
+        self._target = request.target
         self.streaming = request.streaming
         model, served = request.model or path.model, path.pool.models
         if model is None:
@@ -421,7 +455,7 @@ class Exchange:
         elif served and model not in served:
             raise ModelNotFound(f"The model {model[:200]!r} is not served; served: {', '.join(served)}.", param="model")
         self.model = model
-        return simplified.to_chat_call(request, model)
+        return request.to_call(model)
 
     # The upstream
 
@@ -477,7 +511,7 @@ class Exchange:
                 head += "content-type: application/json\r\n"
         if self._path.authorization:
             head += f"authorization: {self._path.authorization}\r\n"
-        lines = request.lines if self._simplified is None else request.lines_rewritten
+        lines = request.lines if self._translated is None else request.lines_rewritten
         return b"".join((head.encode("latin-1"), lines, b"\r\n", content))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
@@ -507,16 +541,16 @@ class Exchange:
         self._size = 0
         self.status = head.status
         self._head = head
-        rewritten = self._simplified if head.status == 200 else None
+        rewritten = self._translated if head.status == 200 else None
         if head.streams and rewritten is not None and not rewritten.streaming:
             self._upstream_failed(UpstreamBroken("The model server streams an answer that was to be whole."))
         elif head.streams:
             # An error event may have to be added, so no length can be promised.
             self._sse = True
             self._way = _IN_EVENTS
-            if rewritten is not None and rewritten.style != "openai":
-                self._texts = simplified.TextStream(rewritten)
-                self._head = _TEXTS
+            if rewritten is not None and (stream := rewritten.to_stream()):
+                self._stream = stream
+                self._head = stream.head
         elif rewritten is not None:
             self._way = _COLLECTED
         else:
@@ -553,8 +587,8 @@ class Exchange:
             self._collect(data)
             return
         self._before_last, self._last = self._last, data
-        if self._texts is not None:
-            data = self._to_texts(data)
+        if self._stream is not None:
+            data = self._translate_stream(data)
             if not data:
                 return
         if not self._started:
@@ -567,7 +601,7 @@ class Exchange:
         head, self._head = self._head, None  # not kept for as long as a stream lasts
         assert head is not None
         self._client.start(head, self._length, self.request_id)
-        if self._way is _IN_EVENTS and self._texts is None:
+        if self._way is _IN_EVENTS and self._stream is None:
             self._write_chunk = self._client.chunk
 
     def upstream_chunk(self, chunk: bytes, size: int) -> None:
@@ -661,10 +695,10 @@ class Exchange:
         self._cut_event = self._cut_event and not end
         return data[:end]
 
-    def _to_texts(self, data: bytes) -> bytes:
-        assert self._texts is not None
+    def _translate_stream(self, data: bytes) -> bytes:
+        assert self._stream is not None
         try:
-            return self._texts.feed(data)
+            return self._stream.feed(data)
         except GatewayError as error:
             self._upstream_failed(error)
             return b""
@@ -685,7 +719,7 @@ class Exchange:
             if self._held and (self.status != 200 or self._has_end(self._held)):
                 # The last event lacks its blank line, but nothing else.
                 self._way = _RELAYED
-                self.upstream_body(self._held if self._texts is None else self._held + b"\n\n")
+                self.upstream_body(self._held if self._stream is None else self._held + b"\n\n")
             end = self._before_last + self._last
             if self._lacks_end():
                 end_name = sse.END_NAMES[self.route.ends]
@@ -703,9 +737,9 @@ class Exchange:
     def _answer(self, head: AnswerHead, content: bytes) -> None:
         """Answer with all of it at once, in the simplified form where that was asked for."""
         self._last = content
-        if self._simplified is not None and head.status == 200:
+        if self._translated is not None and head.status == 200:
             try:
-                head, content = _REPLY, simplified.to_reply(self._simplified, content)
+                head, content = _REPLY, self._translated.to_reply(content)
             except GatewayError as error:
                 self._upstream_failed(error)
                 return
@@ -839,8 +873,8 @@ class Exchange:
             client.abort()
 
     def _event_of(self, error: GatewayError, tail: bytes) -> bytes:
-        if self._texts is not None:
-            return self._texts.failed(error.envelope(self.request_id))
+        if self._stream is not None:
+            return self._stream.failed(error.envelope(self.request_id))
         return error.event(self.request_id, self.route.ends, sse.next_sequence_number(tail))
 
     def _drop_connection(self) -> None:
@@ -860,7 +894,7 @@ class Exchange:
         # Whoever counts and logs it may keep it for a while.
         self._content = self._held = self._last = self._before_last = b""
         self._pieces = []
-        self._simplified = None
+        self._translated = None
         self._write_chunk = None
         path.finished(self)
         if path.waiting:

@@ -69,6 +69,7 @@ _ERROR = {
 _OWN = {
     "/health": "This process answers.",
     "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
+    "/ping": "200 when a call would succeed, 204 while the model server loads, else 503.",
     "/metrics": "Prometheus.",
     "/openapi.json": "This description.",
 }

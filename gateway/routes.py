@@ -14,7 +14,8 @@ class Route:
     """A path that is relayed; it may hold `{response_id}`.
 
     `name` is what GATEWAY_ROUTES calls it and those that belong to it. `body` is the request's: `chat`
-    is JSON in OpenAI's or the simplified form, `json` any object, which goes on as it came. `streams` says
+    is JSON in OpenAI's or the simplified form, `generate` and `ask` forms of older servers', and `json` any
+    object, which goes on as it came. `streams` says
     that an answer may be server-sent events, `ends` how those end.
     """
 
@@ -22,7 +23,7 @@ class Route:
     method: Literal["GET", "POST"]
     path: str
     about: str
-    body: Literal["chat", "json", "none"] = "json"
+    body: Literal["chat", "json", "none", "generate", "ask"] = "json"
     streams: bool = False
     ends: Ends = "done"
 
@@ -51,6 +52,8 @@ ROUTES = (
     Route("classify", "POST", "/classify", "A class for each text."),
     Route("tokenize", "POST", "/tokenize", "The tokens of a text or a chat."),
     Route("tokenize", "POST", "/detokenize", "The text of tokens."),
+    Route("generate", "POST", "/generate", "A bare prompt, as vLLM's first server took it.", "generate", True),
+    Route("ask", "POST", "/api/v1/ask", "A question, as vllm-app took it.", "ask", True),
     Route("models", "GET", "/v1/models", "The models that are served.", "none"),
     Route("version", "GET", "/version", "vLLM's version.", "none"),
 )
@@ -68,7 +71,7 @@ _OURS = "the gateway's own"
 REFUSED = {
     "/health": _OURS,
     "/metrics": _OURS,
-    "/ping": "the same as vLLM's `/health`; `/v1/health_check` tells of vLLM",
+    "/ping": _OURS,
     "/v1/realtime": "a WebSocket, which this gateway does not speak",
     "/v1/audio/transcriptions": "an upload, which this gateway does not take yet",
     "/v1/audio/translations": "an upload, which this gateway does not take yet",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from types import FrameType
 from typing import cast
 
@@ -36,7 +38,8 @@ class CannotListen(Exception):
 
 def serve(settings: Settings, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotListen."""
-    listener = listen(settings.host, settings.port)
+    ports = dict.fromkeys(port for port in (settings.port, settings.health_port) if port is not None)
+    listeners = [listen(settings.host, port) for port in ports]
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
         signal.signal(number, _exit)
@@ -46,9 +49,10 @@ def serve(settings: Settings, warnings: list[str]) -> None:
         _log.warning(warning)
     try:
         server = create_server(settings, create_app(settings, writer))
-        host, port = listener.getsockname()[:2]
-        _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))
-        server.run(sockets=[listener])
+        for listener in listeners:
+            host, port = listener.getsockname()[:2]
+            _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))
+        server.run(sockets=listeners)
     finally:
         writer.close()
 
@@ -132,20 +136,22 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         settle()
 
-    async def _accept_the_last(self, listener: socket.socket) -> None:
+    async def _accept_the_last(self, listeners: Iterable[socket.socket]) -> None:
         """Stop listening, but for what has connected by then: closing a listener resets those in its queue."""
         loop = asyncio.get_running_loop()
-        with listener.dup() as last:
-            last.setblocking(False)
+        with contextlib.ExitStack() as kept:
+            last = [kept.enter_context(listener.dup()) for listener in listeners]
             for server in self.servers:
                 server.close()
             await asyncio.sleep(0)  # those that were accepted in this turn become connections
-            while True:
-                try:
-                    connection, _ = last.accept()
-                except OSError:
-                    break
-                await loop.connect_accepted_socket(self._protocol, connection)
+            for listener in last:
+                listener.setblocking(False)
+                while True:
+                    try:
+                        connection, _ = listener.accept()
+                    except OSError:
+                        break
+                    await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
         made = cast(type[HttpToolsProtocol], self.config.http_protocol_class)
@@ -155,8 +161,7 @@ class _Server(uvicorn.Server):
         self._drain.began = True
         self._drain.ends_at = time.monotonic() + self._drain_timeout
         looking = asyncio.create_task(self._look_again_and_again())
-        for listener in sockets or ():
-            await self._accept_the_last(listener)
+        await self._accept_the_last(sockets or ())
         await super().shutdown(sockets)
         looking.cancel()
         await self._end_what_still_runs()

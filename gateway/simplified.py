@@ -20,6 +20,7 @@ import orjson
 from gateway import sse
 from gateway.citations import cited
 from gateway.errors import BadRequest, Style, UpstreamBroken
+from gateway.headers import AnswerHead
 
 Json = dict[str, Any]
 
@@ -74,6 +75,41 @@ class Simplified:
     style: Style
     echoed: Json
 
+    target = "/v1/chat/completions"
+
+    def to_call(self, model: str) -> bytes:
+        """The chat call's body; raises BadRequest for what cannot be written."""
+        self.chat["model"] = model
+        try:
+            return orjson.dumps(self.chat)
+        except TypeError:
+            raise _too_deep(self.chat) from None
+
+    def to_reply(self, answer: bytes) -> bytes:
+        """The whole reply: vLLM's chat completion as it came and, around it, the text and what was asked.
+
+        Raises UpstreamBroken where the answer is no chat completion.
+        """
+        try:
+            completion = orjson.loads(answer)
+            text = completion["choices"][0]["message"]["content"] or ""
+            if not isinstance(text, str):
+                raise TypeError(text)
+            if not completion.keys().isdisjoint(self.echoed) or "text" in completion:
+                return orjson.dumps({"text": text, **completion, **self.echoed})
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            raise UpstreamBroken("The model server's answer is not a chat completion.") from None
+        # What vLLM wrote need not be written again.
+        return b"".join(
+            (b'{"text":', orjson.dumps(text), b",", answer.strip()[1:-1], b",", orjson.dumps(self.echoed)[1:])
+        )
+
+    def to_stream(self) -> TextStream | None:
+        """What makes the reply's stream of vLLM's, where that is not in vLLM's own style."""
+        if self.style == "openai":
+            return None
+        return TextStream(self.style, self.echoed["data"], lambda choice: choice["delta"].get("content"))
+
 
 def is_simplified(body: Json) -> bool:
     """Whether the body of a chat completion is in the simplified form; any other is OpenAI's."""
@@ -127,35 +163,6 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     return Simplified(chat, model or None, streaming, style, echoed)
 
 
-def to_chat_call(request: Simplified, model: str) -> bytes:
-    """The chat call's body; raises BadRequest for what cannot be written."""
-    request.chat["model"] = model
-    try:
-        return orjson.dumps(request.chat)
-    except TypeError:
-        raise _too_deep(request.chat) from None
-
-
-def to_reply(request: Simplified, answer: bytes) -> bytes:
-    """The whole reply: vLLM's chat completion as it came and, around it, the text and what was asked.
-
-    Raises UpstreamBroken where the answer is no chat completion.
-    """
-    try:
-        completion = orjson.loads(answer)
-        text = completion["choices"][0]["message"]["content"] or ""
-        if not isinstance(text, str):
-            raise TypeError(text)
-        if not completion.keys().isdisjoint(request.echoed) or "text" in completion:
-            return orjson.dumps({"text": text, **completion, **request.echoed})
-    except (orjson.JSONDecodeError, LookupError, TypeError):
-        raise UpstreamBroken("The model server's answer is not a chat completion.") from None
-    # What vLLM wrote need not be written again.
-    return b"".join(
-        (b'{"text":', orjson.dumps(text), b",", answer.strip()[1:-1], b",", orjson.dumps(request.echoed)[1:])
-    )
-
-
 class TextStream:
     """vLLM's chunks in, a stream of texts out, in a style that is not vLLM's own.
 
@@ -165,10 +172,15 @@ class TextStream:
     never left out, not even where it shares a chunk with the finish reason; what is no text has no place.
     """
 
-    def __init__(self, request: Simplified) -> None:
+    head = AnswerHead(
+        200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
+    )
+
+    def __init__(self, style: Style, data: Json | None, text_of: Callable[[Json], str | None]) -> None:
+        """`text_of` takes a choice of a chunk."""
         self._decoder = sse.Decoder(limit=1024 * 1024)
-        self._as_repr = request.style == "repr"
-        data = request.echoed["data"]
+        self._as_repr = style == "repr"
+        self._text_of = text_of
         self._sources = b"json: " + orjson.dumps(data) + b"\n\n" if data is not None else b""
 
     def feed(self, data: bytes) -> bytes:
@@ -188,8 +200,8 @@ class TextStream:
         chunk = orjson.loads(data)
         if "error" in chunk:
             return self._error(chunk)
-        text = [choice["delta"].get("content") for choice in chunk["choices"] if choice["index"] == 0]
-        return b"".join(self._piece(piece) for piece in text if piece is not None)
+        texts = [self._text_of(choice) for choice in chunk["choices"] if choice["index"] == 0]
+        return b"".join(self._piece(text) for text in texts if text is not None)
 
     def _piece(self, text: str) -> bytes:
         if self._as_repr:

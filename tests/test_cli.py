@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
+from tests.gateway_process import free_port
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +87,16 @@ def test_a_running_stream_ends_before_sigterm_does(fake: FakeVllm) -> None:
         process.communicate(timeout=10)
 
     assert (first, rest) == (EVENTS[0], DONE)
+
+
+def test_a_second_port_for_probes_answers_too(fake: FakeVllm) -> None:
+    with serving("--upstream", fake.url, "--port", "0", PORT_HEALTH=str(free_port())) as process:
+        urls = [address(process), address(process)]
+        assert [httpx.get(f"{url}/health", trust_env=False).status_code for url in urls] == [200, 200]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+
+    assert process.returncode == 0
 
 
 def test_logs_for_people_are_text(fake: FakeVllm) -> None:

@@ -20,6 +20,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("routes", "chat, models", ("chat", "models")),
     ("disable_streaming", "True", True),
     ("output_guard", "True", True),
+    ("health_port", "9001", 9001),
     ("system_role", "merge", "merge"),
     ("max_in_flight", "12", 12),
     ("max_in_flight_per_upstream", "13", 13),
@@ -47,6 +48,7 @@ ALIASES = {
     "LLM_MODEL_NAME": "model",
     "LLM_DISABLE_STREAMING": "disable_streaming",
     "LLM_OUTPUT_GUARD_EXISTS": "output_guard",
+    "PORT_HEALTH": "health_port",
     "OPEA_LOGGER_LEVEL": "log_level",
 }
 RAW = {field: raw for field, raw, _ in VALUES}

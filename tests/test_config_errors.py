@@ -36,7 +36,7 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("LLM_USVC_PORT", "abc", "a number"),
         ("GATEWAY_DISABLE_STREAMING", "maybe", "true or false"),
         ("LLM_DISABLE_STREAMING", "maybe", "true or false"),
-        ("GATEWAY_STREAM_STYLE", "xml", "'openai' or 'repr'"),
+        ("GATEWAY_STREAM_STYLE", "xml", "'openai', 'repr' or 'answer_part'"),
         ("GATEWAY_SYSTEM_ROLE", "user", "'system' or 'merge'"),
         ("GATEWAY_LOG_FORMAT", "xml", "'json' or 'text'"),
         ("OPEA_LOGGER_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),

@@ -169,6 +169,20 @@ def test_a_model_list_that_is_nested_too_deeply_is_none() -> None:
     assert (upstream.state, upstream.why) == ("down", "its /v1/models answers 200 and no model list")
 
 
+def test_ping_says_serving_loading_or_down(fake: FakeVllm) -> None:
+    with running(fake.url) as gateway, gateway.client() as client:
+        serving = client.get("/ping")
+        fake.probe_answers["/health"] = response("500 Internal Server Error", b"")
+        client.get("/v1/health_check")
+        down = client.get("/ping")
+    with running("http://127.0.0.1:9") as gateway, gateway.client() as client:
+        loading = client.get("/ping")
+
+    assert (serving.status_code, serving.json()) == (200, {"status": "healthy"})
+    assert (down.status_code, down.json()) == (503, {"status": "unhealthy"})
+    assert (loading.status_code, loading.content) == (204, b"")
+
+
 def test_health_lives_without_any_upstream() -> None:
     with running("http://127.0.0.1:9") as gateway, gateway.client() as client:
         assert client.get("/health").status_code == 200

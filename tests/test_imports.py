@@ -14,6 +14,7 @@ import gateway
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(gateway.__file__).parent.glob("*.py")}
 PURE = {
     "citations",
+    "prompted",
     "openapi",
     "routes",
     "waiting",

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("way")
 
 SPACED = b'{ "model":"demo",  "input": ["caf\\u00e9"] }'
 POSTED = [route for route in ROUTES if route.body == "json"]
+OLDER = {"/generate": b'{"prompt":"Hi"}', "/api/v1/ask": b'{"question":"Hi"}'}
 STORED = [route for route in ROUTES if "{" in route.path]
 
 
@@ -205,7 +206,7 @@ def test_what_is_switched_off_does_not_exist(fake: FakeVllm) -> None:
 
 
 def test_what_is_refused_on_purpose_does_not_exist(client: httpx.Client, fake: FakeVllm) -> None:
-    for path, method in itertools.product(REFUSED.keys() - {"/health", "/metrics"}, ["GET", "POST"]):
+    for path, method in itertools.product(REFUSED.keys() - {"/health", "/metrics", "/ping"}, ["GET", "POST"]):
         # Of one that looks like a response's own, the method is what there is not.
         assert client.request(method, path).status_code in ((404, 405) if path.startswith("/v1/responses/") else (404,))
     assert fake.received == []
@@ -214,7 +215,7 @@ def test_what_is_refused_on_purpose_does_not_exist(client: httpx.Client, fake: F
 def test_the_description_names_every_route_and_nothing_else(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     assert described == json.loads(json.dumps(describe(ROUTES)))
-    own = {"/health", "/v1/health_check", "/metrics", "/openapi.json"}
+    own = {"/health", "/ping", "/v1/health_check", "/metrics", "/openapi.json"}
     assert set(described["paths"]) == {route.path for route in ROUTES} | own
     tags = [
         operation["tags"][0]

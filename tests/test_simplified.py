@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest, Style
-from gateway.simplified import Simplified, from_body, is_simplified, to_chat_call, to_reply
+from gateway.simplified import Simplified, from_body, is_simplified
 
 Body = dict[str, Any]
 Role = Literal["system", "merge"]
@@ -29,7 +29,7 @@ def read(body: Body, role: Role = "system", style: Style = "openai", whole: bool
 
 def refused(body: Body, role: Role = "system") -> BadRequest:
     with pytest.raises(BadRequest) as raised:
-        to_chat_call(read(body, role), "m")
+        read(body, role).to_call("m")
     return raised.value
 
 
@@ -249,5 +249,5 @@ def test_any_body_is_a_simplified_request_or_a_bad_request_that_names_a_field(
         assert read_as.param in read_as.message
     else:
         assert orjson.loads(orjson.dumps(read_as.chat)) == read_as.chat
-        assert json.loads(to_reply(read_as, orjson.dumps(ANSWER)))["text"] == "Hello."
+        assert json.loads(read_as.to_reply(orjson.dumps(ANSWER)))["text"] == "Hello."
     assert orjson.dumps(body) == before

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest, Style, UpstreamBroken
-from gateway.simplified import Simplified, TextStream, from_body, to_reply
+from gateway.simplified import Simplified, TextStream, from_body
 from gateway.sse import DONE, Decoder, encode
 
 ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}
@@ -25,7 +25,7 @@ def read(body: dict[str, Any]) -> Simplified:
 
 def test_a_whole_reply_is_the_completion_with_its_text_and_what_was_asked() -> None:
     request = read({"messages": "Hi.", "streaming": False, "data": {"a": 1}, "output_guardrail_params": {"b": 2}})
-    assert json.loads(to_reply(request, orjson.dumps(ANSWER))) == {
+    assert json.loads(request.to_reply(orjson.dumps(ANSWER))) == {
         **ANSWER,
         "text": "Hello.",
         "prompt": "Hi.",
@@ -38,14 +38,14 @@ def test_a_whole_reply_is_the_completion_with_its_text_and_what_was_asked() -> N
 
 def test_what_the_model_server_wrote_stays_as_it_was_written() -> None:
     written = b'"choices": [{"message":{"content":"\\u0041"}}],"x":1.50,"deep":' + b"[" * 300 + b"]" * 300
-    reply = to_reply(read({"messages": "Hi."}), b" {" + written + b"}\r\n")
+    reply = read({"messages": "Hi."}).to_reply(b" {" + written + b"}\r\n")
     assert written in reply
     assert json.loads(reply)["text"] == "A"
 
 
 def test_of_two_fields_of_one_name_the_reply_has_one() -> None:
     answer = {**ANSWER, "text": "its own", "prompt": "its own"}
-    reply = to_reply(read({"messages": "Hi."}), orjson.dumps(answer))
+    reply = read({"messages": "Hi."}).to_reply(orjson.dumps(answer))
     assert reply.count(b'"text":"') == reply.count(b'"prompt":') == 1
     assert json.loads(reply)["prompt"] == "Hi."
 
@@ -53,7 +53,7 @@ def test_of_two_fields_of_one_name_the_reply_has_one() -> None:
 @pytest.mark.parametrize("content", [None, ""])
 def test_an_answer_without_text_has_an_empty_one(content: str | None) -> None:
     answer = {"choices": [{"message": {"content": content, "tool_calls": [1]}}]}
-    reply = json.loads(to_reply(read({"messages": "Hi."}), orjson.dumps(answer)))
+    reply = json.loads(read({"messages": "Hi."}).to_reply(orjson.dumps(answer)))
     assert reply["text"] == ""
     assert reply["choices"] == answer["choices"]
 
@@ -76,11 +76,13 @@ def test_an_answer_without_text_has_an_empty_one(content: str | None) -> None:
 )
 def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: bytes) -> None:
     with pytest.raises(UpstreamBroken):
-        to_reply(read({"messages": "Hi."}), answer)
+        read({"messages": "Hi."}).to_reply(answer)
 
 
 def texts(style: Style = "repr", **sent: Any) -> TextStream:
-    return TextStream(from_body({"messages": "Hi.", **sent}, style, "system", whole=False))
+    stream = from_body({"messages": "Hi.", **sent}, style, "system", whole=False).to_stream()
+    assert stream is not None
+    return stream
 
 
 def chunk(content: str | None, **choice: Any) -> bytes:
@@ -229,7 +231,7 @@ def test_a_document_is_cited_by_where_it_is_from(metadata: dict[str, Any], citat
         "data": {"reranked_docs": [{"text": "x", "metadata": metadata}], "k": 1},
     }
     request = from_body(body, "openai", "system", whole=False)
-    data = json.loads(to_reply(request, orjson.dumps(ANSWER)))["data"]
+    data = json.loads(request.to_reply(orjson.dumps(ANSWER)))["data"]
     (cited,) = data["reranked_docs"]
     assert data["k"] == 1
     assert {**cited, **citation} == cited

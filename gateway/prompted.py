@@ -1,0 +1,132 @@
+"""Calls of older servers that bring a bare prompt, as vLLM's completions and back; pure functions on values.
+
+`POST /generate`, of vLLM's first server, and `POST /api/v1/ask`, of vllm-app:
+
+    {"prompt": str, "stream": bool?, …}    ->  {"text": [prompt + output, …]}, or such objects with all of the
+                                               text so far, each with a NUL behind it
+    {"question": str, …}                   ->  server-sent events of answer parts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway import sse
+from gateway.errors import BadRequest, UpstreamBroken
+from gateway.headers import AnswerHead
+from gateway.simplified import TextStream, kind_of
+
+Json = dict[str, Any]
+
+# vllm-app's own limit; vLLM's for a completion is 16.
+_ASK_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class Prompted:
+    """A checked request: the completion's body but for its model, and what the prompt was, if the reply repeats it."""
+
+    call: Json
+    model: str | None
+    streaming: bool
+    prompt: str | None
+
+    target = "/v1/completions"
+
+    def to_call(self, model: str) -> bytes:
+        """The completion's body; raises BadRequest for what cannot be written."""
+        try:
+            return orjson.dumps({"model": model, **self.call})
+        except TypeError:
+            raise BadRequest("The request's body is nested too deeply.") from None
+
+    def to_reply(self, answer: bytes) -> bytes:
+        """The whole reply; raises UpstreamBroken where the answer is no completion."""
+        try:
+            choices = sorted(orjson.loads(answer)["choices"], key=lambda choice: choice["index"])
+            return orjson.dumps({"text": [(self.prompt or "") + choice["text"] for choice in choices]})
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            raise UpstreamBroken("The model server's answer is not a completion.") from None
+
+    def to_stream(self) -> TextStream | GenerateStream:
+        """What makes the reply's stream of the completion's."""
+        if self.prompt is None:
+            return TextStream("answer_part", None, lambda choice: choice["text"])
+        return GenerateStream(self.prompt)
+
+
+def from_generate(body: Json) -> Prompted:
+    """A call of `/generate`; raises BadRequest, which names the field."""
+    streaming = body.get("stream")
+    if streaming is not None and not isinstance(streaming, bool):
+        raise BadRequest(f"stream must be true or false, but it is {kind_of(streaming)}.", param="stream")
+    prompt = _text(body, "prompt")
+    return Prompted(
+        {**_others(body, "prompt"), "prompt": prompt, "stream": bool(streaming)}, _model(body), bool(streaming), prompt
+    )
+
+
+def from_ask(body: Json) -> Prompted:
+    """A call of `/api/v1/ask`, which is always streamed; raises BadRequest, which names the field."""
+    question = _text(body, "question")
+    call = {"max_tokens": _ASK_TOKENS, **_others(body, "question"), "prompt": question, "stream": True}
+    return Prompted(call, _model(body), True, None)
+
+
+class GenerateStream:
+    """A completion's chunks in, `/generate`'s stream out: after each, all texts so far."""
+
+    head = AnswerHead(200, [], streams=True)
+
+    def __init__(self, prompt: str) -> None:
+        self._decoder = sse.Decoder(limit=1024 * 1024)
+        self._prompt = prompt
+        self._texts: dict[int, str] = {}
+
+    def feed(self, data: bytes) -> bytes:
+        """The objects for these bytes; raises UpstreamBroken where they hold no chunks."""
+        try:
+            return b"".join(map(self._object, self._decoder.feed(data)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UpstreamBroken(
+                "The model server's stream holds something that is not a completion's chunk."
+            ) from error
+
+    def failed(self, envelope: bytes) -> bytes:
+        """An error as the last object."""
+        return envelope + b"\0"
+
+    def _object(self, data: bytes) -> bytes:
+        if data == sse.DONE:
+            return b""
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            return self.failed(orjson.dumps(chunk))
+        for choice in chunk["choices"]:
+            self._texts[choice["index"]] = self._texts.get(choice["index"], self._prompt) + choice["text"]
+        texts = [self._texts[index] for index in sorted(self._texts)]
+        return orjson.dumps({"text": texts}) + b"\0" if chunk["choices"] else b""
+
+
+def _text(body: Json, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise BadRequest(
+            f"{name} must be a string that is not empty, but it is {'empty' if value == '' else kind_of(value)}.",
+            param=name,
+        )
+    return value
+
+
+def _others(body: Json, name: str) -> Json:
+    return {field: value for field, value in body.items() if field not in (name, "model") and value is not None}
+
+
+def _model(body: Json) -> str | None:
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest(f"model must be a string, but it is {kind_of(model)}.", param="model")
+    return model or None
