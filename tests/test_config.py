@@ -88,6 +88,30 @@ def test_every_setting_and_alias_stands_in_these_tables() -> None:
     assert {name.split(", ")[0] for name, _, _ in table()} == {f"GATEWAY_{field.upper()}" for field in RAW}
 
 
+# As the microservice of release 1.4 came with it, and what else it read.
+REPLACED = """
+LLM_MODEL_NAME="Intel/neural-chat-7b-v3-3"
+LLM_CONNECTOR="generic"
+LLM_MODEL_SERVER="vllm"
+LLM_MODEL_SERVER_ENDPOINT="http://vllm:8008/v1"
+LLM_DISABLE_STREAMING="False"
+LLM_OUTPUT_GUARD_EXISTS="True"
+#LLM_USVC_PORT=9000
+OPEA_LOGGER_LEVEL=INFO
+LOGGING_PROPAGATE=true
+"""
+
+
+def test_a_replaced_services_own_file_of_settings_will_do(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text(REPLACED)
+    settings, warnings = load(file)
+
+    assert (settings.model, settings.upstreams) == ("Intel/neural-chat-7b-v3-3", ("http://vllm:8008",))
+    assert (settings.disable_streaming, settings.output_guard, settings.port) == (False, True, 9000)
+    assert warnings == []
+
+
 def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
     rows = {name: (default, meaning) for name, default, meaning in table()}
     assert rows["GATEWAY_PORT, LLM_USVC_PORT"] == ("9000", "Port to listen on.")
