@@ -133,6 +133,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             model=settings.model,
             style=settings.stream_style,
             system_role=settings.system_role,
+            flattens=settings.connector == "langchain",
             whole=settings.disable_streaming or settings.output_guard,
             authorization=_authorization(settings),
         )

@@ -109,6 +109,11 @@ class Settings(_EnvironmentSettings):
     routes: Annotated[tuple[str, ...], NoDecode] = Field(
         NAMES, description="Calls that are relayed, separated by commas; any other path does not exist."
     )
+    connector: Literal["generic", "langchain"] = Field(
+        "generic",
+        validation_alias=AliasChoices("GATEWAY_CONNECTOR", "LLM_CONNECTOR"),
+        description="`langchain` makes simplified calls completions, of their messages as one text.",
+    )
     disable_streaming: bool = Field(
         False,
         validation_alias=AliasChoices("GATEWAY_DISABLE_STREAMING", "LLM_DISABLE_STREAMING"),

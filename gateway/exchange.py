@@ -32,6 +32,7 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from gateway.flattened import Flattened
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
@@ -182,6 +183,7 @@ class DataPath:
     style: Style
     system_role: Literal["system", "merge"]
     whole: bool
+    flattens: bool
     authorization: str | None
 
     def due(self) -> list[Exchange]:
@@ -424,7 +426,7 @@ class Exchange:
             if simplified.is_simplified(body):
                 path = self._path
                 request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
-                return self._translate(request, "simplified")
+                return self._translate(Flattened(request) if path.flattens else request, "simplified")
             if not isinstance(body.get("messages"), list):
                 raise BadRequest(
                     "messages must be an object with system and user, a string, or OpenAI's array of messages, but "

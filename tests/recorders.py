@@ -244,6 +244,7 @@ class Conversation:
             "style": "openai",
             "system_role": "system",
             "whole": False,
+            "flattens": False,
             "authorization": None,
         }
         self.path = DataPath(

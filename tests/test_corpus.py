@@ -46,6 +46,8 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
     settings: dict[str, Any] = dict(word.split("=") for word in given)
     if "style" not in settings and "stream_style" in settings:
         settings["style"] = settings.pop("stream_style")
+    if settings.get("connector"):
+        settings["flattens"] = settings.pop("connector") == "langchain"
     talk = Conversation(
         route=BY_PATH[method, path], headers=((b"x-request-id", b"corpus"),), models=("demo",), **settings
     )

@@ -15,6 +15,7 @@ SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(gateway.__fil
 PURE = {
     "citations",
     "prompted",
+    "flattened",
     "openapi",
     "routes",
     "waiting",
