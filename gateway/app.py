@@ -94,6 +94,7 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
+    description = describe(relayed)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -157,9 +158,9 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             Route("/v1/health_check", endpoints.health_check, methods=["GET"]),
             Route("/ping", endpoints.ping, methods=["GET"]),
             Route("/metrics", endpoints.metrics, methods=["GET"]),
-            Route("/openapi.json", JSONResponse(describe(relayed)), methods=["GET"]),
+            Route("/openapi.json", JSONResponse(description), methods=["GET"]),
         ],
-        middleware=[Middleware(endpoints.Outermost)],
+        middleware=[Middleware(endpoints.Outermost, paths=frozenset(description["paths"]))],
         exception_handlers={HTTPException: endpoints.refused},
         lifespan=lifespan,
     )
@@ -175,6 +176,7 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
         interval=settings.probe_interval,
         model=settings.model,
         system_role=settings.system_role,
+        reads_template="chat" in settings.routes and settings.connector == "generic",
         authorization=_authorization(settings),
     )
 

@@ -117,7 +117,7 @@ class Settings(_EnvironmentSettings):
     disable_streaming: bool = Field(
         False,
         validation_alias=AliasChoices("GATEWAY_DISABLE_STREAMING", "LLM_DISABLE_STREAMING"),
-        description="Answer every simplified request whole, whatever it asks for.",
+        description="Answer every simplified request and `/generate` whole, whatever is asked for.",
     )
     output_guard: bool = Field(
         False,

@@ -18,6 +18,7 @@ from gateway.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.exchange import FAILED, Exchange, new_request_id
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import RESPONSE_ID, Route
+from gateway.sse import Ends
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ class Relay:
         path, head = scope["state"]["data_path"], scope["head"]
         # Starlette answers HEAD wherever it answers GET; the exchange asks by GET, the server drops the body.
         query = scope["query_string"].decode("latin-1")
-        target = f"{scope['path']}?{query}" if query else scope["path"]
+        target = self._route.path.format(**scope["path_params"])
+        if query:
+            target = f"{target}?{query}"
         exchange = client.exchange = Exchange(path, client, self._route, target, head)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
@@ -136,8 +139,10 @@ class _AsgiClient:
 class Outermost:
     """Each request's id; of those that are not relayed, the log line and the count; an answer if a handler fails."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
+        """`paths` are those that metrics may name: no client's word."""
         self._app = app
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -156,7 +161,10 @@ class Outermost:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if scope["path"].endswith("\n"):  # which a pattern's `$` takes for the end
+                await to_response(_no_path(scope["path"]), request_id)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
             error = GatewayError(FAILED)
@@ -166,15 +174,21 @@ class Outermost:
         if "relayed" in scope:
             return
         state = scope["state"]
-        route = scope["path"] if status != 404 else "unknown"
+        route = scope["path"] if status != 404 and scope["path"] in self._paths else "unknown"
         state["metrics"].other(route, status)
         if route not in _QUIET or status >= 400:
             state["request_log"].other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
 
 
-def to_response(error: GatewayError, request_id: str, headers: dict[str, str] | None = None) -> Response:
-    """An error as a response, in OpenAI's envelope."""
-    return Response(error.envelope(request_id), error.status, headers, media_type="application/json")
+def _no_path(path: str) -> NotFound:
+    return NotFound(f"There is no path {path[:200]!r} here.")
+
+
+def to_response(
+    error: GatewayError, request_id: str, headers: dict[str, str] | None = None, ends: Ends = "done"
+) -> Response:
+    """An error as a response, in OpenAI's envelope or Anthropic's."""
+    return Response(error.envelope(request_id, ends), error.status, headers, media_type="application/json")
 
 
 async def refused(request: Request, exception: Exception) -> Response:
@@ -186,9 +200,10 @@ async def refused(request: Request, exception: Exception) -> Response:
         allowed = (exception.headers or {}).get("Allow", "")
         error = MethodNotAllowed(f"{request.method[:20]} is not allowed on {path!r}; allowed: {allowed}.")
     else:
-        error = NotFound(f"There is no path {path!r} here.")
+        error = _no_path(path)
     headers = dict(exception.headers) if exception.headers else None
-    return to_response(error, request.scope["request_id"], headers)
+    ends: Ends = "messages" if path.startswith("/v1/messages") else "done"
+    return to_response(error, request.scope["request_id"], headers, ends)
 
 
 async def health(request: Request) -> Response:

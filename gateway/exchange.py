@@ -434,7 +434,7 @@ class Exchange:
                     param="messages",
                 )
         elif kind == "generate":
-            return self._translate(prompted.from_generate(body), kind)
+            return self._translate(prompted.from_generate(body, whole=self._path.whole), kind)
         elif kind == "ask":
             return self._translate(prompted.from_ask(body), kind)
         self.form = "openai"
@@ -547,6 +547,9 @@ class Exchange:
         if head.streams and rewritten is not None and not rewritten.streaming:
             self._upstream_failed(UpstreamBroken("The model server streams an answer that was to be whole."))
         elif head.streams:
+            if self.route.replays:  # where a stream is asked for in the query
+                self.streaming = True
+                self.due = self._next_limit(self._last_read_at)
             # An error event may have to be added, so no length can be promised.
             self._sse = True
             self._way = _IN_EVENTS
@@ -847,7 +850,8 @@ class Exchange:
     # The end
 
     def _upstream_failed(self, error: GatewayError) -> None:
-        if self.upstream is not None:
+        silent = self.route.replays and isinstance(error, UpstreamTimeout)
+        if self.upstream is not None and not silent:
             self.upstream.broke(self._path.time())
         self.fail(error)
 

@@ -31,12 +31,17 @@ class Prober:
         model: str | None,
         system_role: Literal["system", "merge"],
         authorization: str | None,
+        reads_template: bool = True,
     ) -> None:
-        """`model` is the configured one, `interval` the seconds between two probes of one that serves."""
+        """`model` is the configured one, `interval` the seconds between two probes of one that serves.
+
+        `reads_template` where chats are relayed: a model for anything else may have none.
+        """
         self._pool = pool
         self._interval = interval
         self._model = model
         self._system_role = system_role
+        self._reads_template = reads_template
         # A proxy set for downloads must not catch a probe.
         self._client = httpx.AsyncClient(
             trust_env=False,
@@ -114,7 +119,7 @@ class Prober:
         upstream.models = served
         if self._model is not None and self._model not in served:
             return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
-        if upstream not in self._template_read:
+        if self._reads_template and upstream not in self._template_read:
             why = await self._template_problem(upstream, self._model or served[0])
             if why:
                 return "down", why

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from gateway.errors import Style
-from gateway.routes import Route
+from gateway.routes import RESPONSE_ID, Route
 
 Json = dict[str, Any]
 
@@ -66,6 +66,14 @@ _ERROR = {
     },
     "required": ["error"],
 }
+_BARE = {
+    "generate": {
+        "type": "object",
+        "properties": {"prompt": _TEXT, "stream": {"type": "boolean"}, "n": {"type": "integer", "minimum": 1}},
+        "required": ["prompt"],
+    },
+    "ask": {"type": "object", "properties": {"question": _TEXT}, "required": ["question"]},
+}
 _OWN = {
     "/health": "This process answers.",
     "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
@@ -82,7 +90,9 @@ def describe(routes: Iterable[Route]) -> Json:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     for path, about in _OWN.items():
         paths[path] = {"get": {"summary": about, "responses": {"200": {"description": "As it says."}}}}
-    paths["/v1/health_check"]["get"]["responses"]["503"] = {"description": "No call would succeed now."}
+    for path in ("/v1/health_check", "/ping"):
+        paths[path]["get"]["responses"]["503"] = {"description": "No call would succeed now."}
+    paths["/ping"]["get"]["responses"]["204"] = {"description": "The model server loads."}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vllm-gateway", "version": "1", "description": "A thin gateway in front of vLLM."},
@@ -92,14 +102,16 @@ def describe(routes: Iterable[Route]) -> Json:
 
 
 def _operation(route: Route) -> Json:
-    answer: Json = {"application/json": {"schema": {}}}
-    if route.streams:
+    answer: Json = {} if route.body == "ask" else {"application/json": {"schema": {}}}
+    if route.body == "generate":
+        answer["*/*"] = {"schema": {"type": "string"}, "example": '{"text": ["Once upon"]}\0'}  # of no type of its own
+    elif route.streams:
         answer["text/event-stream"] = {"schema": {"type": "string"}}
     operation: Json = {
         "summary": route.about,
         "tags": [route.name],
         "responses": {
-            "200": {"description": "vLLM's answer.", "content": answer},
+            "200": {"description": "The answer: vLLM's, but where the call was translated.", "content": answer},
             "default": {
                 "description": "An error: vLLM's as it wrote it, or the gateway's.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
@@ -107,8 +119,13 @@ def _operation(route: Route) -> Json:
         },
     }
     if "{response_id}" in route.path:
-        name = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [name]
+        name = {"type": "string", "pattern": f"^{RESPONSE_ID.pattern}$"}
+        operation["parameters"] = [{"name": "response_id", "in": "path", "required": True, "schema": name}]
+        if route.streams:
+            operation["parameters"] += [
+                {"name": "stream", "in": "query", "schema": {"type": "boolean"}},
+                {"name": "starting_after", "in": "query", "schema": {"type": "integer"}},
+            ]
     if route.body != "none":
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route)}}}
     return operation
@@ -117,4 +134,4 @@ def _operation(route: Route) -> Json:
 def _body(route: Route) -> Json:
     if route.body == "chat":
         return {"anyOf": [{"$ref": "#/components/schemas/Simplified"}, {"$ref": "#/components/schemas/Chat"}]}
-    return {"type": "object", "description": "vLLM's own fields."}
+    return _BARE.get(route.body, {"type": "object", "description": "vLLM's own fields."})

@@ -21,6 +21,8 @@ from gateway.simplified import TextStream, kind_of
 
 Json = dict[str, Any]
 
+# Each text of `/generate` repeats the prompt; at most so many characters in all, as `n` is quickly said.
+_MOST_REPEATED = 4 * 1024 * 1024
 # vllm-app's own limit; vLLM's for a completion is 16.
 _ASK_TOKENS = 2048
 
@@ -58,15 +60,24 @@ class Prompted:
         return GenerateStream(self.prompt)
 
 
-def from_generate(body: Json) -> Prompted:
-    """A call of `/generate`; raises BadRequest, which names the field."""
+def from_generate(body: Json, *, whole: bool) -> Prompted:
+    """A call of `/generate`; `whole` answers every one whole. Raises BadRequest, which names the field."""
     streaming = body.get("stream")
     if streaming is not None and not isinstance(streaming, bool):
         raise BadRequest(f"stream must be true or false, but it is {kind_of(streaming)}.", param="stream")
-    prompt = _text(body, "prompt")
-    return Prompted(
-        {**_others(body, "prompt"), "prompt": prompt, "stream": bool(streaming)}, _model(body), bool(streaming), prompt
-    )
+    prompt, count = _text(body, "prompt"), body.get("n")
+    if count is not None and type(count) is not int:
+        raise BadRequest(f"n must be an integer, but it is {kind_of(count)}.", param="n")
+    if len(prompt) * (count or 1) > _MOST_REPEATED:
+        raise BadRequest(
+            f"n times the prompt, which each text repeats, must be at most {_MOST_REPEATED} characters.", param="n"
+        )
+    streams = bool(streaming) and not whole
+    call = {**_others(body, "prompt"), "prompt": prompt, "stream": streams}
+    call.pop("echo", None)  # or it would stand there twice
+    if not streams:
+        call.pop("stream_options", None)
+    return Prompted(call, _model(body), streams, prompt)
 
 
 def from_ask(body: Json) -> Prompted:
@@ -77,38 +88,47 @@ def from_ask(body: Json) -> Prompted:
 
 
 class GenerateStream:
-    """A completion's chunks in, `/generate`'s stream out: after each, all texts so far."""
+    """A completion's chunks in, `/generate`'s stream out: all texts so far, once for what came at once."""
 
     head = AnswerHead(200, [], streams=True)
 
     def __init__(self, prompt: str) -> None:
         self._decoder = sse.Decoder(limit=1024 * 1024)
         self._prompt = prompt
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._new = False
 
     def feed(self, data: bytes) -> bytes:
-        """The objects for these bytes; raises UpstreamBroken where they hold no chunks."""
+        """The object for these bytes; raises UpstreamBroken where they hold no chunks."""
         try:
-            return b"".join(map(self._object, self._decoder.feed(data)))
+            told = b"".join(map(self._take, self._decoder.feed(data)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UpstreamBroken(
                 "The model server's stream holds something that is not a completion's chunk."
             ) from error
+        if self._new:
+            self._new = False
+            texts = ["".join(self._texts[index]) for index in sorted(self._texts)]
+            told = orjson.dumps({"text": texts}) + b"\0" + told
+        return told
 
     def failed(self, envelope: bytes) -> bytes:
         """An error as the last object."""
         return envelope + b"\0"
 
-    def _object(self, data: bytes) -> bytes:
+    def _take(self, data: bytes) -> bytes:
+        """Keep the texts of a chunk; what goes out for anything else."""
         if data == sse.DONE:
             return b""
         chunk = orjson.loads(data)
         if "error" in chunk:
             return self.failed(orjson.dumps(chunk))
         for choice in chunk["choices"]:
-            self._texts[choice["index"]] = self._texts.get(choice["index"], self._prompt) + choice["text"]
-        texts = [self._texts[index] for index in sorted(self._texts)]
-        return orjson.dumps({"text": texts}) + b"\0" if chunk["choices"] else b""
+            if not isinstance(choice["text"], str):
+                raise TypeError(choice)
+            self._texts.setdefault(choice["index"], [self._prompt]).append(choice["text"])
+            self._new = True
+        return b""
 
 
 def _text(body: Json, name: str) -> str:

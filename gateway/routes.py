@@ -27,6 +27,11 @@ class Route:
     streams: bool = False
     ends: Ends = "done"
 
+    @property
+    def replays(self) -> bool:
+        """Whether its answer tells of another call, and may wait for as long as that runs: its silence is no fault."""
+        return "{response_id}" in self.path
+
 
 # As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
 RESPONSE_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")

@@ -38,8 +38,9 @@ class CannotListen(Exception):
 
 def serve(settings: Settings, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotListen."""
-    ports = dict.fromkeys(port for port in (settings.port, settings.health_port) if port is not None)
-    listeners = [listen(settings.host, port) for port in ports]
+    listeners = [listen(settings.host, settings.port)]
+    if settings.health_port not in (None, settings.port):
+        listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
         signal.signal(number, _exit)
@@ -186,8 +187,11 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens: who connects before the server runs waits for it. Raises CannotListen."""
+def listen(host: str, port: int, setting: str = "GATEWAY_PORT") -> socket.socket:
+    """A socket that listens: who connects before the server runs waits for it. Raises CannotListen.
+
+    `setting` is the name that changes the port.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
@@ -200,7 +204,7 @@ def listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise CannotListen(
-            f"Cannot listen on {host} port {port} ({error.strerror}): set GATEWAY_HOST and GATEWAY_PORT to an "
+            f"Cannot listen on {host} port {port} ({error.strerror}): set GATEWAY_HOST and {setting} to an "
             "address of this machine and a free port."
         ) from None
     return listener

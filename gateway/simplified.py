@@ -212,7 +212,9 @@ class TextStream:
         if self._as_repr:
             return sse.encode(orjson.dumps(told))
         # A caller that knows no such type may still show its data.
-        return sse.encode(orjson.dumps({"type": "error", "data": told["error"]["message"], **told}))
+        error = told["error"]
+        said = error.get("message") if isinstance(error, dict) else error
+        return sse.encode(orjson.dumps({"type": "error", "data": said, **told}))
 
     def _end(self) -> bytes:
         return sse.encode(sse.DONE if self._as_repr else b'{"type":"done"}')

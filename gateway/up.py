@@ -113,8 +113,10 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
         raise CannotStart("GATEWAY_PORT must be a port of your choice for `up`, but it is 0: take 9000, say.")
     preflight.check_port(gateway.host, gateway.port, "GATEWAY_PORT")
     preflight.check_port("127.0.0.1", settings.port, "LLM_VLLM_PORT")
-    if settings.port == gateway.port:
-        raise CannotStart(f"The gateway and the model server cannot both have port {gateway.port}: set LLM_VLLM_PORT.")
+    if gateway.health_port is not None:
+        preflight.check_port(gateway.host, gateway.health_port, "GATEWAY_HEALTH_PORT")
+    if settings.port in (gateway.port, gateway.health_port):
+        raise CannotStart(f"The gateway and the model server cannot both have port {settings.port}: set LLM_VLLM_PORT.")
     meminfo = Path("/proc/meminfo")
     if settings.python is None and meminfo.exists():
         preflight.check_memory(meminfo.read_text(), _MEMORY + (settings.cpu_kvcache_space or 1) * GIB)

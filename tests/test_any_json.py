@@ -65,7 +65,7 @@ def test_a_field_that_is_not_known_here_goes_on(unknown: dict[str, Any]) -> None
         return  # an integer past 64 bits, which is refused as it is read
     calls = [
         from_body({"messages": {"user": "Hi"}, **unknown}, "openai", "system", whole=False).to_call("m"),
-        from_generate({"prompt": "Hi", **unknown}).to_call("m"),
+        from_generate({"prompt": "Hi", **unknown}, whole=False).to_call("m"),
         from_ask({"question": "Hi", **unknown}).to_call("m"),
     ]
     for call in calls:

@@ -126,13 +126,15 @@ def test_a_wrong_start_ends_with_a_sentence(arguments: list[str], environment: d
     assert "Traceback" not in ended.stderr
 
 
-def test_a_port_in_use_is_named() -> None:
+@pytest.mark.parametrize("setting", ["GATEWAY_PORT", "GATEWAY_HEALTH_PORT"])
+def test_a_port_in_use_is_named(setting: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        ended = command("serve", "--host", "127.0.0.1", "--port", port)
+        ended = command("serve", "--host", "127.0.0.1", **{"GATEWAY_PORT": "0", setting: port})
 
     assert ended.returncode == 2
     assert f"Cannot listen on 127.0.0.1 port {port} (Address already in use)" in ended.stderr
+    assert f"GATEWAY_HOST and {setting} " in ended.stderr
 
 
 def test_check_of_a_serving_upstream_succeeds_and_hides_the_key(fake: FakeVllm) -> None:

@@ -60,6 +60,8 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
         assert orjson.loads(connection.request_body) == orjson.loads(call)
         (status, kind), answer = parts["answer"]
         talk.head(int(status), [(b"content-type", kind.encode())])
+        if "␀" in file.read_text():  # what comes at once is one object there
+            step = len(answer)
         for at in range(0, len(answer), step):
             talk.exchange.upstream_body(answer[at : at + step])
         talk.exchange.upstream_end()

@@ -169,6 +169,15 @@ def test_a_model_list_that_is_nested_too_deeply_is_none() -> None:
     assert (upstream.state, upstream.why) == ("down", "its /v1/models answers 200 and no model list")
 
 
+@pytest.mark.parametrize("settings", [{"routes": "embeddings"}, {"connector": "langchain"}])
+def test_a_model_that_need_not_chat_may_have_no_template(fake: FakeVllm, settings: dict[str, str]) -> None:
+    fake.probe_answers["/tokenize"] = response("400 Bad Request", b'{"error":{"message":"it has no chat template"}}')
+    with running(fake.url) as gateway, gateway.client() as client:
+        assert client.get("/v1/health_check").status_code == 503
+    with running(fake.url, **settings) as gateway, gateway.client() as client:
+        assert client.get("/v1/health_check").status_code == 200
+
+
 def test_ping_says_serving_loading_or_down(fake: FakeVllm) -> None:
     with running(fake.url) as gateway, gateway.client() as client:
         serving = client.get("/ping")

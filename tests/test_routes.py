@@ -108,6 +108,38 @@ def test_an_id_that_could_change_the_path_is_of_none(client: httpx.Client, fake:
     assert fake.received == []
 
 
+def test_a_path_with_a_line_feed_behind_it_is_none(client: httpx.Client, fake: FakeVllm) -> None:
+    paths = ["/v1/models%0A", "/health%0A", "/v1/chat/completions%0A", "/v1/responses/resp_a/cancel%0A", "/metrics%0A"]
+    for path, method in itertools.product(paths, ["GET", "POST"]):
+        got = client.request(method, client.base_url.copy_with(raw_path=path.encode()))
+        assert (got.status_code, got.json()["error"]["code"]) == (404, "path_not_found"), path
+    assert fake.received == []
+    assert "%0A" not in (metrics := client.get("/metrics").text)
+    assert "\\n" not in metrics.split("# HELP gateway_outcomes")[0].split("gateway_requests_total{", 1)[1]
+
+
+def test_no_clients_word_is_the_name_of_a_series(client: httpx.Client) -> None:
+    for method in ("DELETE", "PUT"):
+        assert client.request(method, "/v1/responses/junk-of-a-client").status_code == 405
+    assert "junk-of-a-client" not in client.get("/metrics").text
+
+
+def test_a_stored_responses_stream_has_limits_and_its_silence_is_no_fault(fake: FakeVllm) -> None:
+    with running(fake.url, idle_timeout=0.3, total_timeout=20) as gateway, gateway.client() as client:
+        for _ in range(3):
+            fake.queue([STREAM_HEAD, chunk(STREAMS["/v1/responses"][0]), Hold()])
+            got = client.get("/v1/responses/resp_1?stream=true")
+            assert b'"code":"idle_timeout"' in got.content
+        assert client.get("/ping").status_code == 200
+        assert 'gateway_upstream_state{state="serving"' in client.get("/metrics").text
+        assert client.get("/v1/health_check").status_code == 200
+
+
+def test_other_methods_on_messages_are_refused_in_anthropics_envelope(client: httpx.Client) -> None:
+    got = client.get("/v1/messages")
+    assert (got.status_code, got.json()["type"]) == (405, "error")
+
+
 def test_what_is_no_json_object_is_refused_here(client: httpx.Client, fake: FakeVllm) -> None:
     for route, body in itertools.product(POSTED, [b"", b"{", b"[]", b"7"]):
         got = client.post(route.path, content=body)

@@ -186,6 +186,11 @@ def test_answer_parts_hold_the_text_and_end_with_done(pieces: list[str]) -> None
     assert stream.endswith(b"\n\n")
 
 
+def test_an_error_that_is_a_word_alone_is_told_all_the_same() -> None:
+    (event,) = events(texts("answer_part").feed(encode(b'{"error":"boom"}')))
+    assert json.loads(event) == {"type": "error", "data": "boom", "error": "boom"}
+
+
 @pytest.mark.parametrize("style", ["repr", "answer_part"])
 def test_an_error_of_ours_ends_a_stream_in_its_own_style(style: Style) -> None:
     *_, error, end = events(texts(style).failed(UpstreamBroken("It broke off.").envelope("id-1")))
