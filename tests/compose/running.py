@@ -106,7 +106,7 @@ def test_the_readmes_requests_are_answered(stack: dict[str, str]) -> None:
     answer = json.loads(whole)
     assert answer["text"].startswith("Deep learning is a branch of machine learning")
     assert answer["model"] == "demo-model"
-    assert streamed == "data: ''\n\ndata: 'My'\n\ndata: ' name'\n\ndata: ' is'\n\ndata: ' Demo'\n\ndata: [DONE]\n\n"
+    assert streamed == "data: ''\n\ndata: 'My'\n\ndata: ' name'\n\ndata: ' is'\n\ndata: [DONE]\n\n"
     assert json.loads(checked)["status"] == "serving"
     assert "Deep learning" in json.loads(vllm)["choices"][0]["text"]
 
