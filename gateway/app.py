@@ -135,6 +135,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             style=settings.stream_style,
             system_role=settings.system_role,
             flattens=settings.connector == "langchain",
+            release=settings.compat,
             whole=settings.disable_streaming or settings.output_guard,
             authorization=_authorization(settings),
         )
@@ -157,6 +158,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             Route("/health", endpoints.health, methods=["GET"]),
             Route("/v1/health_check", endpoints.health_check, methods=["GET"]),
             Route("/ping", endpoints.ping, methods=["GET"]),
+            Route("/v1/statistics", endpoints.statistics, methods=["GET"]),
             Route("/metrics", endpoints.metrics, methods=["GET"]),
             Route("/openapi.json", JSONResponse(description), methods=["GET"]),
         ],

@@ -7,14 +7,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gateway.errors import Style
+from gateway.releases import STYLES, Release
 from gateway.routes import NAMES
 
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
@@ -106,6 +107,10 @@ class Settings(_EnvironmentSettings):
     stream_style: Style = Field(
         "openai", description="How simplified streams look; a request may say its own `stream_style`."
     )
+    compat: Release | None = Field(
+        None,
+        description="`erag-1.4` or `erag-2.1`: simplified calls get that release's stream style, fields and errors.",
+    )
     routes: Annotated[tuple[str, ...], NoDecode] = Field(
         NAMES, description="Calls that are relayed, separated by commas; any other path does not exist."
     )
@@ -184,6 +189,12 @@ class Settings(_EnvironmentSettings):
         if not set(value) <= set(NAMES):
             raise ValueError(f"some of {', '.join(NAMES)}, separated by commas")
         return value
+
+    @model_validator(mode="after")
+    def _as_released(self) -> Self:
+        if self.compat is not None and "stream_style" not in self.model_fields_set:
+            self.stream_style = STYLES[self.compat]
+        return self
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -27,7 +27,7 @@ _HIGH_WATER = 64 * 1024
 _LOW_WATER = 16 * 1024
 
 # Asked again and again by machines: a line for each would hide the others.
-_QUIET = frozenset({"/health", "/metrics", "/ping", "/v1/health_check"})
+_QUIET = frozenset({"/health", "/metrics", "/ping", "/v1/health_check", "/v1/statistics"})
 
 
 class Relay:
@@ -233,6 +233,12 @@ async def ping(request: Request) -> Response:
     if request.state.data_path.drain.began or not states & {"serving", "loading"}:
         return JSONResponse({"status": "unhealthy"}, 503)
     return JSONResponse({"status": "healthy"}) if "serving" in states else Response(status_code=204)
+
+
+async def statistics(request: Request) -> Response:
+    """How long the last chat calls took, in seconds."""
+    request.state.ended.settle()
+    return JSONResponse(request.state.metrics.latencies.report())
 
 
 async def metrics(request: Request) -> Response:

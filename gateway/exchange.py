@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Literal, Protocol
 
-from gateway import prompted, simplified, sse
+from gateway import prompted, releases, simplified, sse
 from gateway.body import to_object
 from gateway.errors import (
     BadRequest,
@@ -184,6 +184,7 @@ class DataPath:
     system_role: Literal["system", "merge"]
     whole: bool
     flattens: bool
+    release: releases.Release | None
     authorization: str | None
 
     def due(self) -> list[Exchange]:
@@ -426,7 +427,10 @@ class Exchange:
             if simplified.is_simplified(body):
                 path = self._path
                 request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
-                return self._translate(Flattened(request) if path.flattens else request, "simplified")
+                translation: simplified.Simplified | Flattened = Flattened(request) if path.flattens else request
+                return self._translate(
+                    releases.Released(translation, path.release) if path.release else translation, "simplified"
+                )
             if not isinstance(body.get("messages"), list):
                 raise BadRequest(
                     "messages must be an object with system and user, a string, or OpenAI's array of messages, but "
@@ -556,7 +560,7 @@ class Exchange:
             if rewritten is not None and (stream := rewritten.to_stream()):
                 self._stream = stream
                 self._head = stream.head
-        elif rewritten is not None:
+        elif rewritten is not None or self._tells_as_released():
             self._way = _COLLECTED
         else:
             self._length = length
@@ -748,6 +752,9 @@ class Exchange:
             except GatewayError as error:
                 self._upstream_failed(error)
                 return
+        elif head.status >= 400 and self._tells_as_released():
+            rest = [header for header in head.headers if header[0] != b"content-type"]
+            head, content = AnswerHead(head.status, [_JSON, *rest]), releases.to_error(content)
         self.bytes_out = len(content)
         self._answered(failed=head.status >= 500)
         self._client.whole(head, content, self.request_id)
@@ -862,7 +869,10 @@ class Exchange:
         self._drop_connection()
         client = self._client
         if not self._started:
-            content = error.envelope(self.request_id, self.route.ends)
+            if self._tells_as_released():
+                content = releases.detail(error.message)
+            else:
+                content = error.envelope(self.request_id, self.route.ends)
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
@@ -877,6 +887,10 @@ class Exchange:
         else:
             self._finish(error.outcome)
             client.abort()
+
+    def _tells_as_released(self) -> bool:
+        """Whether an error is told in a release's words: that of a chat call that is not known to be OpenAI's."""
+        return self._path.release is not None and self.route.body == "chat" and self.form != "openai"
 
     def _event_of(self, error: GatewayError, tail: bytes) -> bytes:
         if self._stream is not None:

@@ -22,6 +22,7 @@ class Flattened:
         """Raises BadRequest where a message is no text."""
         self.model = request.model
         self.streaming = request.streaming
+        self.echoed = request.echoed
         self._request = request
         self._prompt = "\n".join(map(_line, request.chat["messages"]))
 
@@ -40,7 +41,7 @@ class Flattened:
             text = completion["choices"][0]["text"]
             if not isinstance(text, str):
                 raise TypeError(text)
-            return orjson.dumps({"text": text, **completion, **self._request.echoed})
+            return orjson.dumps({"text": text, **completion, **self.echoed})
         except (orjson.JSONDecodeError, LookupError, TypeError):
             raise UpstreamBroken("The model server's answer is not a completion.") from None
 
@@ -48,7 +49,7 @@ class Flattened:
         """What makes the reply's stream of the completion's, where that is not in vLLM's own style."""
         if self._request.style == "openai":
             return None
-        return TextStream(self._request.style, self._request.echoed["data"], lambda choice: choice["text"])
+        return TextStream(self._request.style, self.echoed["data"], lambda choice: choice["text"])
 
 
 def _line(message: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gateway.exchange import Exchange
+from gateway.statistics import Latencies
 from gateway.upstreams import UpstreamPool
 from gateway.waiting import Waiting
 
@@ -41,6 +42,7 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
         self._requests: Counter[tuple[str, str, str, int]] = Counter()
         self._outcomes: Counter[str] = Counter()
+        self.latencies = Latencies()
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._first_token = _Histogram(
@@ -72,10 +74,14 @@ class Metrics(Collector):
         if exchange.received_at is not None and exchange.sent_at is not None:
             tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
             self._added.observe(exchange.sent_at - exchange.received_at + tail)
+        first_token = None
         if exchange.streaming and exchange.first_byte_at is not None:
-            self._first_token.observe(exchange.first_byte_at - started)
+            first_token = exchange.first_byte_at - started
+            self._first_token.observe(first_token)
             if exchange.events > 1:
                 self._per_event.observe((ended - exchange.first_byte_at) / (exchange.events - 1))
+        if exchange.status == 200 and exchange.outcome == "done" and exchange.route.body == "chat":
+            self.latencies.add(ended - started, first_token)
         usage = exchange.usage
         if usage is not None:
             self._prompt_tokens += usage[0]

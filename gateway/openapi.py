@@ -78,6 +78,7 @@ _OWN = {
     "/health": "This process answers.",
     "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
     "/ping": "200 when a call would succeed, 204 while the model server loads, else 503.",
+    "/v1/statistics": "How long the last chat calls took, in seconds.",
     "/metrics": "Prometheus.",
     "/openapi.json": "This description.",
 }

@@ -245,6 +245,7 @@ class Conversation:
             "system_role": "system",
             "whole": False,
             "flattens": False,
+            "release": None,
             "authorization": None,
         }
         self.path = DataPath(

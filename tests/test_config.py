@@ -17,6 +17,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_api_key", "sk-1", "sk-1"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
+    ("compat", "erag-1.4", "erag-1.4"),
     ("routes", "chat, models", ("chat", "models")),
     ("connector", "langchain", "langchain"),
     ("disable_streaming", "True", True),
@@ -88,6 +89,20 @@ def test_every_setting_and_alias_stands_in_these_tables() -> None:
     assert set(Settings.model_fields) == set(RAW)
     assert {name for field in RAW for name in names_of(field)[1:]} == set(ALIASES)
     assert {name.split(", ")[0] for name, _, _ in table()} == {f"GATEWAY_{field.upper()}" for field in RAW}
+
+
+@pytest.mark.parametrize(
+    ("given", "style"),
+    [
+        ({"compat": "erag-1.4"}, "repr"),
+        ({"compat": "erag-2.1"}, "openai"),
+        ({"compat": "erag-1.4", "stream_style": "openai"}, "openai"),
+    ],
+)
+def test_a_release_brings_its_stream_style(given: dict[str, str], style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for field, value in given.items():
+        monkeypatch.setenv(f"GATEWAY_{field.upper()}", value)
+    assert load()[0].stream_style == style
 
 
 # As the microservice of release 1.4 came with it, and what else it read.

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 import pytest
 
+from gateway.releases import STYLES
 from gateway.routes import ROUTES, Route
 from tests.recorders import Conversation
 
@@ -48,6 +49,8 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
         settings["style"] = settings.pop("stream_style")
     if settings.get("connector"):
         settings["flattens"] = settings.pop("connector") == "langchain"
+    if release := settings.pop("compat", None):
+        settings |= {"release": release, "style": STYLES[release]}
     talk = Conversation(
         route=BY_PATH[method, path], headers=((b"x-request-id", b"corpus"),), models=("demo",), **settings
     )
@@ -76,6 +79,17 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
 
 def test_every_form_and_style_stands_in_the_corpus() -> None:
     names = " ".join(file.stem for file in FILES)
-    for dialect in ("erag-1.0", "erag-1.4", "erag-2.1", "openai", "generate", "ask", "messages", "responses"):
+    for dialect in (
+        "erag-1.0",
+        "erag-1.4",
+        "erag-2.1",
+        "compat-1.4",
+        "compat-2.1",
+        "openai",
+        "generate",
+        "ask",
+        "messages",
+        "responses",
+    ):
         assert f"{dialect}-whole" in names or dialect == "ask", dialect
         assert f"{dialect}-stream" in names, dialect

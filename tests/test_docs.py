@@ -24,7 +24,8 @@ def test_the_table_of_settings_is_made_from_the_settings() -> None:
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
-    assert len(README.splitlines()) < 150
+    # The table of settings is as long as there are settings.
+    assert len([line for line in README.splitlines() if not line.startswith("| `GATEWAY_")]) < 130
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
 

@@ -15,6 +15,8 @@ SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(gateway.__fil
 PURE = {
     "citations",
     "prompted",
+    "releases",
+    "statistics",
     "flattened",
     "openapi",
     "routes",
