@@ -111,7 +111,11 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         ended = Ended(metrics, request_log)
         data_path = DataPath(
-            routes={(one.method.encode(), one.path.encode()): one for one in relayed if "{" not in one.path},
+            routes={
+                (one.method.encode(), one.path.encode()): one
+                for one in relayed
+                if "{" not in one.path and one.body != "upload"
+            },
             pool=pool,
             transport=connections,
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.

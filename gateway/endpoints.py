@@ -19,6 +19,7 @@ from gateway.exchange import FAILED, Exchange, new_request_id
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import RESPONSE_ID, Route
 from gateway.sse import Ends
+from gateway.upload import Upload
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Relay:
         target = self._route.path.format(**scope["path_params"])
         if query:
             target = f"{target}?{query}"
-        exchange = client.exchange = Exchange(path, client, self._route, target, head)
+        kind = Upload if self._route.body == "upload" else Exchange
+        exchange = client.exchange = kind(path, client, self._route, target, head)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)
@@ -62,7 +64,11 @@ async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: R
     """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
     try:
         exchange.begin(length)
+        if exchange.outcome:
+            return  # what was refused by its head is not asked for, as `receive` would by a 100 (Continue)
         while (message := await receive())["type"] == "http.request":
+            if client.waits is not None:
+                await client.waits.wait()
             if body := message.get("body"):
                 exchange.request_body(body)
             if not message.get("more_body"):
@@ -87,6 +93,16 @@ class _AsgiClient:
         self._paused = False
         self._aborted = False
         self._wake = asyncio.Event()
+        self.waits: asyncio.Event | None = None
+        """Where no more of the request is wanted: what its reader waits for."""
+
+    def pause(self) -> None:
+        self.waits = asyncio.Event()
+
+    def resume(self) -> None:
+        if self.waits is not None:
+            self.waits.set()
+            self.waits = None
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
         headers = head.headers[:]

@@ -85,7 +85,7 @@ class Connection(Protocol):
     reused: bool
 
     def send(self, request: bytes) -> None:
-        """The whole request, head and body."""
+        """The whole request, head and body; an upload's in pieces."""
 
     def pause(self) -> None:
         """Stop reading."""
@@ -544,14 +544,13 @@ class Exchange:
             return
         self._state = _ANSWERING
         self._content = b""
-        self._size = 0
         self.status = head.status
         self._head = head
         rewritten = self._translated if head.status == 200 else None
         if head.streams and rewritten is not None and not rewritten.streaming:
             self._upstream_failed(UpstreamBroken("The model server streams an answer that was to be whole."))
         elif head.streams:
-            if self.route.replays:  # where a stream is asked for in the query
+            if self.route.body in ("none", "upload"):  # a stream is asked for in the query, or in a form's field
                 self.streaming = True
                 self.due = self._next_limit(self._last_read_at)
             # An error event may have to be added, so no length can be promised.
@@ -562,6 +561,7 @@ class Exchange:
                 self._head = stream.head
         elif rewritten is not None or self._tells_as_released():
             self._way = _COLLECTED
+            self._size = 0
         else:
             self._length = length
 
@@ -770,6 +770,12 @@ class Exchange:
                 upstream.succeeded()
             self._finish("done")
 
+    def upstream_paused(self) -> None:
+        """The upstream takes a request more slowly than it was written, which is of interest where more is to come."""
+
+    def upstream_resumed(self) -> None:
+        """It has caught up."""
+
     # The client
 
     def client_paused(self) -> None:
@@ -807,21 +813,33 @@ class Exchange:
         elif self._state is _QUEUED and now - self.started_at < limits.total:
             self.fail(TooMany(f"There was no room for {limits.queue:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
         elif self._state is _RECEIVING:
-            if now - self._last_read_at >= limits.body:
-                self.fail(RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT)."))
-            elif now - self.started_at >= limits.total:
-                self.fail(RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT)."))
-            elif now - self.started_at >= limits.body + self._size / _BODY_RATE:
-                self.fail(RequestTimeout(f"The request's body came more slowly than {_BODY_RATE} bytes a second."))
+            if late_body := self._late_body(now, self.started_at):
+                self.fail(late_body)
             else:
-                slowest = self.started_at + limits.body + self._size / _BODY_RATE
-                self.due = min(self._last_read_at + limits.body, slowest, self.started_at + limits.total)
+                self.due = self._body_due(self.started_at)
         elif now - self.started_at >= limits.total:
             self._took_too_long(now)
         elif self.streaming and (late := self._late(now)):
             self._upstream_failed(late)
         else:
             self.due = self._next_limit(now)
+
+    def _late_body(self, now: float, since: float) -> RequestTimeout | None:
+        """What is wrong with the time in which the request's body has come since then."""
+        limits = self._path.limits
+        if now - self._last_read_at >= limits.body:
+            return RequestTimeout(f"The request's body stopped for {limits.body:g} s (GATEWAY_BODY_TIMEOUT).")
+        if now - self.started_at >= limits.total:
+            return RequestTimeout(f"The request took longer than {limits.total:g} s (GATEWAY_TOTAL_TIMEOUT).")
+        if now - since >= limits.body + self._size / _BODY_RATE:
+            return RequestTimeout(f"The request's body came more slowly than {_BODY_RATE} bytes a second.")
+        return None
+
+    def _body_due(self, since: float) -> float:
+        """When `_late_body` may find something."""
+        limits = self._path.limits
+        slowest = since + limits.body + self._size / _BODY_RATE
+        return min(self._last_read_at + limits.body, slowest, self.started_at + limits.total)
 
     def _took_too_long(self, now: float) -> None:
         limit = self._path.limits.total

@@ -57,13 +57,14 @@ class RequestHead:
     """What is read of a request's head but for its target.
 
     `request_id` is the client's, where it is sane. `length` is what content-length says, 0 where it
-    is missing or no number. `encoding` is the body's, in lower case, `json` whether it says that it
-    is JSON. `lines` is what goes to the upstream; in `lines_rewritten` nothing asks for an answer
-    that comes compressed, and so cannot be rewritten here.
+    is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
+    says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
+    in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
+    here.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
-    __slots__ = ("encoding", "json", "length", "lines", "lines_rewritten", "request_id")
+    __slots__ = ("content_type", "encoding", "json", "length", "lines", "lines_rewritten", "request_id")
 
     def __init__(self, headers: list[Header]) -> None:
         """`headers` have names in lower case."""
@@ -73,7 +74,8 @@ class RequestHead:
         self.length = int(length) if length.isdigit() else 0
         self.encoding = known.get(b"content-encoding", b"identity").lower()
         # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
-        self.json = known.get(b"content-type", b"")[:16].lower() == b"application/json"
+        self.content_type = known.get(b"content-type", b"")
+        self.json = self.content_type[:16].lower() == b"application/json"
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}

@@ -74,6 +74,15 @@ _BARE = {
     },
     "ask": {"type": "object", "properties": {"question": _TEXT}, "required": ["question"]},
 }
+_UPLOAD = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "model": {"type": "string"},
+        "stream": {"type": "boolean"},
+    },
+    "required": ["file"],
+}
 _OWN = {
     "/health": "This process answers.",
     "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
@@ -127,7 +136,9 @@ def _operation(route: Route) -> Json:
                 {"name": "stream", "in": "query", "schema": {"type": "boolean"}},
                 {"name": "starting_after", "in": "query", "schema": {"type": "integer"}},
             ]
-    if route.body != "none":
+    if route.body == "upload":
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}
+    elif route.body != "none":
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route)}}}
     return operation
 

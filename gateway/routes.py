@@ -15,7 +15,7 @@ class Route:
 
     `name` is what GATEWAY_ROUTES calls it and those that belong to it. `body` is the request's: `chat`
     is JSON in OpenAI's or the simplified form, `generate` and `ask` forms of older servers', and `json` any
-    object, which goes on as it came. `streams` says
+    object, which goes on as it came; so does an `upload`, while it comes. `streams` says
     that an answer may be server-sent events, `ends` how those end.
     """
 
@@ -23,7 +23,7 @@ class Route:
     method: Literal["GET", "POST"]
     path: str
     about: str
-    body: Literal["chat", "json", "none", "generate", "ask"] = "json"
+    body: Literal["chat", "json", "none", "generate", "ask", "upload"] = "json"
     streams: bool = False
     ends: Ends = "done"
 
@@ -55,6 +55,8 @@ ROUTES = (
     Route("score", "POST", "/v1/score", "How alike pairs of texts are."),
     Route("pooling", "POST", "/pooling", "What the model's pooler gives."),
     Route("classify", "POST", "/classify", "A class for each text."),
+    Route("audio", "POST", "/v1/audio/transcriptions", "Speech as text.", "upload", True),
+    Route("audio", "POST", "/v1/audio/translations", "Speech as text in English.", "upload", True),
     Route("tokenize", "POST", "/tokenize", "The tokens of a text or a chat."),
     Route("tokenize", "POST", "/detokenize", "The text of tokens."),
     Route("generate", "POST", "/generate", "A bare prompt, as vLLM's first server took it.", "generate", True),
@@ -78,8 +80,6 @@ REFUSED = {
     "/metrics": _OURS,
     "/ping": _OURS,
     "/v1/realtime": "a WebSocket, which this gateway does not speak",
-    "/v1/audio/transcriptions": "an upload, which this gateway does not take yet",
-    "/v1/audio/translations": "an upload, which this gateway does not take yet",
     "/generative_scoring": _EXPERIMENT,
     "/v1/systemone": _EXPERIMENT,
     "/invocations": _OTHER_WAY_IN,

@@ -219,6 +219,14 @@ class UpstreamConnection(asyncio.Protocol):
             self._same = (same, head) if same else None
         exchange.upstream_head(head, length)
 
+    def pause_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_paused()
+
+    def resume_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_resumed()
+
     def eof_received(self) -> None:
         """Returning nothing lets asyncio close the connection; `connection_lost` follows."""
 

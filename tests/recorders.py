@@ -12,12 +12,14 @@ import orjson
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import AnswerHead, Header, RequestHead, answer_head
 from gateway.routes import ROUTES, Route
+from gateway.upload import Upload
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
 
 _BY_PATH = {route.path: route for route in ROUTES}
 CHAT, COMPLETIONS, MODELS = (_BY_PATH[f"/v1/{path}"] for path in ("chat/completions", "completions", "models"))
 RESPONSES, MESSAGES = _BY_PATH["/v1/responses"], _BY_PATH["/v1/messages"]
+TRANSCRIPTIONS = _BY_PATH["/v1/audio/transcriptions"]
 # No limit is a multiple of another, so that none is kept by chance.
 LIMITS = Limits(
     max_body=100_000,
@@ -94,6 +96,7 @@ class ClientRecorder:
         self.pieces: list[bytes] = []
         self.ending = ""
         self.gone = False
+        self._waits = False
         self.during_body: Callable[[], None] | None = None
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
@@ -128,6 +131,18 @@ class ClientRecorder:
         self._still_there()
         self.ending = "abort"
 
+    def pause(self) -> None:
+        self._still_there()
+        self._waits = True
+
+    def resume(self) -> None:
+        self._still_there()
+        self._waits = False
+
+    def waits(self) -> bool:
+        """Whether it was told to send no more."""
+        return self._waits
+
     def _still_there(self) -> None:
         assert not self.ending, f"something after the {self.ending}"
         assert not self.gone, "something for a client that has gone"
@@ -150,10 +165,15 @@ class ClientRecorder:
 
 
 class ConnectionRecorder:
-    """A connection to an upstream: what was sent, and how it was given back."""
+    """A connection to an upstream: what was sent, and how it was given back; `pieces` where that may be in pieces.
 
-    def __init__(self, *, reused: bool = False) -> None:
+    `during_send` is called inside each `send`, as a write may call back at once.
+    """
+
+    def __init__(self, *, reused: bool = False, pieces: bool = False) -> None:
         self.reused = reused
+        self.pieces = pieces
+        self.during_send: Callable[[], None] | None = None
         self.sent = b""
         self.paused = False
         self.given_back = ""
@@ -161,8 +181,10 @@ class ConnectionRecorder:
 
     def send(self, request: bytes) -> None:
         self._still_lent()
-        assert not self.sent, "a second request on one connection"
-        self.sent = request
+        assert self.pieces or not self.sent, "a second request on one connection"
+        self.sent += request
+        if self.during_send is not None:
+            self.during_send()
 
     def pause(self) -> None:
         self._still_lent()
@@ -261,7 +283,8 @@ class Conversation:
             **{**defaults, **settings},
         )
         self.request_head = RequestHead(list(headers))
-        self.exchange = Exchange(self.path, self.client, route, route.path + query, self.request_head)
+        kind = Upload if route.body == "upload" else Exchange
+        self.exchange = kind(self.path, self.client, route, route.path + query, self.request_head)
         self._look()
 
     def crowd(self, others: int) -> None:
@@ -297,9 +320,10 @@ class Conversation:
             self.exchange.request_body(content)
         self.exchange.request_end()
 
-    def connect(self, *, reused: bool = False) -> ConnectionRecorder:
+    def connect(self, *, reused: bool = False, during_send: Callable[[], None] | None = None) -> ConnectionRecorder:
         """A connection is there."""
-        connection = ConnectionRecorder(reused=reused)
+        connection = ConnectionRecorder(reused=reused, pieces=self.exchange.route.body == "upload")
+        connection.during_send = during_send
         self.connections.append(connection)
         self.exchange.upstream_connected(connection)
         return connection

@@ -1,0 +1,159 @@
+"""A data-path request whose body goes up as it comes, so that a large one is not held."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gateway.exchange import Client, Connection, DataPath, Exchange
+from gateway.headers import AnswerHead, RequestHead
+from gateway.routes import Route
+from gateway.upstreams import Upstream
+
+# What is held of a body while there is no connection yet, before the client is paused.
+HELD = 64 * 1024
+
+
+class UploadingClient(Client, Protocol):
+    """A client whose request can be waited with."""
+
+    def pause(self) -> None:
+        """Read no more of the request."""
+
+    def resume(self) -> None:
+        """Read on."""
+
+
+class Upload(Exchange):
+    """An exchange that asks for a connection with the request's head, and sends each piece of its body on.
+
+    What was sent is gone, so nothing is sent twice: the connection is always a new one, and another upstream
+    is asked only where this one took no connection. The model stands somewhere in the body, so that any
+    upstream may be asked.
+    """
+
+    __slots__ = ("_all_came", "_blocked", "_uploader")
+
+    def __init__(self, path: DataPath, client: UploadingClient, route: Route, target: str, head: RequestHead) -> None:
+        super().__init__(path, client, route, target, head)
+        self._uploader = client
+        self._all_came = False
+        self._blocked = False  # the client, by us
+
+    # The request
+
+    def begin(self, length: int) -> None:
+        """The request's head is there; its body goes up in chunks where it does not say how long it is."""
+        super().begin(length)
+        if not self.outcome:
+            self.form = "openai"
+            now = self._path.time()
+            if not self._begins(now):
+                self._wait(now)
+
+    def request_body(self, data: bytes) -> None:
+        """A piece of the request's body."""
+        if self.outcome:
+            return
+        self._last_read_at = self._path.time()
+        self._size += len(data)
+        if self._size > self._path.limits.max_body:
+            self.fail(self._too_large())
+        elif self._connection is not None:
+            self._connection.send(self._framed(data))
+        else:
+            self._pieces.append(data)
+            if self._size > HELD:
+                self.upstream_paused()
+
+    def request_end(self) -> None:
+        """The request is complete."""
+        if self.outcome:
+            return
+        self._all_came = True
+        self.received_at = self._path.time()
+        if self._blocked:  # its end came with what blocked it
+            self._blocked = False
+            self._uploader.resume()
+        if self._connection is not None:
+            self.sent_at = self.received_at
+            if end := self._framed(b""):
+                self._connection.send(end)
+            self.due = self._next_limit(self.received_at)
+
+    def _framed(self, data: bytes) -> bytes:
+        return data if self._request.length else b"%x\r\n%b\r\n" % (len(data), data)
+
+    # The upstream
+
+    def _connect(self, upstream: Upstream, *, fresh: bool) -> None:
+        super()._connect(upstream, fresh=True)
+
+    def upstream_paused(self) -> None:
+        """The upstream takes the request more slowly than it comes."""
+        if not self._all_came and not self._blocked:
+            self._blocked = True
+            self._uploader.pause()
+
+    def upstream_resumed(self) -> None:
+        """The upstream takes more."""
+        if self._blocked and not self.outcome:
+            now = self._path.time()
+            self._begun_at += now - self._last_read_at  # the time in which nothing could come is not the client's
+            self._last_read_at = now
+            self._blocked = False
+            self.due = self._next_limit(now)
+            self._uploader.resume()
+
+    def _to_upstream(self) -> bytes:
+        """The head, and what is held of the body."""
+        request, upstream, held = self._request, self.upstream, self._pieces
+        assert upstream is not None
+        self._pieces = []
+        if self._all_came:
+            held.append(b"")
+        head = (
+            f"POST {upstream.prefix}{self._target} HTTP/1.1\r\nhost: {upstream.authority}\r\n"
+            f"x-request-id: {self.request_id}\r\n"
+        )
+        head += f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
+        if self._path.authorization:
+            head += f"authorization: {self._path.authorization}\r\n"
+        kind = b"content-type: %b\r\n" % request.content_type if request.content_type else b""
+        return b"".join((head.encode("latin-1"), kind, request.lines, b"\r\n", *map(self._framed, held)))
+
+    def upstream_connected(self, connection: Connection) -> None:
+        """A connection is there, for what has come and what is to come."""
+        was_blocked, self._blocked = self._blocked, False
+        self._last_read_at = self._begun_at = self._path.time()
+        super().upstream_connected(connection)
+        if self._connection is not None:
+            self.due = self._next_limit(self._begun_at)
+            if was_blocked and not self._blocked:  # the sending may have paused it again
+                self._uploader.resume()
+
+    def _taken_over(self, refusal: AnswerHead) -> bool:
+        return False
+
+    def upstream_end(self) -> None:
+        """The answer is complete; a connection that was to take more of this request takes no other one."""
+        if not self._all_came:
+            self._drop_connection()
+        super().upstream_end()
+
+    # Time
+
+    @property
+    def _is_coming(self) -> bool:
+        return self._connection is not None and not self._all_came and not self._blocked
+
+    def look_at_limits(self) -> None:
+        """Those of a body hold for as long as it comes and may come."""
+        late = self._late_body(self._path.time(), self._begun_at) if self._is_coming else None
+        if late is not None:
+            self.fail(late)
+        else:
+            super().look_at_limits()
+
+    def _next_limit(self, now: float) -> float:
+        limit = super()._next_limit(now)
+        return min(limit, self._body_due(self._begun_at)) if self._is_coming else limit
