@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.environment import ensure_demo_model, ensure_environment
 from gateway.routes import REFUSED, ROUTES
@@ -238,6 +241,48 @@ def test_logprobs_pass_in_the_simplified_form(client: httpx.Client) -> None:
     got = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False, "logprobs": True}).json()
 
     assert len(got["choices"][0]["logprobs"]["content"]) == got["usage"]["completion_tokens"]
+
+
+TEXT = st.text(min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
+SIMPLIFIED = st.fixed_dictionaries(
+    {"max_new_tokens": st.integers(1, 2)},
+    optional={
+        "temperature": st.floats(0, 2) | st.integers(0, 2),
+        "top_p": st.floats(0, 1, exclude_min=True) | st.just(1),
+        "typical_p": st.floats(),
+        "top_k": st.integers(1, 50),
+        "repetition_penalty": st.floats(0.5, 2),
+        "seed": st.integers(0, 2**31),
+        "stop": TEXT | st.lists(TEXT, max_size=2),
+        "model": st.sampled_from([MODEL, None]),
+        "stream_style": st.sampled_from(["openai", "repr", "answer_part", None]),
+        "data": st.none() | st.dictionaries(TEXT, TEXT, max_size=1),
+        "output_guardrail_params": st.none() | st.dictionaries(TEXT, TEXT, max_size=1),
+        "id": TEXT,
+    },
+)
+MESSAGES = (
+    TEXT
+    | st.fixed_dictionaries({"user": TEXT}, optional={"system": st.none() | st.text(max_size=9)})
+    | st.fixed_dictionaries(
+        {"user": st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), min_size=1)}
+    )
+    | st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT}), max_size=2
+    ).map(lambda turns: [*turns, {"role": "user", "content": "Hi"}])
+)
+
+
+@given(SIMPLIFIED, MESSAGES, st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_whatever_is_taken_in_the_simplified_form_vllm_takes(
+    stack: Stack, fields: dict[str, Any], messages: Any, streaming: bool
+) -> None:
+    body = orjson.dumps({**fields, "messages": messages, "streaming": streaming})
+    with stack.gateway() as client:
+        answer = client.post(CHAT, content=body)
+    assert answer.status_code == 200, answer.text
+    assert '"error"' not in answer.text
 
 
 def test_64_clients_at_once(client: httpx.Client) -> None:
