@@ -65,6 +65,9 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
     model = _model(environ)
     found = vllmargs.environment(environ)
     options = vllmargs.options(environ)
+    # The files of settings come with values for what vllm-app has other names for.
+    for sentence in vllmargs.differing(environ):
+        _warn(sentence)
     if vllmargs.is_on(environ, "IF_FP8_QUANTIZATION"):
         if environ.get("QUANTIZATION"):
             raise vllmargs.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
@@ -82,6 +85,10 @@ def _model(environ: Mapping[str, str]) -> str:
     if model := environ.get("LLM_VLLM_MODEL_NAME"):
         return model
     raise vllmargs.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
+
+
+def _warn(sentence: str) -> None:
+    sys.stderr.write(f"vllm-gateway: warning: {sentence}\n")
 
 
 def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:

@@ -18,7 +18,12 @@ from gateway.preflight import CannotStart
 DEMO_NAME = "demo-model"
 
 # In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
-_DEMO_OPTIONS = {"SERVED_MODEL_NAME": DEMO_NAME, "VLLM_DTYPE": "float32", "VLLM_MAX_MODEL_LEN": "4096"}
+_DEMO_OPTIONS = {
+    "SERVED_MODEL_NAME": DEMO_NAME,
+    "VLLM_DTYPE": "float32",
+    "VLLM_MAX_MODEL_LEN": "4096",
+    "VLLM_EAGER": "true",
+}
 _GRACE = 20
 _TICK = 0.25
 
@@ -55,7 +60,6 @@ def launch(
     given = {name: str(value) for name, value in fields if value is not None}
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
-    argv += ["--enforce-eager"] if demo else []
     try:
         argv += vllmargs.options((_DEMO_OPTIONS if demo else {}) | given)
     except vllmargs.Wrong as error:

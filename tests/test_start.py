@@ -79,6 +79,14 @@ def test_a_container_says_why_it_cannot_start(container: Container, environ: dic
     assert done.stderr.startswith(f"vllm-gateway: {message}")
 
 
+def test_vllm_apps_variables_start_it_unless_others_beat_them(container: Container) -> None:
+    done = container.serve(**MODEL, VLLM_EAGER="1", MAX_TOKENS="1024", VLLM_MAX_MODEL_LEN="2048")
+    assert done.stdout == f"{START} --max-model-len 2048 --enforce-eager\n"
+    assert done.stderr.splitlines()[0] == (
+        "vllm-gateway: warning: VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used."
+    )
+
+
 def test_a_key_in_extra_args_is_not_logged(container: Container) -> None:
     done = container.serve(**MODEL, EXTRA_ARGS="--api-key secret --api-key=secret --seed 1")
     assert done.stdout == f"{START} --api-key secret --api-key=secret --seed 1\n"
