@@ -253,6 +253,11 @@ class ModelServerSettings(_EnvironmentSettings):
         None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
     )
     config: str | None = Field(None, validation_alias="VLLM_CONFIG", description="vLLM's own options in a YAML file.")
+    app_config: Path | None = Field(
+        None,
+        validation_alias="VLLM_APP_CONFIG",
+        description="vllm-app's config.json, of which the model counts where none is given.",
+    )
     quantization: str | None = Field(
         None, validation_alias="QUANTIZATION", description="How the checkpoint is quantized, if vLLM does not see it."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -51,15 +51,19 @@ def launch(
     python: Path,
     model: str,
     environ: Mapping[str, str],
+    options: Sequence[str] = (),
     *,
     demo: bool = False,
     local: bool = False,
 ) -> Launch:
-    """Turn the settings into vLLM's command line and environment. Raises CannotStart for odd EXTRA_ARGS."""
+    """Turn the settings into vLLM's command line and environment; `options` of vLLM's are put before theirs.
+
+    Raises CannotStart for odd EXTRA_ARGS.
+    """
     fields = ((names_of(field, ModelServerSettings)[0], value) for field, value in settings)
     given = {name: str(value) for name, value in fields if value is not None}
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
+    argv += ["--host", "127.0.0.1", "--port", str(settings.port), *options]
     try:
         argv += vllmargs.options((_DEMO_OPTIONS if demo else {}) | given)
     except vllmargs.Wrong as error:

@@ -27,7 +27,7 @@ _OPTIONS = {
 }
 _FLAGS = {"--enforce-eager": "VLLM_EAGER", "--enable-expert-parallel": "VLLM_ENABLE_EXPERT_PARALLEL"}
 _YES, _NO = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
-_OURS = [name for names in _OPTIONS.values() for name in names] + list(_FLAGS.values())
+_OURS = [name for names in _OPTIONS.values() for name in names] + [*_FLAGS.values(), "VLLM_APP_CONFIG"]
 # vLLM warns of each variable of its own prefix that it does not know.
 NOT_VLLMS = frozenset(name for name in _OURS if name.startswith("VLLM_"))
 

@@ -112,9 +112,9 @@ def test_every_setting_has_its_place() -> None:
         extra_args="--kv-cache-dtype fp8_e5m2 --override-generation-config '{\"a\": 1}'",
     )
     environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
-    argv, environment = launch(given, PYTHON, "org/name", environ)
+    argv, environment = launch(given, PYTHON, "org/name", environ, ["--more", "1"])
     assert " ".join(argv[3:-1]) == (
-        "--model org/name --host 127.0.0.1 --port 8100 --revision main --served-model-name name "
+        "--model org/name --host 127.0.0.1 --port 8100 --more 1 --revision main --served-model-name name "
         "--dtype bfloat16 --max-model-len 2048 --max-num-seqs 4 --max-num-batched-tokens 512 "
         "--gpu-memory-utilization 0.9 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
         "--chat-template /t.jinja --config /c.yaml --quantization awq --enforce-eager "

@@ -67,6 +67,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
     given = {
         "VLLM_DTYPE": "auto",
         "VLLM_EAGER": "1",
+        "VLLM_APP_CONFIG": "config.json",
         "VLLM_ENABLE_EXPERT_PARALLEL": "1",
         "VLLM_CPU_KVCACHE_SPACE": "4",
         "CUDA_VISIBLE_DEVICES": "",
@@ -74,7 +75,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
         "HUGGING_FACE_HUB_TOKEN": "token",
     }
     found = vllmargs.environment(given)
-    assert not {"VLLM_DTYPE", "VLLM_EAGER", "VLLM_ENABLE_EXPERT_PARALLEL"} & set(found)
+    assert not {"VLLM_DTYPE", "VLLM_EAGER", "VLLM_APP_CONFIG", "VLLM_ENABLE_EXPERT_PARALLEL"} & set(found)
     assert "CUDA_VISIBLE_DEVICES" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert found["VLLM_API_KEY"] == "key"
