@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from gateway import vllmargs
+from gateway import vllmapp, vllmargs
 
 PORT = 8008
 
@@ -62,9 +62,13 @@ def own(folder: Path, uid: int, gid: int) -> None:
 
 def serve(environ: Mapping[str, str], data: Path) -> None:
     """Become `vllm serve`. Raises Wrong."""
-    model = _model(environ)
+    app = vllmapp.read(environ.get("VLLM_APP_CONFIG"))
+    model = _model(environ, app)
     found = vllmargs.environment(environ)
-    options = vllmargs.options(environ)
+    options = app.options + vllmargs.options(environ)
+    # The files of settings come with values for what vllm-app has other names for.
+    for sentence in vllmargs.differing(environ):
+        _warn(sentence)
     if vllmargs.is_on(environ, "IF_FP8_QUANTIZATION"):
         if environ.get("QUANTIZATION"):
             raise vllmargs.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
@@ -78,10 +82,17 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
     os.execvpe(command[0], command, found)
 
 
-def _model(environ: Mapping[str, str]) -> str:
-    if model := environ.get("LLM_VLLM_MODEL_NAME"):
+def _model(environ: Mapping[str, str], app: vllmapp.App) -> str:
+    named = environ.get("LLM_VLLM_MODEL_NAME")
+    if named and app.model not in (None, named):
+        _warn("LLM_VLLM_MODEL_NAME and vllm-app's model_path differ: LLM_VLLM_MODEL_NAME is used.")
+    if model := named or app.model:
         return model
     raise vllmargs.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
+
+
+def _warn(sentence: str) -> None:
+    sys.stderr.write(f"vllm-gateway: warning: {sentence}\n")
 
 
 def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
@@ -164,7 +175,8 @@ def _inc(model: str, data: Path) -> Path:
 
 def quantize(environ: Mapping[str, str], data: Path) -> None:
     """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises Wrong."""
-    model, dataset = _model(environ), environ.get("FP8_DATASET_PATH")
+    model = _model(environ, vllmapp.read(environ.get("VLLM_APP_CONFIG")))
+    dataset = environ.get("FP8_DATASET_PATH")
     if dataset and not Path(dataset).is_file():
         raise vllmargs.Wrong(
             f"There is no dataset {dataset}: put the file into the data folder (LLM_VLLM_DATA_DIR), which is /data "

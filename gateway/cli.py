@@ -64,10 +64,14 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
         # What is tried out on a laptop is not for its whole network.
         environ.setdefault("GATEWAY_HOST", "127.0.0.1")
         model_server = config.build(config.ModelServerSettings, env_file, model=model, python=python)
+        warnings = config.differing(config.ModelServerSettings, env_file)
+        # Its warnings are told by the gateway itself, which is another process.
         settings, _ = config.load(env_file, host=environ["GATEWAY_HOST"])
     except config.SettingsError as error:
         _stop(error)
     else:
+        for warning in warnings:
+            click.echo(f"vllm-gateway: warning: {warning}", err=True)
         sys.exit(run_both(model_server, settings, environ))
 
 

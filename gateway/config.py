@@ -234,10 +234,29 @@ class ModelServerSettings(_EnvironmentSettings):
         None, validation_alias="VLLM_DTYPE", description="Number format of the model; the demo model's is float32."
     )
     max_num_seqs: int | None = Field(
-        None, ge=1, validation_alias="VLLM_MAX_NUM_SEQS", description="Most answers at the same time."
+        None,
+        ge=1,
+        validation_alias=AliasChoices("VLLM_MAX_NUM_SEQS", "MAX_CONCURRENT_REQUESTS"),
+        description="Most answers at the same time.",
     )
     max_model_len: int | None = Field(
-        None, ge=1, validation_alias="VLLM_MAX_MODEL_LEN", description="Most tokens of a prompt and its answer."
+        None,
+        ge=1,
+        validation_alias=AliasChoices("VLLM_MAX_MODEL_LEN", "MAX_TOKENS"),
+        description="Most tokens of a prompt and its answer.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, validation_alias="MAX_CONCURRENT_TOKENS", description="Most tokens of one step over all answers."
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        validation_alias=AliasChoices("GPU_MEMORY_UTILIZATION", "GPU_MEM_UTILIZATION", "GPU_MEM_ULTIIZATION"),
+        description="The part of the GPU's memory that vLLM takes.",
+    )
+    eager: bool | None = Field(
+        None, validation_alias="VLLM_EAGER", description="Start without compiling; unset: the demo model does."
     )
     tp_size: int | None = Field(None, ge=1, validation_alias="VLLM_TP_SIZE", description="Tensor parallel size.")
     pp_size: int | None = Field(None, ge=1, validation_alias="VLLM_PP_SIZE", description="Pipeline parallel size.")
@@ -245,6 +264,11 @@ class ModelServerSettings(_EnvironmentSettings):
         None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
     )
     config: str | None = Field(None, validation_alias="VLLM_CONFIG", description="vLLM's own options in a YAML file.")
+    app_config: Path | None = Field(
+        None,
+        validation_alias="VLLM_APP_CONFIG",
+        description="vllm-app's config.json, of which the model counts where none is given.",
+    )
     quantization: str | None = Field(
         None, validation_alias="QUANTIZATION", description="How the checkpoint is quantized, if vLLM does not see it."
     )
@@ -291,7 +315,12 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     """
     sources = _sources(env_file)
     _refuse_unknown({name for source in sources for name in source})
-    return build(Settings, env_file, **given), list(_differing_names(sources))
+    return build(Settings, env_file, **given), list(_differing_names(Settings, sources))
+
+
+def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:
+    """A sentence for each name whose setting has another name with another value. Raises SettingsError."""
+    return list(_differing_names(kind, _sources(env_file)))
 
 
 def environment(env_file: str | Path | None = None) -> dict[str, str]:
@@ -341,9 +370,9 @@ def _refuse_unknown(environment: Iterable[str]) -> None:
         raise SettingsError("\n".join(wrong))
 
 
-def _differing_names(sources: _Sources) -> Iterable[str]:
-    for field in Settings.model_fields:
-        names = names_of(field)
+def _differing_names(kind: type[BaseSettings], sources: _Sources) -> Iterable[str]:
+    for field in kind.model_fields:
+        names = names_of(field, kind)
         used = _found(names, sources)
         for other in names:
             found = _found([other], sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -18,7 +18,12 @@ from gateway.preflight import CannotStart
 DEMO_NAME = "demo-model"
 
 # In float32 the demo model runs on every processor; bfloat16 needs instructions that some containers forbid.
-_DEMO_OPTIONS = {"SERVED_MODEL_NAME": DEMO_NAME, "VLLM_DTYPE": "float32", "VLLM_MAX_MODEL_LEN": "4096"}
+_DEMO_OPTIONS = {
+    "SERVED_MODEL_NAME": DEMO_NAME,
+    "VLLM_DTYPE": "float32",
+    "VLLM_MAX_MODEL_LEN": "4096",
+    "VLLM_EAGER": "true",
+}
 _GRACE = 20
 _TICK = 0.25
 
@@ -46,16 +51,19 @@ def launch(
     python: Path,
     model: str,
     environ: Mapping[str, str],
+    options: Sequence[str] = (),
     *,
     demo: bool = False,
     local: bool = False,
 ) -> Launch:
-    """Turn the settings into vLLM's command line and environment. Raises CannotStart for odd EXTRA_ARGS."""
+    """Turn the settings into vLLM's command line and environment; `options` of vLLM's are put before theirs.
+
+    Raises CannotStart for odd EXTRA_ARGS.
+    """
     fields = ((names_of(field, ModelServerSettings)[0], value) for field, value in settings)
     given = {name: str(value) for name, value in fields if value is not None}
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
-    argv += ["--enforce-eager"] if demo else []
+    argv += ["--host", "127.0.0.1", "--port", str(settings.port), *options]
     try:
         argv += vllmargs.options((_DEMO_OPTIONS if demo else {}) | given)
     except vllmargs.Wrong as error:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway import environment, models, preflight
+from gateway import environment, models, preflight, vllmapp, vllmargs
 from gateway.child import Child, last_lines
 from gateway.config import ModelServerSettings, Settings
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
@@ -92,9 +92,10 @@ def _signals() -> Iterator[None]:
 
 def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str, str], display: Display) -> int:
     _check(settings, gateway)
-    served = _prepare(settings, environ, display)
+    app = _read_app(settings)
+    served = _prepare(settings, settings.model or app.model, environ, display)
     log = environment.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
-    command = launch(settings, served.python, served.model, environ, demo=served.demo, local=served.local)
+    command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
     with ModelServer(command, settings.port, log) as server:
         _wait_for(server, served, display)
         with Child(
@@ -122,11 +123,18 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
         preflight.check_memory(meminfo.read_text(), _MEMORY + (settings.cpu_kvcache_space or 1) * GIB)
 
 
-def _prepare(settings: ModelServerSettings, environ: Mapping[str, str], display: Display) -> Served:
+def _read_app(settings: ModelServerSettings) -> vllmapp.App:
+    try:
+        return vllmapp.read(settings.app_config)
+    except vllmargs.Wrong as error:
+        raise CannotStart(str(error)) from None
+
+
+def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[str, str], display: Display) -> Served:
     """The model is looked for before the environment is installed, which takes minutes."""
-    demo = settings.model in (None, DEMO_NAME)
+    demo = model in (None, DEMO_NAME)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    found = None if demo or settings.model is None else models.find_model(settings.model, environ, token)
+    found = None if demo or model is None else models.find_model(model, environ, token)
     if settings.python is not None:
         _check_has_vllm(settings.python)
     python = settings.python or environment.ensure_environment(environ, display)

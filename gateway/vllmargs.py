@@ -6,27 +6,30 @@ For `up`, and for the containers of model servers, where this is mounted beside 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-# Names that people know from the systems that this replaces, and vLLM's own options.
+# vLLM's own options, and the names for each that people know from the systems that this replaces, the one that wins
+# first. vllm-app's documentation has GPU_MEM_ULTIIZATION.
 _OPTIONS = {
-    "LLM_VLLM_MODEL_REVISION": "--revision",
-    "SERVED_MODEL_NAME": "--served-model-name",
-    "VLLM_DTYPE": "--dtype",
-    "VLLM_MAX_MODEL_LEN": "--max-model-len",
-    "VLLM_MAX_NUM_SEQS": "--max-num-seqs",
-    "VLLM_BLOCK_SIZE": "--block-size",
-    "GPU_MEMORY_UTILIZATION": "--gpu-memory-utilization",
-    "VLLM_TP_SIZE": "--tensor-parallel-size",
-    "VLLM_PP_SIZE": "--pipeline-parallel-size",
-    "VLLM_CHAT_TEMPLATE": "--chat-template",
-    "VLLM_CONFIG": "--config",
-    "QUANTIZATION": "--quantization",
+    "--revision": ("LLM_VLLM_MODEL_REVISION",),
+    "--served-model-name": ("SERVED_MODEL_NAME",),
+    "--dtype": ("VLLM_DTYPE",),
+    "--max-model-len": ("VLLM_MAX_MODEL_LEN", "MAX_TOKENS"),
+    "--max-num-seqs": ("VLLM_MAX_NUM_SEQS", "MAX_CONCURRENT_REQUESTS"),
+    "--max-num-batched-tokens": ("MAX_CONCURRENT_TOKENS",),
+    "--block-size": ("VLLM_BLOCK_SIZE",),
+    "--gpu-memory-utilization": ("GPU_MEMORY_UTILIZATION", "GPU_MEM_UTILIZATION", "GPU_MEM_ULTIIZATION"),
+    "--tensor-parallel-size": ("VLLM_TP_SIZE", "NUM_GPU"),
+    "--pipeline-parallel-size": ("VLLM_PP_SIZE",),
+    "--chat-template": ("VLLM_CHAT_TEMPLATE",),
+    "--config": ("VLLM_CONFIG",),
+    "--quantization": ("QUANTIZATION",),
 }
-_EXPERTS = "VLLM_ENABLE_EXPERT_PARALLEL"
+_FLAGS = {"--enforce-eager": "VLLM_EAGER", "--enable-expert-parallel": "VLLM_ENABLE_EXPERT_PARALLEL"}
 _YES, _NO = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+_OURS = [name for names in _OPTIONS.values() for name in names] + [*_FLAGS.values(), "VLLM_APP_CONFIG"]
 # vLLM warns of each variable of its own prefix that it does not know.
-NOT_VLLMS = frozenset(name for name in (*_OPTIONS, _EXPERTS) if name.startswith("VLLM_"))
+NOT_VLLMS = frozenset(name for name in _OURS if name.startswith("VLLM_"))
 
 
 class Wrong(Exception):
@@ -34,18 +37,33 @@ class Wrong(Exception):
 
 
 def options(environ: Mapping[str, str]) -> list[str]:
-    """vLLM's options for these variables, of which an empty one is none. Raises Wrong for odd EXTRA_ARGS."""
-    found = [part for name, option in _OPTIONS.items() if environ.get(name) for part in (option, environ[name])]
-    if environ.get("NUM_GPU") and not environ.get("VLLM_TP_SIZE"):
-        found += ["--tensor-parallel-size", environ["NUM_GPU"]]
-    if is_on(environ, _EXPERTS):
-        found.append("--enable-expert-parallel")
+    """vLLM's options for these variables, of which an empty one is none. Raises Wrong, for odd EXTRA_ARGS too."""
+    found: list[str] = []
+    for option, names in _OPTIONS.items():
+        if given := _given(names, environ):
+            found += [option, environ[given[0]]]
+    found += [flag for flag, name in _FLAGS.items() if is_on(environ, name)]
     extra = environ.get("EXTRA_ARGS", "")
     try:
         # Last, so that the person's word is the one that counts.
         return found + shlex.split(extra)
     except ValueError as error:
         raise Wrong(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
+
+
+def differing(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that does not count, as one of the same meaning has another value."""
+    given = [_given(names, environ) for names in _OPTIONS.values()]
+    return [
+        f"{names[0]} and {other} are both set and differ: {names[0]} is used."
+        for names in given
+        for other in names[1:]
+        if environ[other] != environ[names[0]]
+    ]
+
+
+def _given(names: Iterable[str], environ: Mapping[str, str]) -> list[str]:
+    return [name for name in names if environ.get(name)]
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,17 @@ import httpx
 from tests.gateway_process import Gateway, free_port, running
 
 MODEL = "demo-model"
+
+# vllm-app's own file, with every key that becomes an option of vLLM's, and no other sampling than without it.
+APP_CONFIG = {
+    "cuda_graph_mode": "piecewise",
+    "cuda_graph_capture_sizes": [1, 2, 4],
+    "max_tokens": 4096,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "repetition_penalty": 1.0,
+}
 
 # An install of the model server (some minutes), the demo model and vLLM's start, on two slow cores.
 _PATIENCE = 900
@@ -53,12 +66,19 @@ def started() -> Iterator[Stack]:
     """A stack that answers; at the end Ctrl-C must end all of it."""
     gateway_port, vllm_port = free_port(), free_port()
     vllm_url, gateway_url = f"http://127.0.0.1:{vllm_port}", f"http://127.0.0.1:{gateway_port}"
-    with running(vllm_url, shortcut=False) as early, early.client() as client:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".json") as app_config,
+        running(vllm_url, shortcut=False) as early,
+        early.client() as client,
+    ):
+        json.dump(APP_CONFIG, app_config)
+        app_config.flush()
         call = {"messages": {"user": "Who are you?"}, "streaming": False}
         too_early = [client.post("/v1/chat/completions", json=call), client.get("/v1/health_check")]
         environment = {
             "GATEWAY_PORT": str(gateway_port),
             "LLM_VLLM_PORT": str(vllm_port),
+            "VLLM_APP_CONFIG": app_config.name,
             "EXTRA_ARGS": "--tool-call-parser hermes --enable-auto-tool-choice",
         }
         process = subprocess.Popen(

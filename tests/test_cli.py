@@ -160,6 +160,19 @@ def test_check_of_anything_else_fails_and_says_why() -> None:
     assert "GATEWAY_LOG_FORMAT is wrong: 'xml'. Allowed: 'json' or 'text'." in wrong.stderr
 
 
+def test_up_tells_of_a_name_that_does_not_count() -> None:
+    ports = {"GATEWAY_PORT": str(free_port()), "LLM_VLLM_PORT": str(free_port())}
+    model = {"LLM_VLLM_MODEL_NAME": "none", "LLM_VLLM_PYTHON": sys.executable}
+    ended = command("up", **ports, **model, VLLM_MAX_MODEL_LEN="2048", MAX_TOKENS="1024")
+
+    assert ended.returncode == 1
+    warning, problem = ended.stderr.splitlines()
+    assert warning == (
+        "vllm-gateway: warning: VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used."
+    )
+    assert "Unknown model 'none'" in problem
+
+
 def test_help_leads_to_every_setting() -> None:
     assert "vllm-gateway settings" in command("serve", "--help").stdout
     listed = command("settings").stdout

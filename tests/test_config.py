@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.config import Settings, SettingsError, load, names_of, table
+from gateway.config import ModelServerSettings, Settings, SettingsError, build, differing, load, names_of, table
 
 VALUES: list[tuple[str, str, Any]] = [
     ("host", "127.0.0.1", "127.0.0.1"),
@@ -263,3 +263,15 @@ def test_a_warning_names_the_one_that_is_used(tmp_path: Path, monkeypatch: pytes
     settings, (warning,) = load(tmp_path / "env")
     used = "LLM_MODEL_NAME" if settings.model == "from-the-environment" else "GATEWAY_MODEL"
     assert warning.endswith(f"{used} is used.")
+
+
+def test_two_names_of_a_setting_of_the_model_server_that_differ_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "env").write_text("VLLM_MAX_MODEL_LEN=2048\n")
+    assert differing(ModelServerSettings, tmp_path / "env") == []
+    monkeypatch.setenv("MAX_TOKENS", "1024")
+    used = build(ModelServerSettings, tmp_path / "env").max_model_len
+    name = {1024: "MAX_TOKENS", 2048: "VLLM_MAX_MODEL_LEN"}[used or 0]
+    (sentence,) = differing(ModelServerSettings, tmp_path / "env")
+    assert sentence.endswith(f"are both set and differ: {name} is used.")

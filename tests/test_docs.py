@@ -23,6 +23,11 @@ def test_the_table_of_settings_is_made_from_the_settings() -> None:
     assert table in README, f"put this into the README:\n{table}"
 
 
+def test_the_readme_names_every_setting_of_the_model_server() -> None:
+    for field in config.ModelServerSettings.model_fields:
+        assert f"`{config.names_of(field, config.ModelServerSettings)[0]}`" in README
+
+
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     # The table of settings is as long as there are settings.
     assert len([line for line in README.splitlines() if not line.startswith("| `GATEWAY_")]) < 130

@@ -78,7 +78,7 @@ def test_the_demo_models_command() -> None:
     assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(argv[3:]) == (
         "--model /demo --host 127.0.0.1 --port 8008 "
-        "--enforce-eager --served-model-name demo-model --dtype float32 --max-model-len 4096"
+        "--served-model-name demo-model --dtype float32 --max-model-len 4096 --enforce-eager"
     )
     assert environment == {
         "PATH": "/bin",
@@ -101,6 +101,9 @@ def test_every_setting_has_its_place() -> None:
         dtype="bfloat16",
         max_num_seqs=4,
         max_model_len=2048,
+        max_num_batched_tokens=512,
+        gpu_memory_utilization="0.90",
+        eager=True,
         tp_size=2,
         pp_size=1,
         chat_template="/t.jinja",
@@ -109,11 +112,12 @@ def test_every_setting_has_its_place() -> None:
         extra_args="--kv-cache-dtype fp8_e5m2 --override-generation-config '{\"a\": 1}'",
     )
     environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
-    argv, environment = launch(given, PYTHON, "org/name", environ)
+    argv, environment = launch(given, PYTHON, "org/name", environ, ["--more", "1"])
     assert " ".join(argv[3:-1]) == (
-        "--model org/name --host 127.0.0.1 --port 8100 --revision main --served-model-name name --dtype bfloat16 "
-        "--max-model-len 2048 --max-num-seqs 4 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
-        "--chat-template /t.jinja --config /c.yaml --quantization awq "
+        "--model org/name --host 127.0.0.1 --port 8100 --more 1 --revision main --served-model-name name "
+        "--dtype bfloat16 --max-model-len 2048 --max-num-seqs 4 --max-num-batched-tokens 512 "
+        "--gpu-memory-utilization 0.9 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
+        "--chat-template /t.jinja --config /c.yaml --quantization awq --enforce-eager "
         "--kv-cache-dtype fp8_e5m2 --override-generation-config"
     )
     assert argv[-1] == '{"a": 1}'
@@ -126,6 +130,31 @@ def test_every_setting_has_its_place() -> None:
         "VLLM_CPU_KVCACHE_SPACE": "8",
         "HF_TOKEN": "hf_secret",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("VLLM_EAGER", "1", "--enforce-eager"),
+        ("GPU_MEM_UTILIZATION", "0.8", "--gpu-memory-utilization 0.8"),
+        ("GPU_MEM_ULTIIZATION", "0.8", "--gpu-memory-utilization 0.8"),
+        ("MAX_TOKENS", "1024", "--max-model-len 1024"),
+        ("MAX_CONCURRENT_REQUESTS", "8", "--max-num-seqs 8"),
+        ("MAX_CONCURRENT_TOKENS", "2048", "--max-num-batched-tokens 2048"),
+    ],
+)
+def test_vllm_apps_own_names(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    argv, environment = launch(settings(), PYTHON, "m", {name: value})
+    assert " ".join(argv).endswith(f"--port 8008 {expected}")
+    assert "VLLM_EAGER" not in environment
+
+
+def test_a_person_may_have_the_demo_model_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_EAGER", "0")
+    monkeypatch.setenv("MAX_TOKENS", "1024")
+    argv, _ = launch(settings(), PYTHON, "/demo", {}, demo=True)
+    assert " ".join(argv).endswith("--dtype float32 --max-model-len 1024")
 
 
 def test_extra_args_that_no_shell_would_take() -> None:

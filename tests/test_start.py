@@ -22,7 +22,7 @@ class Container:
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
         self._folder = folder
-        for source in ("gateway/vllmargs.py", "compose/start.py"):
+        for source in ("gateway/vllmargs.py", "gateway/vllmapp.py", "compose/start.py"):
             target = folder / source.replace("compose/", "")
             target.parent.mkdir(exist_ok=True)
             target.write_bytes((ROOT / source).read_bytes())
@@ -77,6 +77,43 @@ def test_a_container_says_why_it_cannot_start(container: Container, environ: dic
     done = container.serve(**environ)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"vllm-gateway: {message}")
+
+
+def test_vllm_apps_own_file_and_variables_start_it(container: Container) -> None:
+    file = container.data / "config.json"
+    container.file("config.json")
+    container.file("models/name/config.json")
+    file.write_text('{"model_path": "./models/name", "cuda_graph_mode": "full", "temperature": 0.5}')
+    environ = {"VLLM_APP_CONFIG": str(file), "VLLM_EAGER": "1", "MAX_TOKENS": "1024", "EXTRA_ARGS": "--seed 1"}
+    made = '--compilation-config {"cudagraph_mode": "FULL"} --override-generation-config {"temperature": 0.5}'
+    rest = f"--host 0.0.0.0 --port 8008 {made} --max-model-len 1024 --enforce-eager --seed 1\n"
+    model = container.data / "models/name"
+    assert container.serve(**environ).stdout == f"serve {model} {rest}"
+    done = container.serve(**environ, **MODEL, VLLM_MAX_MODEL_LEN="2048")
+    assert done.stdout == f"serve Org/Name {rest.replace('1024', '2048')}"
+    assert done.stderr.splitlines()[:-1] == [
+        "vllm-gateway: warning: LLM_VLLM_MODEL_NAME and vllm-app's model_path differ: LLM_VLLM_MODEL_NAME is used.",
+        "vllm-gateway: warning: VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used.",
+    ]
+    file.write_text('{"temperature": 3}')
+    assert container.serve(**environ).stderr == (
+        f"vllm-gateway: {file} (VLLM_APP_CONFIG): temperature must be a number from 0 to 2, but it is 3.\n"
+    )
+
+
+def test_the_model_of_vllm_app_is_the_one_that_is_in_fp8(container: Container) -> None:
+    container.file("config.json")
+    container.file("fp8/name/config.json")
+    container.file("models/name/config.json")
+    (container.data / "config.json").write_text('{"model_path": "./models/name"}')
+    environ = {"VLLM_APP_CONFIG": str(container.data / "config.json")}
+    model, made = container.data / "models/name", container.data / "fp8/name"
+    done = container.serve(**environ, IF_FP8_QUANTIZATION="true", LLM_DEVICE="cuda")
+    options = f"--host 0.0.0.0 --port 8008 --served-model-name {model} --kv-cache-dtype fp8"
+    assert done.stdout == f"serve {made} {options}\n"
+    shutil.rmtree(made)
+    script = container.data.parent / "gateway/quantize.py"
+    assert container.run("quantize", **environ).stdout == f"None None {script} {model} {made}\n"
 
 
 def test_a_key_in_extra_args_is_not_logged(container: Container) -> None:

@@ -150,6 +150,7 @@ def test_a_model_server_that_does_not_come_up_is_told_with_its_last_lines(tmp_pa
         ("LLM_VLLM_PYTHON", "/no/such/python", "--vllm-python /no/such/python cannot be run"),
         ("PYTHONPATH", os.pathsep.join(sys.path), "has no vLLM"),
         ("EXTRA_ARGS", "'", "EXTRA_ARGS cannot be split"),
+        ("VLLM_APP_CONFIG", "/no/such.json", "/no/such.json (VLLM_APP_CONFIG) cannot be read (No such file"),
         ("GATEWAY_PORT", "0", "GATEWAY_PORT must be a port of your choice"),
     ],
 )
@@ -159,6 +160,16 @@ def test_what_stops_it_before_the_start(tmp_path: Path, name: str, value: str, s
         assert process.returncode == 1
         assert sentence in said
         assert "Traceback" not in said
+
+
+def test_vllm_apps_own_file_starts_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_path": "./model", "top_k": 25}')
+    with running(tmp_path, LLM_VLLM_MODEL_NAME="", VLLM_APP_CONFIG=str(tmp_path / "config.json")) as process:
+        said = until_ready(process)
+        assert f"in front of vLLM with {tmp_path / 'model'}" in said
+        argv = Path(f"/proc/{model_server(tmp_path)}/cmdline").read_text().split("\0")
+        assert argv[argv.index("--model") + 1] == str(tmp_path / "model")
+        assert argv[argv.index("--override-generation-config") + 1] == '{"top_k": 25}'
 
 
 def test_both_on_one_port(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway import vllmargs
+from gateway.config import ModelServerSettings, names_of
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,16 @@ from gateway import vllmargs
         ({"GPU_MEMORY_UTILIZATION": "0.9", "VLLM_BLOCK_SIZE": "128"}, "--block-size 128 --gpu-memory-utilization 0.9"),
         ({"NUM_GPU": "2"}, "--tensor-parallel-size 2"),
         ({"NUM_GPU": "2", "VLLM_TP_SIZE": "1"}, "--tensor-parallel-size 1"),
+        ({"MAX_TOKENS": "4096", "MAX_CONCURRENT_REQUESTS": "128"}, "--max-model-len 4096 --max-num-seqs 128"),
+        ({"MAX_CONCURRENT_TOKENS": "4096"}, "--max-num-batched-tokens 4096"),
+        ({"GPU_MEM_ULTIIZATION": "0.7"}, "--gpu-memory-utilization 0.7"),
+        ({"GPU_MEM_ULTIIZATION": "0.7", "GPU_MEM_UTILIZATION": "0.8"}, "--gpu-memory-utilization 0.8"),
+        ({"GPU_MEM_UTILIZATION": "0.8", "GPU_MEMORY_UTILIZATION": "0.9"}, "--gpu-memory-utilization 0.9"),
+        ({"GPU_MEM_UTILIZATION": "0.8", "GPU_MEMORY_UTILIZATION": ""}, "--gpu-memory-utilization 0.8"),
+        ({"MAX_TOKENS": "1", "VLLM_MAX_MODEL_LEN": "2"}, "--max-model-len 2"),
+        ({"MAX_CONCURRENT_REQUESTS": "1", "VLLM_MAX_NUM_SEQS": "2"}, "--max-num-seqs 2"),
+        ({"VLLM_EAGER": "1"}, "--enforce-eager"),
+        ({"VLLM_EAGER": "0"}, []),
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "1"}, "--enable-expert-parallel"),
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "true"}, "--enable-expert-parallel"),
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "0"}, []),
@@ -32,9 +43,31 @@ def test_extra_args_that_no_shell_would_take() -> None:
         vllmargs.options({"EXTRA_ARGS": "'"})
 
 
+def test_another_word_than_yes_and_no() -> None:
+    with pytest.raises(vllmargs.Wrong, match="VLLM_EAGER must be true or false, but it is 'maybe'"):
+        vllmargs.options({"VLLM_EAGER": "maybe"})
+
+
+def test_a_name_that_does_not_count_is_told_where_it_would_say_something_else() -> None:
+    same = {"VLLM_MAX_MODEL_LEN": "1", "MAX_TOKENS": "1", "VLLM_MAX_NUM_SEQS": "", "MAX_CONCURRENT_REQUESTS": "1"}
+    assert vllmargs.differing(same) == []
+    assert vllmargs.differing({"VLLM_MAX_MODEL_LEN": "2", "MAX_TOKENS": "1"}) == [
+        "VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used."
+    ]
+
+
+def test_up_and_the_containers_go_by_the_same_names() -> None:
+    names = {found[0]: found for found in vllmargs._OPTIONS.values()}
+    for field in ModelServerSettings.model_fields:
+        ours = names_of(field, ModelServerSettings)
+        assert names.get(ours[0], ours)[: len(ours)] == ours
+
+
 def test_the_environment_has_no_more_than_is_for_vllm() -> None:
     given = {
         "VLLM_DTYPE": "auto",
+        "VLLM_EAGER": "1",
+        "VLLM_APP_CONFIG": "config.json",
         "VLLM_ENABLE_EXPERT_PARALLEL": "1",
         "VLLM_CPU_KVCACHE_SPACE": "4",
         "CUDA_VISIBLE_DEVICES": "",
@@ -42,8 +75,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
         "HUGGING_FACE_HUB_TOKEN": "token",
     }
     found = vllmargs.environment(given)
-    assert "VLLM_DTYPE" not in found
-    assert "VLLM_ENABLE_EXPERT_PARALLEL" not in found
+    assert not {"VLLM_DTYPE", "VLLM_EAGER", "VLLM_APP_CONFIG", "VLLM_ENABLE_EXPERT_PARALLEL"} & set(found)
     assert "CUDA_VISIBLE_DEVICES" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert found["VLLM_API_KEY"] == "key"

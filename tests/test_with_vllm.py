@@ -72,15 +72,26 @@ def test_up_says_what_to_try(stack: Stack) -> None:
     assert stack.said.count(f"curl {stack.gateway_url}{CHAT}") == 2
 
 
+def test_vllm_understands_what_is_made_of_vllm_apps_own_file(stack: Stack) -> None:
+    found = re.search(r"vLLM's log: (.+)", stack.said)
+    assert found
+    log = Path(found[1]).read_text()
+    assert "'cudagraph_mode': <CUDAGraphMode.PIECEWISE: 1>" in log
+    assert "'cudagraph_capture_sizes': [1, 2, 4]" in log
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "max_new_tokens": 4096}
+    assert f"'override_generation_config': {sampling}" in log
+
+
 def test_a_gateway_started_before_vllm_says_loading_and_works_once_it_is_up(stack: Stack) -> None:
     call, health = stack.too_early
     with stack.early.client() as client:
+        ready = client.get("/v1/health_check")  # which looks at once: its last look may be a second old
         later = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False})
 
     assert call.status_code == 503
     assert int(call.headers["retry-after"]) > 0
     assert (health.status_code, health.json()["upstreams"][0]["state"]) == (503, "loading")
-    assert later.status_code == 200
+    assert (ready.status_code, later.status_code) == (200, 200)
 
 
 def test_health_check_serves(client: httpx.Client) -> None:
