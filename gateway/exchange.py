@@ -440,7 +440,7 @@ class Exchange:
         elif kind == "generate":
             return self._translate(prompted.from_generate(body, whole=self._path.whole), kind)
         elif kind == "ask":
-            return self._translate(prompted.from_ask(body), kind)
+            return self._translate(prompted.from_ask(body, self._path.pool.context), kind)
         self.form = "openai"
         self.streaming = body.get("stream") is True
         model = body.get("model")

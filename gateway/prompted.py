@@ -80,10 +80,13 @@ def from_generate(body: Json, *, whole: bool) -> Prompted:
     return Prompted(call, _model(body), streams, prompt)
 
 
-def from_ask(body: Json) -> Prompted:
-    """A call of `/api/v1/ask`, which is always streamed; raises BadRequest, which names the field."""
+def from_ask(body: Json, context: float) -> Prompted:
+    """A call of `/api/v1/ask`, which is always streamed; raises BadRequest, which names the field.
+
+    `context` is the most tokens that the model takes. vLLM lets an answer end there, but may not be asked for more.
+    """
     question = _text(body, "question")
-    call = {"max_tokens": _ASK_TOKENS, **_others(body, "question"), "prompt": question, "stream": True}
+    call = {"max_tokens": min(_ASK_TOKENS, context), **_others(body, "question"), "prompt": question, "stream": True}
     return Prompted(call, _model(body), True, None)
 
 

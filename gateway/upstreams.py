@@ -26,7 +26,8 @@ _RETRIED_PART = 0.25
 class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
-    `models` is its model list's ids, empty until it was read; `why` says why it does not serve.
+    `models` is its model list's ids, empty until it was read, and `context` the most tokens of a prompt
+    and its answer that any of them takes, where the list has that; `why` says why it does not serve.
     `left` counts the calls that it did not take and that another was asked for instead.
     """
 
@@ -39,6 +40,7 @@ class Upstream:
     state: State = "loading"
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
+    context: int | None = None
     in_flight: int = 0
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
@@ -107,6 +109,11 @@ class UpstreamPool:
         if len(self._upstreams) == 1:
             return self._upstreams[0].models
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
+
+    @property
+    def context(self) -> float:
+        """The most tokens of a prompt and its answer that any upstream takes, as far as that is known."""
+        return min((one.context for one in self._upstreams if one.context is not None), default=math.inf)
 
     def choose(self, model: str | None, now: float) -> Upstream | None:
         """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from typing import Any
 
 import httpx
@@ -71,7 +72,7 @@ def test_a_question_is_answered_in_parts(client: httpx.Client, fake: FakeVllm) -
     assert json.loads(fake.received[0].body) == {
         "model": "demo",
         "prompt": "What is it?",
-        "max_tokens": 2048,
+        "max_tokens": 1024,  # the fake model takes no more
         "temperature": 0.5,
         "stream": True,
     }
@@ -84,6 +85,12 @@ def test_a_question_is_answered_in_parts(client: httpx.Client, fake: FakeVllm) -
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("context", "most"), [(math.inf, 2048), (4096, 2048), (2047, 2047), (16, 16)])
+def test_as_many_tokens_are_asked_for_as_vllm_app_did_or_the_model_takes(context: float, most: int) -> None:
+    assert json.loads(from_ask({"question": "Why?"}, context).to_call("demo"))["max_tokens"] == most
+    assert json.loads(from_ask({"question": "Why?", "max_tokens": 5000}, context).to_call("demo"))["max_tokens"] == 5000
+
+
 @pytest.mark.parametrize("path", ["/generate", "/api/v1/ask"])
 def test_a_stream_that_breaks_says_so_in_its_own_form(client: httpx.Client, fake: FakeVllm, path: str) -> None:
     hold = Hold()
@@ -136,7 +143,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str, said: str) -> 
     assert said in raised.value.message
     if "prompt" in body and param == "prompt":
         with pytest.raises(BadRequest) as raised:
-            from_ask({"question": body["prompt"]})
+            from_ask({"question": body["prompt"]}, math.inf)
         assert raised.value.param == "question"
 
 
