@@ -183,6 +183,7 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
         model=settings.model,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
+        asks_for_hearing="audio" in settings.routes and len(settings.upstreams) > 1,
         authorization=_authorization(settings),
     )
 

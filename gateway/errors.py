@@ -139,6 +139,14 @@ class UnsupportedEncoding(GatewayError):
     code = "unsupported_content_encoding"
 
 
+class UnsupportedType(GatewayError):
+    """The request's body is of a type that the path does not take."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
 class TooMany(GatewayError):
     """There is no room for another request."""
 

@@ -32,16 +32,19 @@ class Prober:
         system_role: Literal["system", "merge"],
         authorization: str | None,
         reads_template: bool = True,
+        asks_for_hearing: bool = False,
     ) -> None:
         """`model` is the configured one, `interval` the seconds between two probes of one that serves.
 
-        `reads_template` where chats are relayed: a model for anything else may have none.
+        `reads_template` where chats are relayed: a model for anything else may have none. `asks_for_hearing` where it
+        matters which upstreams take speech.
         """
         self._pool = pool
         self._interval = interval
         self._model = model
         self._system_role = system_role
         self._reads_template = reads_template
+        self._asks_for_hearing = asks_for_hearing
         # A proxy set for downloads must not catch a probe.
         self._client = httpx.AsyncClient(
             trust_env=False,
@@ -51,7 +54,8 @@ class Prober:
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         self._running: dict[Upstream, asyncio.Task[None]] = {}
-        self._template_read: set[Upstream] = set()
+        # Those of which has been asked what does not change while they run.
+        self._known: set[Upstream] = set()
 
     @contextlib.asynccontextmanager
     async def probing(self) -> AsyncIterator[None]:
@@ -96,7 +100,7 @@ class Prober:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":
-            self._template_read.discard(upstream)
+            self._known.discard(upstream)
         if (state, why) != (upstream.state, upstream.why):
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
@@ -119,12 +123,19 @@ class Prober:
         upstream.models = served
         if self._model is not None and self._model not in served:
             return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
-        if self._reads_template and upstream not in self._template_read:
-            why = await self._template_problem(upstream, self._model or served[0])
-            if why:
-                return "down", why
-            self._template_read.add(upstream)
+        if upstream not in self._known:
+            if self._asks_for_hearing:
+                upstream.hears = await self._has(upstream, "/v1/audio/transcriptions")
+            if self._reads_template:
+                why = await self._template_problem(upstream, self._model or served[0])
+                if why:
+                    return "down", why
+            self._known.add(upstream)
         return "serving", ""
+
+    async def _has(self, upstream: Upstream, path: str) -> bool:
+        """Whether a path that is posted to is there: vLLM has those that its model can answer."""
+        return (await self._client.get(f"{upstream.url}{path}")).status_code != 404
 
     async def _template_problem(self, upstream: Upstream, model: str) -> str:
         """Why the model's chat template would refuse a simplified request; empty where it would not."""
@@ -132,7 +143,7 @@ class Prober:
         system = [] if self._system_role == "merge" else [{"role": "system", "content": "Be brief."}]
         answer = await self._client.post(f"{upstream.url}/tokenize", json={"model": model, "messages": [*system, user]})
         # Only a refusal says something of the template; a server without this path says nothing.
-        if answer.status_code != 400:
+        if answer.status_code != 400 or not await self._has(upstream, "/v1/chat/completions"):
             return ""
         said = _error_message(answer)
         if not system:

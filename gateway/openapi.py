@@ -10,8 +10,15 @@ from gateway.routes import RESPONSE_ID, Route
 
 Json = dict[str, Any]
 
-_TEXT = {"type": "string", "minLength": 1}
-_PARTS = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type"]}}
+_TEXT = {"type": "string", "pattern": "\\S"}
+_PROMPT = {"type": "string", "minLength": 1}
+_PARTS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]},
+}
+_MESSAGE = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
+_FROM_USER = {"type": "object", "properties": {"role": {"const": "user"}}, "required": ["role"]}
 _SIMPLIFIED = {
     "type": "object",
     "description": "The simplified form: what a pipeline knows, and any field that vLLM's chat completions know.",
@@ -26,27 +33,41 @@ _SIMPLIFIED = {
                     "required": ["user"],
                 },
                 _TEXT,
-                {"type": "array", "items": {"type": "object"}},
+                {"type": "array", "items": _MESSAGE, "contains": _FROM_USER},
+                {"type": "null"},
             ],
         },
-        "query": {**_TEXT, "description": "The user's text, where there is no `messages`."},
-        "max_new_tokens": {"type": "integer", "minimum": 1, "default": 1024, "description": "Or `max_tokens`."},
-        "streaming": {"type": "boolean", "default": True, "description": "Or `stream`."},
-        "temperature": {"type": "number", "minimum": 0, "default": 0.01},
-        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 0.95},
-        "model": {"type": "string", "description": "Of those that are served; else the configured one, or the first."},
-        "stream_style": {"enum": list(get_args(Style)), "description": "How the stream looks."},
+        "query": {"description": "The user's text, where there is no `messages`."},
+        "max_new_tokens": {
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "maximum": 2**31 - 1,
+            "default": 1024,
+            "description": "Or `max_tokens`.",
+        },
+        "streaming": {"type": ["boolean", "null"], "default": True, "description": "Or `stream`."},
+        "temperature": {"type": ["number", "null"], "minimum": 0, "default": 0.01},
+        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": 0.95},
+        "model": {
+            "type": ["string", "null"],
+            "description": "Of those that are served; else the configured one, or the first.",
+        },
+        "stream_style": {"enum": [*get_args(Style), None], "description": "How the stream looks."},
         "data": {
             "type": ["object", "null"],
             "description": "Given back with the reply; of `reranked_docs`, what they cite.",
         },
         "output_guardrail_params": {"description": "Given back with the reply."},
     },
+    "anyOf": [
+        {"required": ["messages"], "properties": {"messages": {"not": {"type": "null"}}}},
+        {"required": ["query"], "properties": {"messages": {"type": "null"}, "query": _TEXT}},
+    ],
 }
 _CHAT = {
     "type": "object",
-    "description": "OpenAI's form, which goes to vLLM as it came.",
-    "properties": {"messages": {"type": "array", "items": {"type": "object"}}, "stream": {"type": "boolean"}},
+    "description": "OpenAI's form, which goes to vLLM as it came: what is in it is vLLM's to judge.",
+    "properties": {"messages": {"type": "array"}},
     "required": ["messages"],
 }
 _ERROR = {
@@ -69,20 +90,12 @@ _ERROR = {
 _BARE = {
     "generate": {
         "type": "object",
-        "properties": {"prompt": _TEXT, "stream": {"type": "boolean"}, "n": {"type": "integer", "minimum": 1}},
+        "properties": {"prompt": _PROMPT, "stream": {"type": ["boolean", "null"]}},
         "required": ["prompt"],
     },
-    "ask": {"type": "object", "properties": {"question": _TEXT}, "required": ["question"]},
+    "ask": {"type": "object", "properties": {"question": _PROMPT}, "required": ["question"]},
 }
-_UPLOAD = {
-    "type": "object",
-    "properties": {
-        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
-        "model": {"type": "string"},
-        "stream": {"type": "boolean"},
-    },
-    "required": ["file"],
-}
+_UPLOAD = {"type": "object", "description": "vLLM's own fields: file, model, language, stream and others."}
 _OWN = {
     "/health": "This process answers.",
     "/v1/health_check": "200 when a call would succeed now, else 503, with each upstream's state.",
@@ -116,7 +129,7 @@ def _operation(route: Route) -> Json:
     if route.body == "generate":
         answer["*/*"] = {"schema": {"type": "string"}, "example": '{"text": ["Once upon"]}\0'}  # of no type of its own
     elif route.streams:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {}
     operation: Json = {
         "summary": route.about,
         "tags": [route.name],

@@ -308,6 +308,8 @@ def _text(value: Any, name: str) -> str:
 
 
 def _max_tokens(value: Any, name: str) -> int:
+    if type(value) is float and value.is_integer() and value <= _MOST_TOKENS:
+        value = int(value)  # to JSON, and to the systems that this replaces, 5.0 is an integer
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
         raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {_shown(value)}.", param=name)
     return value

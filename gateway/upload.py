@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from gateway.errors import UnsupportedType
 from gateway.exchange import Client, Connection, DataPath, Exchange
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import Route
@@ -27,8 +28,8 @@ class Upload(Exchange):
     """An exchange that asks for a connection with the request's head, and sends each piece of its body on.
 
     What was sent is gone, so nothing is sent twice: the connection is always a new one, and another upstream
-    is asked only where this one took no connection. The model stands somewhere in the body, so that any
-    upstream may be asked.
+    is asked only where this one took no connection. The model stands somewhere in the body, so that an upstream
+    is asked that takes speech at all, whichever model it has.
     """
 
     __slots__ = ("_all_came", "_blocked", "_uploader")
@@ -43,9 +44,16 @@ class Upload(Exchange):
 
     def begin(self, length: int) -> None:
         """The request's head is there; its body goes up in chunks where it does not say how long it is."""
+        self.form = "openai"
+        self.model = self._path.pool.hearing
         super().begin(length)
-        if not self.outcome:
-            self.form = "openai"
+        if self.outcome:
+            return
+        kind = self._request.content_type
+        if not kind.lower().startswith(b"multipart/form-data"):
+            said = repr(kind[:40].decode("latin-1")) if kind else "missing"
+            self.fail(UnsupportedType(f"Content-Type must be multipart/form-data, with a file, but it is {said}."))
+        else:
             now = self._path.time()
             if not self._begins(now):
                 self._wait(now)

@@ -27,8 +27,9 @@ class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
     `models` is its model list's ids, empty until it was read, and `context` the most tokens of a prompt
-    and its answer that any of them takes, where the list has that; `why` says why it does not serve.
-    `left` counts the calls that it did not take and that another was asked for instead.
+    and its answer that any of them takes, where the list has that. `hears` says whether it takes speech,
+    where that was asked, `why` why it does not serve. `left` counts the calls that it did not take and
+    that another was asked for instead.
     """
 
     url: str
@@ -41,6 +42,7 @@ class Upstream:
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
     context: int | None = None
+    hears: bool = False
     in_flight: int = 0
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
@@ -114,6 +116,11 @@ class UpstreamPool:
     def context(self) -> float:
         """The most tokens of a prompt and its answer that any upstream takes, as far as that is known."""
         return min((one.context for one in self._upstreams if one.context is not None), default=math.inf)
+
+    @property
+    def hearing(self) -> str | None:
+        """A model that is known to take speech."""
+        return next((one.models[0] for one in self._upstreams if one.hears and one.models), None)
 
     def choose(self, model: str | None, now: float) -> Upstream | None:
         """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.

@@ -137,6 +137,8 @@ class FakeVllm:
         self.probe_answers: dict[str, bytes] = {
             "/health": response("200 OK", b""),
             "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
+            "/v1/audio/transcriptions": response("404 Not Found", b'{"detail":"Not Found"}'),
+            "/v1/chat/completions": response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}'),
             "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
         }
         self.probed: deque[Received] = deque(maxlen=1000)
@@ -191,7 +193,8 @@ class FakeVllm:
 
     def script_for(self, request: Received) -> Sequence[Step]:
         """What to answer; a request without an id is a probe, as all that is relayed has one."""
-        if request.header("x-request-id") is None and request.target in self.probe_answers:
+        probes = request.method == "GET" or request.target == "/tokenize"
+        if probes and request.header("x-request-id") is None and request.target in self.probe_answers:
             self.probed.append(request)
             return [self.probe_answers[request.target]]
         with self.changed:

@@ -33,6 +33,7 @@ def probed(
         "/health": httpx.Response(200),
         "/v1/models": httpx.Response(200, json=MODELS),
         "/tokenize": httpx.Response(200, json={"count": 1}),
+        "/v1/chat/completions": httpx.Response(405),
     }
     asked = []
 
@@ -176,6 +177,29 @@ def test_a_model_that_need_not_chat_may_have_no_template(fake: FakeVllm, setting
         assert client.get("/v1/health_check").status_code == 503
     with running(fake.url, **settings) as gateway, gateway.client() as client:
         assert client.get("/v1/health_check").status_code == 200
+
+
+def test_a_model_that_has_no_chats_may_have_no_template() -> None:
+    refused, missing = httpx.Response(400, json=REFUSES), httpx.Response(404)
+    upstream, asked = probed({"/tokenize": refused, "/v1/chat/completions": missing})
+    assert (upstream.state, upstream.why) == ("serving", "")
+    assert [request.method for request in asked if request.url.path == "/v1/chat/completions"] == ["GET"]
+
+
+def test_recordings_go_to_the_upstream_that_hears(fake: FakeVllm) -> None:
+    with FakeVllm(models=("ear",)) as ear:
+        ear.probe_answers["/v1/audio/transcriptions"] = response("405 Method Not Allowed", b"")
+        ear.probe_answers["/tokenize"] = response("400 Bad Request", b"{}")
+        ear.probe_answers["/v1/chat/completions"] = response("404 Not Found", b"")
+        with running(fake.url, ear.url) as gateway, gateway.client() as client:
+            assert client.get("/v1/health_check").json()["status"] == "serving"
+            for _ in range(4):
+                client.post("/v1/audio/transcriptions", files={"file": b"sound"})
+            client.post("/v1/chat/completions", json={"model": "demo", "messages": []})
+            metrics = client.get("/metrics").text
+    assert [one.target for one in ear.received] == ["/v1/audio/transcriptions"] * 4
+    assert [one.target for one in fake.received] == ["/v1/chat/completions"]
+    assert 'model="ear",route="/v1/audio/transcriptions",status="200"' in metrics
 
 
 def test_ping_says_serving_loading_or_down(fake: FakeVllm) -> None:

@@ -117,6 +117,7 @@ def test_what_is_not_sent_gets_the_defaults_of_the_systems_it_replaces() -> None
     ("sent", "forwarded"),
     [
         ({"max_new_tokens": 5}, {"max_tokens": 5}),
+        ({"max_new_tokens": 5.0}, {"max_tokens": 5}),
         ({"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5}),
         ({"temperature": 0, "top_p": 1}, {"temperature": 0, "top_p": 1}),
         ({"temperature": None, "max_new_tokens": None}, {"temperature": 0.01, "max_tokens": 1024}),
@@ -180,7 +181,8 @@ def test_a_request_may_say_its_own_style(sent: Body, style: Style) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens", "it is 0"),
         ({"max_tokens": 2**31}, "max_tokens", f"it is {2**31}"),
         ({"max_new_tokens": "5"}, "max_new_tokens", 'it is "5"'),
-        ({"max_new_tokens": 5.0}, "max_new_tokens", "it is 5.0"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens", "it is 5.5"),
+        ({"max_new_tokens": 3e9}, "max_new_tokens", "it is 3000000000.0"),
         ({"max_new_tokens": True}, "max_new_tokens", "it is true"),
         ({"max_new_tokens": 5, "max_tokens": 6}, "max_new_tokens", "(5 and 6)"),
         ({"temperature": -0.1}, "temperature", "it is -0.1"),

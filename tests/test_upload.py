@@ -150,6 +150,17 @@ def test_one_that_is_too_large_is_refused_by_its_head_or_when_it_is() -> None:
     talk.assert_settled()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [(b"application/json", "'application/json'"), (b"", "missing"), (b"\xff" * 99, repr("ÿ" * 40))]
+)
+def test_what_is_no_form_is_refused(given: bytes, said: str) -> None:
+    talk = Conversation(route=TRANSCRIPTIONS, headers=((b"content-type", given),))
+    talk.begin()
+    assert (talk.client.status, talk.transport.asked) == (415, [])
+    assert talk.client.error["message"] == f"Content-Type must be multipart/form-data, with a file, but it is {said}."
+    talk.assert_settled()
+
+
 def test_an_answer_before_the_end_goes_on_and_the_connection_is_not_used_again() -> None:
     talk = upload()
     talk.begin()
