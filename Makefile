@@ -33,7 +33,7 @@ test-fp8: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/fp8/datasets.py tests/fp8/checkpoints.py
 
 test-docker: $(VENV)/.installed-dev
-	shellcheck run_vllm.sh
+	shellcheck run_vllm.sh examples/*.sh
 	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py tests/compose/gaudi.py
 
 test-restarts: $(VENV)/.installed-dev
@@ -56,6 +56,7 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) pyproject.toml --extra dev -c requirements/image.lock -o requirements/dev.lock
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
+	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
