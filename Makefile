@@ -4,6 +4,7 @@
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
+# make test-clients  real clients (OpenAI's, Anthropic's, LangChain and others) run the examples, leave and fail; installs them (600 MB)
 # make test-fp8  datasets read, the demo model quantized by llm-compressor and served; installs it (450 MB)
 # make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000
 # make clean  removes what the other targets have put into the checkout
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-fp8 test-soak test-restarts test-docker lint types lock clean bench bench-quick soak
+.PHONY: up test test-fp8 test-soak test-restarts test-clients test-docker lint types lock clean bench bench-quick soak
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -33,11 +34,14 @@ test-fp8: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/fp8/datasets.py tests/fp8/checkpoints.py
 
 test-docker: $(VENV)/.installed-dev
-	shellcheck run_vllm.sh
+	shellcheck run_vllm.sh examples/*.sh
 	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py tests/compose/gaudi.py
 
 test-restarts: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/restarts.py
+
+test-clients: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/clients/examples.py tests/clients/leaving.py tests/clients/failures.py
 
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak
@@ -56,6 +60,7 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) pyproject.toml --extra dev -c requirements/image.lock -o requirements/dev.lock
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
+	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

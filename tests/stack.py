@@ -62,8 +62,8 @@ class Stack:
 
 
 @contextlib.contextmanager
-def started() -> Iterator[Stack]:
-    """A stack that answers; at the end Ctrl-C must end all of it."""
+def started(**variables: str) -> Iterator[Stack]:
+    """A stack that answers, with these variables in its environment; at the end Ctrl-C must end all of it."""
     gateway_port, vllm_port = free_port(), free_port()
     vllm_url, gateway_url = f"http://127.0.0.1:{vllm_port}", f"http://127.0.0.1:{gateway_port}"
     with (
@@ -83,7 +83,7 @@ def started() -> Iterator[Stack]:
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "up"],
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -11,6 +11,11 @@ from gateway.routes import REFUSED, ROUTES
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+EXAMPLES = (ROOT / "examples" / "README.md").read_text()
+LOCKED = [
+    *(*ROOT.glob("requirements/*"), *ROOT.glob("gateway/*.lock")),
+    *(*ROOT.glob("bench/requirements/*"), *ROOT.glob("examples/requirements.*")),
+]
 
 
 def test_the_table_of_settings_is_made_from_the_settings() -> None:
@@ -53,6 +58,16 @@ def test_every_route_has_an_example() -> None:
         assert re.search(rf"curl [^\n]*http://localhost:9000{path}( |$)", API, re.MULTILINE), route.path
 
 
+def test_every_example_is_in_their_table_and_says_the_same_of_what_it_needs() -> None:
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| [^|]+ \| ([^|]+) \|$", EXAMPLES, re.MULTILINE))
+    files = {file.name: file.read_text() for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".sh")}
+    assert rows.keys() == files.keys()
+    for name, needs in rows.items():
+        for install in re.findall(r"`(pip install [^`]+)`", needs):
+            assert install in files[name], name
+        assert f"examples/{name}" in files[name]
+
+
 def test_every_promise_names_a_test_that_there_is() -> None:
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
     promised = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
@@ -61,13 +76,12 @@ def test_every_promise_names_a_test_that_there_is() -> None:
 
 
 def test_no_file_names_a_package_registry() -> None:
-    locks = [*ROOT.glob("requirements/*"), *ROOT.glob("gateway/*.lock"), ROOT / "pyproject.toml", ROOT / "Makefile"]
-    for file in locks:
+    for file in [*LOCKED, ROOT / "pyproject.toml", ROOT / "Makefile"]:
         assert not re.search(r"https?://|--(extra-)?index-url|--find-links", file.read_text()), file
 
 
 def test_every_locked_package_has_a_hash() -> None:
-    for file in [*ROOT.glob("requirements/*.lock"), *ROOT.glob("gateway/*.lock")]:
+    for file in [file for file in LOCKED if file.suffix == ".lock"]:
         for entry in re.split(r"\n(?=[a-z0-9])", file.read_text()):
             if "==" in entry.partition("\n")[0]:
                 assert "--hash=sha256:" in entry, f"{file.name}: {entry[:80]}"
