@@ -41,7 +41,7 @@ test-restarts: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/restarts.py
 
 test-clients: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/clients/examples.py tests/clients/leaving.py tests/clients/failures.py
+	$(BIN)/python -m pytest tests/clients/examples.py tests/clients/leaving.py tests/clients/failures.py tests/clients/described.py
 
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak
@@ -61,6 +61,7 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
+	$(COMPILE) tests/clients/schemathesis.in -o tests/clients/schemathesis.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
