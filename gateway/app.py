@@ -12,13 +12,15 @@ from typing import TypedDict
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway import endpoints
-from gateway.config import Settings
+from gateway.config import Settings, client_keys
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.health import Prober
+from gateway.keys import Keys
 from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
 from gateway.metrics import Metrics
@@ -95,6 +97,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
     description = describe(relayed)
+    by_digest = client_keys(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -135,6 +138,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 body=settings.body_timeout,
                 client_write=settings.client_write_timeout,
             ),
+            keys=None if by_digest is None else Keys(by_digest),
             model=settings.model,
             style=settings.stream_style,
             system_role=settings.system_role,
@@ -156,15 +160,21 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         await connections.close()
         ended.settle()
 
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(description)
+
+    # What platforms ask, which have no keys.
+    open_to_all = {
+        "/health": endpoints.health,
+        "/v1/health_check": endpoints.health_check,
+        "/ping": endpoints.ping,
+    }
+    own = {"/v1/statistics": endpoints.statistics, "/metrics": endpoints.metrics, "/openapi.json": openapi}
     app = Starlette(
         routes=[
             *(Route(one.path, endpoints.Relay(one), methods=[one.method]) for one in relayed),
-            Route("/health", endpoints.health, methods=["GET"]),
-            Route("/v1/health_check", endpoints.health_check, methods=["GET"]),
-            Route("/ping", endpoints.ping, methods=["GET"]),
-            Route("/v1/statistics", endpoints.statistics, methods=["GET"]),
-            Route("/metrics", endpoints.metrics, methods=["GET"]),
-            Route("/openapi.json", JSONResponse(description), methods=["GET"]),
+            *(Route(path, handler, methods=["GET"]) for path, handler in open_to_all.items()),
+            *(Route(path, endpoints.guarded(handler), methods=["GET"]) for path, handler in own.items()),
         ],
         middleware=[Middleware(endpoints.Outermost, paths=frozenset(description["paths"]))],
         exception_handlers={HTTPException: endpoints.refused},

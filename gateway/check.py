@@ -46,11 +46,11 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
     """Every setting's name and value, with secrets hidden."""
     for field in Settings.model_fields:
         value: Any = getattr(settings, field)
-        if isinstance(value, tuple):
-            value = ",".join(value)
-        elif isinstance(value, SecretStr):
+        if isinstance(value, SecretStr) or (value and field == "api_keys"):
             value = "(set, hidden)"
-        yield config.names_of(field)[0], "(not set)" if value is None else str(value)
+        elif isinstance(value, tuple):
+            value = ",".join(value)
+        yield config.names_of(field)[0], "(not set)" if value in (None, "") else str(value)
 
 
 async def _probed(settings: Settings) -> list[dict[str, Any]]:
@@ -66,5 +66,4 @@ def _because(upstream: dict[str, Any]) -> str:
 
 
 def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return config.is_loopback(urlsplit(url).hostname or "")

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gateway.errors import Style
+from gateway.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.releases import STYLES, Release
 from gateway.routes import NAMES
 
@@ -99,6 +100,12 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"),
         description="Key sent to the vLLM servers; a client's own Authorization is never passed on.",
     )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="The same as a file of names, hashes and requests a minute, read again on SIGHUP."
+    )
     model: str | None = Field(
         None,
         validation_alias=AliasChoices("GATEWAY_MODEL", "LLM_MODEL_NAME"),
@@ -170,7 +177,7 @@ class Settings(_EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
-    @field_validator("upstreams", "routes", mode="before")
+    @field_validator("upstreams", "routes", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
@@ -188,6 +195,12 @@ class Settings(_EnvironmentSettings):
     def _check_routes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not set(value) <= set(NAMES):
             raise ValueError(f"some of {', '.join(NAMES)}, separated by commas")
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        from_secrets(secret.get_secret_value() for secret in value)
         return value
 
     @model_validator(mode="after")
@@ -296,6 +309,11 @@ def _upstream_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:
     """The environment names of a field, the one that wins first."""
     alias = settings.model_fields[field].validation_alias
@@ -315,7 +333,31 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     """
     sources = _sources(env_file)
     _refuse_unknown({name for source in sources for name in source})
-    return build(Settings, env_file, **given), list(_differing_names(Settings, sources))
+    settings = build(Settings, env_file, **given)
+    client_keys(settings)
+    return settings, list(_differing_names(Settings, sources))
+
+
+def client_keys(settings: Settings) -> dict[bytes, Key] | None:
+    """The keys that clients must bring, by their hashes; None where anyone may call.
+
+    Raises SettingsError for a file that cannot be read or is wrong.
+    """
+    file = settings.api_keys_file
+    if file is None and not settings.api_keys:
+        return None
+    found = from_secrets(secret.get_secret_value() for secret in settings.api_keys)
+    if file is not None:
+        try:
+            found |= from_lines(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(
+                f"GATEWAY_API_KEYS_FILE {str(file)!r} cannot be read ({error.strerror}): name a file that can."
+            ) from None
+        except ValueError as error:
+            why = error if isinstance(error, BadKeys) else "it is not UTF-8"
+            raise SettingsError(f"GATEWAY_API_KEYS_FILE {str(file)!r} is wrong: {why}.") from None
+    return found
 
 
 def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -14,14 +14,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import GatewayError, MethodNotAllowed, NotFound
-from gateway.exchange import FAILED, Exchange, new_request_id
+from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
+from gateway.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import RESPONSE_ID, Route
 from gateway.sse import Ends
 from gateway.upload import Upload
 
 _log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 # An adapter's queue pauses the upstream above the one and resumes it below the other, in bytes.
 _HIGH_WATER = 64 * 1024
@@ -204,7 +206,9 @@ def to_response(
     error: GatewayError, request_id: str, headers: dict[str, str] | None = None, ends: Ends = "done"
 ) -> Response:
     """An error as a response, in OpenAI's envelope or Anthropic's."""
-    return Response(error.envelope(request_id, ends), error.status, headers, media_type="application/json")
+    own = {name.decode(): value.decode() for name, value in error.headers}
+    content = error.envelope(request_id, ends)
+    return Response(content, error.status, own | (headers or {}), media_type="application/json")
 
 
 async def refused(request: Request, exception: Exception) -> Response:
@@ -222,16 +226,36 @@ async def refused(request: Request, exception: Exception) -> Response:
     return to_response(error, request.scope["request_id"], headers, ends)
 
 
+def _has_key(request: Request) -> bool:
+    """Whether there are no keys, or one was brought."""
+    keys, secret = request.state.data_path.keys, request.scope["head"].secret
+    return keys is None or (secret is not None and keys.find(secret) is not None)
+
+
+def guarded(handler: Handler) -> Handler:
+    """A handler of what only those with a key may see, where there are keys; calls are guarded by their exchange."""
+
+    async def asks_for_key(request: Request) -> Response:
+        if _has_key(request):
+            return await handler(request)
+        return to_response(Unauthorized(KEY_NEEDED), request.scope["request_id"])
+
+    return asks_for_key
+
+
 async def health(request: Request) -> Response:
     """This process lives; says nothing of the upstreams."""
     return JSONResponse({"status": "ok"})
 
 
 async def health_check(request: Request) -> Response:
-    """200 only when a chat call would succeed now, else 503, with how each upstream is."""
+    """200 only when a chat call would succeed now, else 503; with how each upstream is and, given a key, where."""
     prober = request.state.prober
     await prober.probe_all()
     upstreams = prober.report(time.monotonic())
+    if not _has_key(request):
+        for upstream in upstreams:
+            del upstream["url"]
     draining = request.state.data_path.drain.began
     serving = not draining and any(upstream["state"] == "serving" for upstream in upstreams)
     body: dict[str, Any] = {

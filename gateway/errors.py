@@ -84,6 +84,16 @@ class BadRequest(GatewayError):
     code = "bad_request"
 
 
+class Unauthorized(GatewayError):
+    """A key is missing, or is none of this gateway's."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+    outcome = "refused"
+    headers = ((b"www-authenticate", b"Bearer"),)
+
+
 class NotFound(GatewayError):
     """No such path."""
 
@@ -155,6 +165,16 @@ class TooMany(GatewayError):
     code = "too_many_requests"
     outcome = "refused"
     headers = ((b"retry-after", b"1"),)
+
+
+class RateLimited(TooMany):
+    """A key's requests of this minute are used up."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.headers = ((b"retry-after", b"%d" % retry_after),)
 
 
 class Draining(GatewayError):

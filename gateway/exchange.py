@@ -23,17 +23,20 @@ from gateway.errors import (
     GatewayError,
     ModelNotFound,
     NoneReady,
+    RateLimited,
     RequestTimeout,
     Style,
     TooLarge,
     TooMany,
+    Unauthorized,
     UnsupportedEncoding,
     UpstreamBroken,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
 from gateway.flattened import Flattened
-from gateway.headers import AnswerHead, RequestHead
+from gateway.headers import AnswerHead, Header, RequestHead
+from gateway.keys import Key, Keys
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.usage import usage_in, usage_text
@@ -52,6 +55,7 @@ STALE_WITHIN = 0.1
 
 CLIENT_LEFT = 499  # as nginx logs it; never sent
 
+KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key."
 FAILED = "The gateway failed; its log says why under this request id."
 
 
@@ -166,7 +170,8 @@ class DataPath:
     """What all exchanges of one gateway share.
 
     `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds. `finished`
-    is called with each exchange at its end. `in_flight` holds those that have begun and not ended.
+    is called with each exchange at its end. `in_flight` holds those that have begun and not ended. `keys`
+    are those that clients must bring, None where anyone may call.
     `authorization` is the upstreams' key, as a header's value.
     """
 
@@ -179,6 +184,7 @@ class DataPath:
     drain: Drain
     finished: Callable[[Exchange], None]
     limits: Limits
+    keys: Keys | None
     model: str | None
     style: Style
     system_role: Literal["system", "merge"]
@@ -264,6 +270,7 @@ class Exchange:
         "events",
         "first_byte_at",
         "form",
+        "key",
         "model",
         "outcome",
         "received_at",
@@ -282,6 +289,7 @@ class Exchange:
         self.route = route
         self.request_id = head.request_id or new_request_id()
         self.form = ""
+        self.key: Key | None = None
         self.model: str | None = None
         self.upstream: Upstream | None = None
         self.status = 0
@@ -342,7 +350,9 @@ class Exchange:
         limits = path.limits
         path.in_flight.add(self)
         self.due = self.started_at + (limits.body if limits.body < limits.total else limits.total)
-        if self._request.encoding != b"identity":
+        if path.keys is not None and (refusal := self._refusal_of(path.keys)):
+            self.fail(refusal)
+        elif self._request.encoding != b"identity":
             encoding = self._request.encoding.decode("latin-1")[:40]
             self.fail(
                 UnsupportedEncoding(
@@ -353,6 +363,21 @@ class Exchange:
             self.fail(self._too_large())
         elif len(path.in_flight) > limits.max_requests:
             self.fail(TooMany("Too many requests run and wait already: try again soon."))
+
+    def _refusal_of(self, keys: Keys) -> GatewayError | None:
+        """Why this client may not call now."""
+        secret = self._request.secret
+        if not secret:
+            return Unauthorized(KEY_NEEDED)
+        key = self.key = keys.find(secret)
+        if key is None:
+            return Unauthorized("The key that was sent is none of this gateway's.")
+        if wait := key.take(self.started_at):
+            return RateLimited(
+                f"The key {key.name} has made its {key.a_minute} requests of this minute: try again in {wait:.0f} s.",
+                retry_after=math.ceil(wait),
+            )
+        return None
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -609,6 +634,8 @@ class Exchange:
         self._started = True
         head, self._head = self._head, None  # not kept for as long as a stream lasts
         assert head is not None
+        if self.key is not None:
+            head = self._with_limits(head, self.key)
         self._client.start(head, self._length, self.request_id)
         if self._way is _IN_EVENTS and self._stream is None:
             self._write_chunk = self._client.chunk
@@ -712,6 +739,18 @@ class Exchange:
             self._upstream_failed(error)
             return b""
 
+    def _with_limits(self, head: AnswerHead, key: Key) -> AnswerHead:
+        """The head, with what is left of the key's requests, in the headers that OpenAI's clients know."""
+        if key.a_minute is None:
+            return head
+        left, reset = key.left(self._path.time())
+        limits: list[Header] = [
+            (b"x-ratelimit-limit-requests", b"%d" % key.a_minute),
+            (b"x-ratelimit-remaining-requests", b"%d" % left),
+            (b"x-ratelimit-reset-requests", f"{reset:.3f}s".encode()),
+        ]
+        return AnswerHead(head.status, head.headers + limits, streams=head.streams)
+
     def _collect(self, data: bytes) -> None:
         self._pieces.append(data)
         self._size += len(data)
@@ -738,8 +777,7 @@ class Exchange:
             return
         client = self._client
         if not self._started:
-            assert self._head is not None
-            client.start(self._head, self._length, self.request_id)
+            self._start()
         self._answered(failed=failed)
         client.end()
 
@@ -756,6 +794,8 @@ class Exchange:
             rest = [header for header in head.headers if header[0] != b"content-type"]
             head, content = AnswerHead(head.status, [_JSON, *rest]), releases.to_error(content)
         self.bytes_out = len(content)
+        if self.key is not None:
+            head = self._with_limits(head, self.key)
         self._answered(failed=head.status >= 500)
         self._client.whole(head, content, self.request_id)
 
@@ -894,7 +934,10 @@ class Exchange:
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
-            client.whole(AnswerHead(error.status, [_JSON, *error.headers]), content, self.request_id)
+            head = AnswerHead(error.status, [_JSON, *error.headers])
+            if self.key is not None:
+                head = self._with_limits(head, self.key)
+            client.whole(head, content, self.request_id)
         elif self._sse and not self._cut_event:
             tail = self._before_last + self._last
             done = self.status == 200 and self._has_end(tail)  # and so it has all of it

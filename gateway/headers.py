@@ -60,11 +60,11 @@ class RequestHead:
     is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here.
+    here. `secret` is the key that it brings, if any.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
-    __slots__ = ("content_type", "encoding", "json", "length", "lines", "lines_rewritten", "request_id")
+    __slots__ = ("content_type", "encoding", "json", "length", "lines", "lines_rewritten", "request_id", "secret")
 
     def __init__(self, headers: list[Header]) -> None:
         """`headers` have names in lower case."""
@@ -79,6 +79,9 @@ class RequestHead:
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}
+        bearer = known.get(b"authorization", b"")
+        # Anthropic's clients send the other.
+        self.secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")
         self.lines = self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
         if b"accept-encoding" in known:
             dropped |= {b"accept-encoding"}

@@ -154,6 +154,7 @@ class RequestLog:
                 "request_id": exchange.request_id,
                 "method": exchange.route.method,
                 "path": exchange.route.path,
+                "key": exchange.key.name if exchange.key else None,
                 "form": exchange.form or None,
                 "model": exchange.model and exchange.model[:200],
                 "upstream": exchange.upstream.url if exchange.upstream else None,

@@ -18,8 +18,8 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
-from gateway.config import Settings
-from gateway.exchange import Drain
+from gateway.config import Settings, SettingsError, client_keys, is_loopback
+from gateway.exchange import DataPath, Drain
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
 from gateway.protocol import Protocol, missing_in
@@ -50,6 +50,13 @@ def serve(settings: Settings, warnings: list[str]) -> None:
         _log.warning(warning)
     try:
         server = create_server(settings, create_app(settings, writer))
+        signal.signal(signal.SIGHUP, server.handle_hangup)
+        if settings.api_keys_file is None and not settings.api_keys and not is_loopback(settings.host):
+            _log.warning(
+                "anyone who reaches %s may call: set GATEWAY_API_KEYS or GATEWAY_API_KEYS_FILE, or "
+                "GATEWAY_HOST=127.0.0.1 behind a proxy that asks for keys",
+                settings.host,
+            )
         for listener in listeners:
             host, port = listener.getsockname()[:2]
             _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))
@@ -58,7 +65,7 @@ def serve(settings: Settings, warnings: list[str]) -> None:
         writer.close()
 
 
-def create_server(settings: Settings, app: Starlette) -> uvicorn.Server:
+def create_server(settings: Settings, app: Starlette) -> Server:
     """A server of `app` on both ways in, or, as `settings` say, through the app alone."""
     protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else Protocol
     if missing := missing_in(HttpToolsProtocol):
@@ -83,17 +90,19 @@ def create_server(settings: Settings, app: Starlette) -> uvicorn.Server:
         # Calls end by a limit of their own, with an error; this one is for what does not.
         timeout_graceful_shutdown=round(settings.drain_timeout) + 3,
     )
-    return _Server(config, settings.drain_delay, settings.drain_timeout)
+    return Server(config, settings)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, with an end in three steps: say so, accept no more, and end what still runs."""
+class Server(uvicorn.Server):
+    """uvicorn's, with an end in three steps: say so, accept no more, end what still runs. SIGHUP has keys read anew."""
 
-    def __init__(self, config: uvicorn.Config, drain_delay: float, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
-        self._drain_delay = drain_delay
-        self._drain_timeout = drain_timeout
+        self._settings = settings
+        self._drain_delay = settings.drain_delay
+        self._drain_timeout = settings.drain_timeout
         self._signalled_at: float | None = None
+        self._hung_up = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one is not to be argued with."""
@@ -103,8 +112,28 @@ class _Server(uvicorn.Server):
         else:
             self.should_exit = self.force_exit = True
 
+    def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        """The file of keys has changed."""
+        self._hung_up = True
+
+    def _reread(self) -> None:
+        self._hung_up = False
+        keys = self._data_path.keys
+        try:
+            found = client_keys(self._settings)
+        except SettingsError as error:
+            _log.error("the keys stay as they are: %s", error)
+            return
+        if keys is None or found is None:
+            _log.info("there is no file of keys to read again (GATEWAY_API_KEYS_FILE)")
+        else:
+            keys.replace(found)
+            _log.info("keys read again: %d", len(found))
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
+        if self._hung_up:
+            self._reread()
         if counter % 10 == 0:
             self._look()
         if self._signalled_at is not None:
@@ -114,9 +143,13 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     @property
+    def _data_path(self) -> DataPath:
+        path: DataPath = self.lifespan.state["data_path"]
+        return path
+
+    @property
     def _drain(self) -> Drain:
-        drain: Drain = self.lifespan.state["data_path"].drain
-        return drain
+        return self._data_path.drain
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()

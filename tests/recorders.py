@@ -268,6 +268,7 @@ class Conversation:
             "whole": False,
             "flattens": False,
             "release": None,
+            "keys": None,
             "authorization": None,
         }
         self.path = DataPath(

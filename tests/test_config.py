@@ -10,6 +10,9 @@ import pytest
 
 from gateway.config import ModelServerSettings, Settings, SettingsError, build, differing, load, names_of, table
 
+KEY = "sk-4f7d0c9a2b6e81d35a"
+# A file of keys that there is.
+KEYS = Path(__file__).parent / "keys.txt"
 VALUES: list[tuple[str, str, Any]] = [
     ("host", "127.0.0.1", "127.0.0.1"),
     ("port", "9100", 9100),
@@ -17,6 +20,8 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_api_key", "sk-1", "sk-1"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
+    ("api_keys", f"{KEY}, {KEY[::-1]}", (KEY, KEY[::-1])),
+    ("api_keys_file", str(KEYS), KEYS),
     ("compat", "erag-1.4", "erag-1.4"),
     ("routes", "chat, models", ("chat", "models")),
     ("connector", "langchain", "langchain"),
@@ -67,6 +72,8 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def value_of(settings: Settings, field: str) -> Any:
     value = getattr(settings, field)
+    if field == "api_keys":
+        return tuple(key.get_secret_value() for key in value)
     return value.get_secret_value() if field == "upstream_api_key" and value is not None else value
 
 

@@ -11,7 +11,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway.server import _Server
+from gateway.server import Server
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.gateway_process import Gateway, running
 
@@ -129,15 +129,15 @@ def test_who_has_connected_but_was_not_accepted_is_answered(fake: FakeVllm, monk
     body = orjson.dumps(WHOLE)
     call = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body)
     ends, connected = threading.Event(), threading.Event()
-    on_tick = _Server.on_tick
+    on_tick = Server.on_tick
 
-    async def until_they_have_connected(server: _Server, counter: int) -> bool:
+    async def until_they_have_connected(server: Server, counter: int) -> bool:
         if ending := await on_tick(server, counter):
             ends.set()
             connected.wait(10)
         return ending
 
-    monkeypatch.setattr(_Server, "on_tick", until_they_have_connected)
+    monkeypatch.setattr(Server, "on_tick", until_they_have_connected)
     with running(fake.url) as gateway, contextlib.ExitStack() as stack:
         gateway.signal()
         assert ends.wait(10)

@@ -17,6 +17,7 @@ PURE = {
     "prompted",
     "releases",
     "statistics",
+    "keys",
     "flattened",
     "openapi",
     "routes",

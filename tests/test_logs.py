@@ -167,6 +167,7 @@ def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
         "request_id": "id-1",
         "method": "POST",
         "path": "/v1/chat/completions",
+        "key": None,
         "form": "simplified",
         "model": "demo",
         "upstream": "http://vllm-0:8008",

@@ -141,7 +141,16 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
     assert ours["tmpfs"] == ["/tmp"]
     assert ours["cap_drop"] == ["ALL"]
     assert ours["security_opt"] == ["no-new-privileges:true"]
-    assert not ours.get("volumes")
+    (keys,) = ours["volumes"]
+    assert (keys["source"], keys["target"], keys["read_only"]) == ("/dev/null", "/run/keys", True)
+
+
+def test_a_file_of_keys_is_the_gateways_alone() -> None:
+    given = stack("cpu", GATEWAY_API_KEYS_FILE="./keys")
+    (keys,) = given["services"][GATEWAY]["volumes"]
+    assert (keys["source"], keys["target"]) == (str(ROOT / "docker/cpu/keys"), "/run/keys")
+    assert given["services"][GATEWAY]["environment"]["GATEWAY_API_KEYS_FILE"] == "/run/keys"
+    assert not [volume for volume in given["services"][MODEL_SERVER]["volumes"] if volume["target"] == "/run/keys"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
