@@ -19,6 +19,7 @@ from starlette.routing import Route
 from gateway import endpoints
 from gateway.config import Settings, client_keys
 from gateway.exchange import DataPath, Drain, Exchange, Limits
+from gateway.headers import HeadLimits
 from gateway.health import Prober
 from gateway.keys import Keys
 from gateway.logs import LineWriter, RequestLog
@@ -138,6 +139,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 body=settings.body_timeout,
                 client_write=settings.client_write_timeout,
             ),
+            head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
             keys=None if by_digest is None else Keys(by_digest),
             model=settings.model,
             style=settings.stream_style,

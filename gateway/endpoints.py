@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
 from gateway.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
-from gateway.headers import AnswerHead, RequestHead
+from gateway.headers import AnswerHead, RequestHead, fault_of
 from gateway.routes import RESPONSE_ID, Route
 from gateway.sse import Ends
 from gateway.upload import Upload
@@ -179,10 +179,9 @@ class Outermost:
             await send(message)
 
         try:
-            if scope["path"].endswith("\n"):  # which a pattern's `$` takes for the end
-                await to_response(_no_path(scope["path"]), request_id)(scope, receive, send_with_id)
-            else:
-                await self._app(scope, receive, send_with_id)
+            fault = _fault_of(scope)
+            app = self._app if fault is None else to_response(fault, request_id)
+            await app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
             error = GatewayError(FAILED)
@@ -196,6 +195,15 @@ class Outermost:
         state["metrics"].other(route, status)
         if route not in _QUIET or status >= 400:
             state["request_log"].other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
+
+
+def _fault_of(scope: Scope) -> GatewayError | None:
+    """Why a request is refused by its head alone."""
+    if scope["path"].endswith("\n"):  # which a pattern's `$` takes for the end
+        return _no_path(scope["path"])
+    target = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    limits = scope["state"]["data_path"].head_limits
+    return fault_of(scope["head"], target, limits, old=scope["http_version"] == "1.0")
 
 
 def _no_path(path: str) -> NotFound:

@@ -141,6 +141,23 @@ class TooLarge(GatewayError):
     code = "request_too_large"
 
 
+class HeadTooLarge(GatewayError):
+    """The request's head has too many headers, or too many bytes."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
+    headers = ((b"connection", b"close"),)
+
+
+class UrlTooLong(GatewayError):
+    """The request's target is longer than the limit."""
+
+    status = 414
+    type = "invalid_request_error"
+    code = "url_too_long"
+
+
 class UnsupportedEncoding(GatewayError):
     """The request's body is compressed."""
 

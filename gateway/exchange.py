@@ -35,7 +35,7 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.flattened import Flattened
-from gateway.headers import AnswerHead, Header, RequestHead
+from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead
 from gateway.keys import Key, Keys
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
@@ -184,6 +184,7 @@ class DataPath:
     drain: Drain
     finished: Callable[[Exchange], None]
     limits: Limits
+    head_limits: HeadLimits
     keys: Keys | None
     model: str | None
     style: Style

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from gateway.errors import BadRequest, GatewayError, HeadTooLarge, UrlTooLong
 
 Header = tuple[bytes, bytes]
 
@@ -39,6 +42,9 @@ NOT_TO_UPSTREAM = HOP_BY_HOP | {
 # none.
 NOT_TO_CLIENT = HOP_BY_HOP | {b"content-length", b"date", b"server", b"x-request-id"}
 
+# RFC 9110, 7.2, without user information; with the underscores that containers' names have.
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -60,15 +66,31 @@ class RequestHead:
     is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here. `secret` is the key that it brings, if any.
+    here. `secret` is the key that it brings, if any; `hosts` is all that stands for a host, `count` how
+    many headers there are and `size` their bytes.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
-    __slots__ = ("content_type", "encoding", "json", "length", "lines", "lines_rewritten", "request_id", "secret")
+    __slots__ = (
+        "content_type",
+        "count",
+        "encoding",
+        "hosts",
+        "json",
+        "length",
+        "lines",
+        "lines_rewritten",
+        "request_id",
+        "secret",
+        "size",
+    )
 
     def __init__(self, headers: list[Header]) -> None:
         """`headers` have names in lower case."""
         known = by_name(headers)
+        self.count = len(headers)
+        self.size = sum([len(name) + len(value) + 4 for name, value in headers])
+        self.hosts = known.get(b"host")
         self.request_id = sane_request_id(known.get(b"x-request-id"))
         length = known.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else 0
@@ -86,6 +108,37 @@ class RequestHead:
         if b"accept-encoding" in known:
             dropped |= {b"accept-encoding"}
             self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLimits:
+    """The most bytes of a head and of a target, and the most headers."""
+
+    size: int
+    count: int
+    url: int
+
+
+def too_large(limits: HeadLimits) -> str:
+    """What is said of a head that has too many bytes."""
+    return f"The request's head must be at most {limits.size} bytes (GATEWAY_MAX_HEAD_BYTES)."
+
+
+def fault_of(head: RequestHead, target: int, limits: HeadLimits, *, old: bool) -> GatewayError | None:
+    """Why a head is refused, whose target has so many bytes; `old` is one of HTTP/1.0, which need not name a host."""
+    if head.hosts is None:
+        if not old:
+            return BadRequest("The request must name its Host once, but it names none.")
+    elif not _HOST.fullmatch(head.hosts):
+        shown = head.hosts[:60].decode("latin-1")
+        return BadRequest(f"The request must name one Host, as HOST or HOST:PORT, but it is {shown!r}.")
+    if target > limits.url:
+        return UrlTooLong(f"The request's target must be at most {limits.url} bytes (GATEWAY_MAX_URL_BYTES).")
+    if head.size + target > limits.size:
+        return HeadTooLarge(too_large(limits))
+    if head.count > limits.count:
+        return HeadTooLarge(f"The request must have at most {limits.count} headers (GATEWAY_MAX_HEADERS).")
+    return None
 
 
 class AnswerHead:

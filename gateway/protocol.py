@@ -18,9 +18,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.errors import BadRequest, Draining, GatewayError, HeadTimeout
+from gateway.errors import BadRequest, Draining, GatewayError, HeadTimeout, HeadTooLarge
 from gateway.exchange import DataPath, new_request_id
-from gateway.headers import lines
+from gateway.headers import lines, too_large
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +127,7 @@ class Protocol(HttpToolsProtocol):
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
     __slots__ = (
         "_awaited_since",
+        "_head_size",
         "_idle_since",
         "_in_body",
         "_in_head",
@@ -153,6 +154,7 @@ class Protocol(HttpToolsProtocol):
         # Since when more is to come of the client: a request's head, or the rest of a body that was refused.
         self._awaited_since: float | None = None
         self._in_head = False
+        self._head_size = 0
         self._unsent = 0
         self._stuck_since = 0.0
 
@@ -161,8 +163,18 @@ class Protocol(HttpToolsProtocol):
         self.flow = _Flow(self.transport)
         self._awaited_since = self.loop.time()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            # A head that does not end is not kept without end. What came with its beginning may be of a body before it.
+            self._head_size = 0 if self._head_size < 0 else self._head_size + len(data)
+            if self._head_size > self._path.head_limits.size:
+                self._in_head = False
+                self._stop(HeadTooLarge(too_large(self._path.head_limits)))
+
     def on_message_begin(self) -> None:
         self._in_head = True
+        self._head_size = -1
         self._awaited_since = self.loop.time()
         super().on_message_begin()
 
@@ -285,17 +297,20 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came; answers that are owed to requests before it go first."""
+        self._stop(_NO_HTTP)
+
+    def _stop(self, error: GatewayError) -> None:
         self._refused = True
         self.parser = cast(Any, _Deaf)
         if not self._in_body:
             if self.cycle is None or self.cycle.response_complete:
-                self._refuse(_NO_HTTP)
+                self._refuse(error)
         elif self.pipeline:
             self.pipeline.popleft()  # the newest, which is broken in its body
         elif self.cycle.response_started:
             self.transport.close()
         else:
-            self._refuse(_NO_HTTP)
+            self._refuse(error)
 
     def _refuse(self, error: GatewayError) -> None:
         if self.transport.is_closing():

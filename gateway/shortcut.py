@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from gateway.errors import GatewayError
 from gateway.exchange import FAILED, Exchange
-from gateway.headers import AnswerHead, RequestHead, SameHead, lines
+from gateway.headers import AnswerHead, RequestHead, SameHead, fault_of, lines
 from gateway.protocol import Protocol
 from gateway.routes import Route
 
@@ -99,6 +99,7 @@ class Shortcut(Protocol):
     def on_message_begin(self) -> None:
         # uvicorn makes the scope here; it is made later, where one is needed.
         self._in_head = self._in_message = True
+        self._head_size = -1
         self._awaited_since = self.loop.time()
         self.url = b""
         self.expect_100_continue = False
@@ -118,7 +119,12 @@ class Shortcut(Protocol):
             self._data = b""
             self._to_the_app()
             return
-        head, self.headers = RequestHead(self.headers), []  # trailers are of no interest
+        head = RequestHead(self.headers)
+        if fault_of(head, len(self.url), self._path.head_limits, old=False):
+            self._data = b""
+            self._to_the_app()  # which says so
+            return
+        self.headers = []  # trailers are of no interest
         exchange = self._begin(head, route)
         self._in_head = False
         self._awaited_since = None

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from gateway.exchange import DataPath, Drain, Exchange, Limits
-from gateway.headers import AnswerHead, Header, RequestHead, answer_head
+from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead, answer_head
 from gateway.routes import ROUTES, Route
 from gateway.upload import Upload
 from gateway.upstreams import Upstream, UpstreamPool
@@ -269,6 +269,7 @@ class Conversation:
             "flattens": False,
             "release": None,
             "keys": None,
+            "head_limits": HeadLimits(8192, 100, 1024),
             "authorization": None,
         }
         self.path = DataPath(
