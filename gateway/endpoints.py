@@ -51,8 +51,12 @@ class Relay:
         target = self._route.path.format(**scope["path_params"])
         if query:
             target = f"{target}?{query}"
+        client.asked_for = not any(name == b"expect" for name, _ in scope["headers"])
         kind = Upload if self._route.body == "upload" else Exchange
         exchange = client.exchange = kind(path, client, self._route, target, head)
+        if self._route.body == "upload":
+            # Whose reader may wait for something else: it then sees at once that the client has left.
+            scope["state"].get("leaving", []).append(client.resume)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)
@@ -68,9 +72,9 @@ async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: R
         exchange.begin(length)
         if exchange.outcome:
             return  # what was refused by its head is not asked for, as `receive` would by a 100 (Continue)
+        client.asked_for = True
         while (message := await receive())["type"] == "http.request":
-            if client.waits is not None:
-                await client.waits.wait()
+            await client.readable()
             if body := message.get("body"):
                 exchange.request_body(body)
             if not message.get("more_body"):
@@ -95,22 +99,31 @@ class _AsgiClient:
         self._paused = False
         self._aborted = False
         self._wake = asyncio.Event()
-        self.waits: asyncio.Event | None = None
-        """Where no more of the request is wanted: what its reader waits for."""
+        self._waits: asyncio.Event | None = None
+        self.asked_for = True
+        """Whether the request's body will come: not that of an `Expect`, until it is read."""
 
     def pause(self) -> None:
-        self.waits = asyncio.Event()
+        if self._waits is None:
+            self._waits = asyncio.Event()
 
     def resume(self) -> None:
-        if self.waits is not None:
-            self.waits.set()
-            self.waits = None
+        if self._waits is not None:
+            self._waits.set()
+            self._waits = None
+
+    async def readable(self) -> None:
+        """Returns when more of the request is wanted."""
+        while self._waits is not None:
+            await self._waits.wait()
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
         headers = head.headers[:]
         if length is not None:
             headers.append((b"content-length", length))
         headers.append((b"x-request-id", request_id.encode()))
+        if not self.asked_for:
+            headers.append((b"connection", b"close"))  # RFC 9110, 10.1.1: or what comes next could be the body, or not
         self._put({"type": "http.response.start", "status": head.status, "headers": headers})
 
     def body(self, data: bytes) -> None:

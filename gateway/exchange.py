@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from gateway import prompted, releases, simplified, sse
 from gateway.body import to_object
@@ -285,6 +285,9 @@ class Exchange:
         "upstream_ended_at",
     )
 
+    # Whether an upstream is needed that takes speech.
+    _hears: ClassVar[bool] = False
+
     def __init__(self, path: DataPath, client: Client, route: Route, target: str, head: RequestHead) -> None:
         started_at = path.time()
         self.route = route
@@ -428,7 +431,7 @@ class Exchange:
 
     def _begins(self, now: float) -> bool:
         path = self._path
-        upstream = path.pool.choose(self.model, now)
+        upstream = path.pool.choose(self.model, now, hears=self._hears)
         if upstream is None:
             return False
         if self._state is _QUEUED:
@@ -510,7 +513,9 @@ class Exchange:
         assert upstream is not None
         if self._retried:
             return False
-        other = self._path.pool.another(self.model, self._path.time(), instead_of=upstream, ready=ready)
+        other = self._path.pool.another(
+            self.model, self._path.time(), instead_of=upstream, ready=ready, hears=self._hears
+        )
         if other is None:
             return False
         self._retried = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from gateway.errors import BadRequest, GatewayError, HeadTooLarge, UrlTooLong
+from gateway.errors import BadRequest, GatewayError, HeadTooLarge, UnsupportedEncoding, UrlTooLong
 
 Header = tuple[bytes, bytes]
 
@@ -66,12 +66,13 @@ class RequestHead:
     is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here. `secret` is the key that it brings, if any; `hosts` is all that stands for a host, `count` how
-    many headers there are and `size` their bytes.
+    here. `secret` is the key that it brings, if any; `hosts` is all that stands for a host, `coding` the
+    body's on its way, `count` how many headers there are and `size` their bytes.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
     __slots__ = (
+        "coding",
         "content_type",
         "count",
         "encoding",
@@ -91,6 +92,7 @@ class RequestHead:
         self.count = len(headers)
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         self.hosts = known.get(b"host")
+        self.coding = known.get(b"transfer-encoding", b"chunked")
         self.request_id = sane_request_id(known.get(b"x-request-id"))
         length = known.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else 0
@@ -132,6 +134,9 @@ def fault_of(head: RequestHead, target: int, limits: HeadLimits, *, old: bool) -
     elif not _HOST.fullmatch(head.hosts):
         shown = head.hosts[:60].decode("latin-1")
         return BadRequest(f"The request must name one Host, as HOST or HOST:PORT, but it is {shown!r}.")
+    if head.coding.lower() != b"chunked":
+        shown = head.coding[:60].decode("latin-1")
+        return UnsupportedEncoding(f"Transfer-Encoding must be absent or chunked, but it is {shown!r}.")
     if target > limits.url:
         return UrlTooLong(f"The request's target must be at most {limits.url} bytes (GATEWAY_MAX_URL_BYTES).")
     if head.size + target > limits.size:

@@ -117,7 +117,7 @@ class Prober:
         models = await self._client.get(f"{upstream.url}/v1/models")
         if models.status_code in (401, 403):
             return "down", f"its /v1/models answers {models.status_code}: set GATEWAY_UPSTREAM_API_KEY to its key"
-        served, upstream.context = _models(models)
+        served, upstream.contexts = _models(models)
         if not served:
             return "down", f"its /v1/models answers {models.status_code} and no model list"
         upstream.models = served
@@ -182,15 +182,14 @@ def _tls_context(pool: UpstreamPool) -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _models(answer: httpx.Response) -> tuple[tuple[str, ...], int | None]:
-    """The models' ids, and the shortest of their lengths."""
+def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The models' ids, and the lengths of those that tell it."""
     try:
         models = answer.json()["data"] if answer.status_code == 200 else []
-        lengths = [model.get("max_model_len") for model in models]
-        shortest = min((length for length in lengths if isinstance(length, int)), default=None)
-        return tuple(str(model["id"]) for model in models), shortest
+        lengths = {str(model["id"]): model.get("max_model_len") for model in models}
+        return tuple(lengths), {model: length for model, length in lengths.items() if isinstance(length, int)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return (), None
+        return (), {}
 
 
 def _error_message(answer: httpx.Response) -> str:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +30,24 @@ _ASK_TOKENS = 2048
 
 @dataclass(slots=True)
 class Prompted:
-    """A checked request: the completion's body but for its model, and what the prompt was, if the reply repeats it."""
+    """A checked request: the completion's body but for its model, and what the prompt was, if the reply repeats it.
+
+    `context` tells the most tokens that a model takes, where the body does not say how many are asked for.
+    """
 
     call: Json
     model: str | None
     streaming: bool
     prompt: str | None
+    context: Callable[[str], float] | None = None
 
     target = "/v1/completions"
 
     def to_call(self, model: str) -> bytes:
         """The completion's body; raises BadRequest for what cannot be written."""
+        if self.context is not None:
+            # vLLM lets an answer end where its context does, but may not be asked for more.
+            self.call["max_tokens"] = min(_ASK_TOKENS, self.context(model))
         try:
             return orjson.dumps({"model": model, **self.call})
         except TypeError:
@@ -80,14 +88,14 @@ def from_generate(body: Json, *, whole: bool) -> Prompted:
     return Prompted(call, _model(body), streams, prompt)
 
 
-def from_ask(body: Json, context: float) -> Prompted:
+def from_ask(body: Json, context: Callable[[str], float]) -> Prompted:
     """A call of `/api/v1/ask`, which is always streamed; raises BadRequest, which names the field.
 
-    `context` is the most tokens that the model takes. vLLM lets an answer end there, but may not be asked for more.
+    `context` tells the most tokens that a model takes.
     """
     question = _text(body, "question")
-    call = {"max_tokens": min(_ASK_TOKENS, context), **_others(body, "question"), "prompt": question, "stream": True}
-    return Prompted(call, _model(body), True, None)
+    call = {**_others(body, "question"), "prompt": question, "stream": True}
+    return Prompted(call, _model(body), True, None, None if "max_tokens" in call else context)
 
 
 class GenerateStream:

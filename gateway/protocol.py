@@ -215,6 +215,7 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.scope["state"]["leaving"] = []
         super()._start_asgi_task(cycle, app)
 
     def _arm(self, seconds: float) -> None:
@@ -293,6 +294,8 @@ class Protocol(HttpToolsProtocol):
         if self._running is not None:
             self._running.disconnected = True
             self._running.message_event.set()
+            for call in self._running.scope["state"]["leaving"]:
+                call()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:

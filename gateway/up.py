@@ -135,9 +135,13 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     demo = model in (None, DEMO_NAME)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     found = None if demo or model is None else models.find_model(model, environ, token)
-    if settings.python is not None:
-        _check_has_vllm(settings.python)
-    python = settings.python or environment.ensure_environment(environ, display)
+    python = settings.python
+    if python is None:
+        python = environment.ensure_environment(environ, display)
+    else:
+        # Without its ./, which a Path loses, a file of this folder would be looked for in PATH.
+        python = python.absolute() if python.exists() else python
+        _check_has_vllm(python)
     if found is None:
         folder = environment.ensure_demo_model(environ, python, display)
         return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.errors import UnsupportedType
+from gateway.errors import BadRequest, UnsupportedType, UpstreamBroken
 from gateway.exchange import Client, Connection, DataPath, Exchange
 from gateway.headers import AnswerHead, RequestHead
 from gateway.routes import Route
@@ -34,6 +34,8 @@ class Upload(Exchange):
 
     __slots__ = ("_all_came", "_blocked", "_uploader")
 
+    _hears = True
+
     def __init__(self, path: DataPath, client: UploadingClient, route: Route, target: str, head: RequestHead) -> None:
         super().__init__(path, client, route, target, head)
         self._uploader = client
@@ -45,7 +47,6 @@ class Upload(Exchange):
     def begin(self, length: int) -> None:
         """The request's head is there; its body goes up in chunks where it does not say how long it is."""
         self.form = "openai"
-        self.model = self._path.pool.hearing
         super().begin(length)
         if self.outcome:
             return
@@ -77,6 +78,12 @@ class Upload(Exchange):
         """The request is complete."""
         if self.outcome:
             return
+        if self._size != self._request.length > 0:
+            # As with an `Upgrade: h2c`, behind which no body is read.
+            self.fail(
+                BadRequest("The request's body is not as long as its Content-Length says: send it without Upgrade.")
+            )
+            return
         self._all_came = True
         self.received_at = self._path.time()
         if self._blocked:  # its end came with what blocked it
@@ -94,6 +101,7 @@ class Upload(Exchange):
     # The upstream
 
     def _connect(self, upstream: Upstream, *, fresh: bool) -> None:
+        self.model = upstream.models[0] if upstream.models else None
         super()._connect(upstream, fresh=True)
 
     def upstream_paused(self) -> None:
@@ -141,6 +149,14 @@ class Upload(Exchange):
 
     def _taken_over(self, refusal: AnswerHead) -> bool:
         return False
+
+    def upstream_lost(self, why: str, *, answered: bool) -> None:
+        """The connection is gone; one that closes while it is sent to may have answered, which is then lost."""
+        if self._connection is not None and not self._all_came:
+            self._connection = None
+            self.fail(UpstreamBroken(f"The model server broke off while the request was sent: {why}."))
+        else:
+            super().upstream_lost(why, answered=answered)
 
     def upstream_end(self) -> None:
         """The answer is complete; a connection that was to take more of this request takes no other one."""

@@ -26,8 +26,8 @@ _RETRIED_PART = 0.25
 class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
-    `models` is its model list's ids, empty until it was read, and `context` the most tokens of a prompt
-    and its answer that any of them takes, where the list has that. `hears` says whether it takes speech,
+    `models` is its model list's ids, empty until it was read, and `contexts` the most tokens of a prompt
+    and its answer that each of them takes, where the list has that. `hears` says whether it takes speech,
     where that was asked, `why` why it does not serve. `left` counts the calls that it did not take and
     that another was asked for instead.
     """
@@ -41,7 +41,7 @@ class Upstream:
     state: State = "loading"
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
-    context: int | None = None
+    contexts: dict[str, int] = field(default_factory=dict)
     hears: bool = False
     in_flight: int = 0
     chosen_at: int = field(default=0, repr=False)
@@ -112,38 +112,34 @@ class UpstreamPool:
             return self._upstreams[0].models
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
 
-    @property
-    def context(self) -> float:
-        """The most tokens of a prompt and its answer that any upstream takes, as far as that is known."""
-        return min((one.context for one in self._upstreams if one.context is not None), default=math.inf)
+    def context(self, model: str) -> float:
+        """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
+        return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
 
-    @property
-    def hearing(self) -> str | None:
-        """A model that is known to take speech."""
-        return next((one.models[0] for one in self._upstreams if one.hears and one.models), None)
-
-    def choose(self, model: str | None, now: float) -> Upstream | None:
+    def choose(self, model: str | None, now: float, *, hears: bool = False) -> Upstream | None:
         """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.
 
-        A model that none serves is for any to refuse. Ties go round. A worse one does not stand in for a full one: it
-        would only break the call.
+        `hears` asks for one that takes speech, whatever its model. What none serves is for any to refuse. Ties go
+        round. A worse one does not stand in for a full one: it would only break the call.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
             return upstreams[0] if upstreams[0].in_flight < self._most_each else None
         if sum(upstream.in_flight for upstream in upstreams) >= self._most:
             return None
-        best = self._best(self._serving(model), now)
+        best = self._best(self._serving(model, hears=hears), now)
         if best is not None:
             self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
         return best
 
-    def another(self, model: str | None, now: float, *, instead_of: Upstream, ready: bool) -> Upstream | None:
+    def another(
+        self, model: str | None, now: float, *, instead_of: Upstream, ready: bool, hears: bool = False
+    ) -> Upstream | None:
         """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.
 
         `ready`: only one that would be asked first.
         """
-        others = [one for one in self._serving(model) if one is not instead_of]
+        others = [one for one in self._serving(model, hears=hears) if one is not instead_of]
         if ready:
             others = [one for one in others if _rank(one, now) == 0]
         if not others or self._retries < 1:
@@ -154,8 +150,9 @@ class UpstreamPool:
             instead_of.left += 1
         return best
 
-    def _serving(self, model: str | None) -> Sequence[Upstream]:
-        return [one for one in self._upstreams if model in one.models] or self._upstreams
+    def _serving(self, model: str | None, *, hears: bool) -> Sequence[Upstream]:
+        able = [one for one in self._upstreams if (one.hears if hears else model in one.models)]
+        return able or self._upstreams
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))

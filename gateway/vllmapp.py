@@ -70,10 +70,10 @@ def read(file: str | Path | None) -> App:
         return App(None, [])
     where = f"{file} (VLLM_APP_CONFIG)"
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        config = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Wrong(f"{where} cannot be read ({error.strerror}): name vllm-app's config.json.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Wrong(f"{where} is no JSON ({error}): correct it.") from None
     try:
         return from_config(config, Path(file).absolute().parent)

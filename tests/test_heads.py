@@ -62,6 +62,7 @@ REFUSED = [
     (b"host: a:port\r\n", 400, "but it is 'a:port'"),
     (b"host: a:123456\r\n", 400, "but it is 'a:123456'"),
     (b"host: a\xff\r\n", 400, "but it is 'a\xff'"),
+    (HOST + b"transfer-encoding: gzip, chunked\r\n", 400, "not an HTTP request"),
     (HOST + b"x: " + b"y" * 2100 + b"\r\n", 431, "at most 2048 bytes (GATEWAY_MAX_HEAD_BYTES)"),
     (HOST + b"".join(b"x-%d: y\r\n" % number for number in range(11)), 431, "at most 12 headers (GATEWAY_MAX_HEADERS)"),
 ]
@@ -84,6 +85,14 @@ def test_a_head_is_refused_for_what_is_in_it(
 def test_any_name_that_a_machine_has_will_do(gateway: Gateway, fake: FakeVllm, host: bytes) -> None:
     assert status_of(gateway, CHAT + b"host: " + host + b"\r\n" + LENGTH + b"\r\n" + BODY)[0] == 200
     assert fake.received[0].header("host") == f"127.0.0.1:{fake.port}"
+
+
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/audio/transcriptions"])
+def test_a_body_that_is_compressed_on_its_way_is_refused(gateway: Gateway, fake: FakeVllm, path: bytes) -> None:
+    sent = b"POST " + path + b" HTTP/1.1\r\n" + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+    status, said = status_of(gateway, sent)
+    assert (status, said) == (415, "Transfer-Encoding must be absent or chunked, but it is 'gzip, chunked'.")
+    assert fake.received == []
 
 
 def test_an_old_probe_need_not_name_a_host(gateway: Gateway) -> None:

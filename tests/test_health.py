@@ -202,6 +202,16 @@ def test_recordings_go_to_the_upstream_that_hears(fake: FakeVllm) -> None:
     assert 'model="ear",route="/v1/audio/transcriptions",status="200"' in metrics
 
 
+def test_recordings_are_shared_by_all_that_hear_whatever_their_models(fake: FakeVllm) -> None:
+    with FakeVllm(models=("ear-a",)) as one, FakeVllm(models=("ear-b",)) as other:
+        for ear in (one, other):
+            ear.probe_answers["/v1/audio/transcriptions"] = response("405 Method Not Allowed", b"")
+        with running(fake.url, one.url, other.url) as gateway, gateway.client() as client:
+            for _ in range(4):
+                assert client.post("/v1/audio/transcriptions", files={"file": b"sound"}).status_code == 200
+    assert (len(one.received), len(other.received), len(fake.received)) == (2, 2, 0)
+
+
 def test_ping_says_serving_loading_or_down(fake: FakeVllm) -> None:
     with running(fake.url) as gateway, gateway.client() as client:
         serving = client.get("/ping")

@@ -87,8 +87,13 @@ def test_a_question_is_answered_in_parts(client: httpx.Client, fake: FakeVllm) -
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("context", "most"), [(math.inf, 2048), (4096, 2048), (2047, 2047), (16, 16)])
 def test_as_many_tokens_are_asked_for_as_vllm_app_did_or_the_model_takes(context: float, most: int) -> None:
-    assert json.loads(from_ask({"question": "Why?"}, context).to_call("demo"))["max_tokens"] == most
-    assert json.loads(from_ask({"question": "Why?", "max_tokens": 5000}, context).to_call("demo"))["max_tokens"] == 5000
+    assert json.loads(from_ask({"question": "Why?"}, lambda model: context).to_call("demo"))["max_tokens"] == most
+    assert (
+        json.loads(from_ask({"question": "Why?", "max_tokens": 5000}, lambda model: context).to_call("demo"))[
+            "max_tokens"
+        ]
+        == 5000
+    )
 
 
 @pytest.mark.parametrize("path", ["/generate", "/api/v1/ask"])
@@ -143,7 +148,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str, said: str) -> 
     assert said in raised.value.message
     if "prompt" in body and param == "prompt":
         with pytest.raises(BadRequest) as raised:
-            from_ask({"question": body["prompt"]}, math.inf)
+            from_ask({"question": body["prompt"]}, lambda model: math.inf)
         assert raised.value.param == "question"
 
 

@@ -105,6 +105,13 @@ def test_a_signal_ends_both(tmp_path: Path, number: signal.Signals) -> None:
         assert is_gone(vllm)
 
 
+def test_a_python_of_this_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "py").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    with running(tmp_path, LLM_VLLM_PYTHON="./py") as process:
+        assert "Ready:" in until_ready(process)
+
+
 def test_a_model_server_that_dies_ends_the_gateway(tmp_path: Path) -> None:
     with running(tmp_path) as process:
         until_ready(process)

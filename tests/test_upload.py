@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import queue
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway.endpoints import _AsgiClient
 from gateway.headers import Header
 from gateway.upload import HELD
 from tests.fake_vllm import DONE, FakeVllm, response
@@ -88,7 +91,7 @@ def test_what_came_before_the_connection_goes_up_with_the_head(length: int | Non
 
 
 def test_the_client_waits_for_the_connection_and_for_the_upstream() -> None:
-    talk = upload(LIMITS.max_body)
+    talk = upload(HELD + 1)
     talk.begin()
     talk.exchange.request_body(b"x" * HELD)
     assert not talk.client.waits()
@@ -108,7 +111,7 @@ def test_the_client_waits_for_the_connection_and_for_the_upstream() -> None:
 
 
 def test_an_end_that_comes_with_what_fills_the_connection_is_the_end_of_waiting() -> None:
-    talk = upload()
+    talk = upload(None)
     talk.begin()
     talk.connect()
     talk.exchange.upstream_paused()
@@ -175,6 +178,16 @@ def test_an_answer_before_the_end_goes_on_and_the_connection_is_not_used_again()
     talk.assert_settled()
 
 
+def test_a_connection_that_closes_while_it_is_sent_to_is_no_fault() -> None:
+    talk = upload(upstreams=2)
+    talk.begin()
+    talk.connect()
+    talk.exchange.request_body(b"abc")
+    talk.lose(answered=False)
+    assert (talk.client.status, talk.upstreams[0].broken_in_a_row) == (502, 0)
+    talk.assert_settled()
+
+
 def test_nothing_is_sent_twice() -> None:
     talk = upload(upstreams=2)
     talk.begin()
@@ -236,7 +249,7 @@ def test_one_that_stops_is_refused() -> None:
 
 
 def test_the_time_in_which_the_upstream_takes_nothing_is_not_the_clients() -> None:
-    talk = upload()
+    talk = upload(6)
     talk.begin()
     talk.connect()
     talk.exchange.request_body(b"abc")
@@ -265,6 +278,17 @@ def test_a_stream_of_text_has_its_limits_and_its_end() -> None:
     talk.clock.advance(LIMITS.idle + 1)
     assert talk.client.content.endswith(DONE)
     assert talk.exchange.outcome == "timeout:idle"
+    talk.assert_settled()
+
+
+def test_a_body_that_is_shorter_than_its_head_says_is_refused() -> None:
+    talk = upload(9)
+    talk.begin()
+    talk.connect()
+    talk.exchange.request_body(b"abc")
+    talk.exchange.request_end()
+    assert (talk.client.status, talk.connections[0].given_back) == (400, "discarded")
+    assert "not as long as its Content-Length says" in talk.client.error["message"]
     talk.assert_settled()
 
 
@@ -367,6 +391,31 @@ def test_a_client_that_leaves_takes_its_upload_along(slow: Slow, front: Gateway)
     assert line["outcome"] == "client_left"
 
 
+def test_a_client_that_leaves_while_it_waits_takes_its_upload_along(slow: Slow, front: Gateway) -> None:
+    client = front.connect()
+    client.sendall(head(32 << 20))
+    send_what_is_taken(client, bytes(32 << 20))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    with slow.uploads.get(timeout=20):  # and nothing is read of it
+        _, line = front.log(2)
+    assert line["outcome"] == "client_left"
+    assert line["total_s"] < 10
+
+
+def test_a_reader_that_waits_is_woken_however_often_it_was_told_to_wait() -> None:
+    async def wakes() -> None:
+        client = _AsgiClient()
+        client.pause()
+        waits = asyncio.create_task(client.readable())
+        await asyncio.sleep(0)
+        client.pause()
+        client.resume()
+        await asyncio.wait_for(waits, 5)
+
+    asyncio.run(wakes())
+
+
 @pytest.mark.usefixtures("way")
 def test_a_form_goes_up_as_it_came(fake: FakeVllm, client: httpx.Client) -> None:
     fake.queue([response("200 OK", TEXT)])
@@ -385,7 +434,18 @@ def test_one_that_is_too_large_is_told_so_before_it_is_sent(fake: FakeVllm) -> N
         client.sendall(head(1025).replace(b"\r\n\r\n", b"\r\nexpect: 100-continue\r\n\r\n"))
         with client.makefile("rb") as got:
             assert got.readline().startswith(b"HTTP/1.1 413 ")
+            # Or the next request on it would be taken for the body, which rightly is not sent.
+            assert b"connection: close\r\n" in got.readlines()
     assert fake.received == []
+
+
+@pytest.mark.usefixtures("way")
+def test_one_whose_body_is_not_read_for_an_upgrade_is_refused_at_once(fake: FakeVllm) -> None:
+    with running(fake.url) as gateway, gateway.connect() as client:
+        upgrade = b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n"
+        client.sendall(head(5).replace(b"\r\n\r\n", upgrade) + b"sound")
+        with client.makefile("rb") as got:
+            assert got.readline().startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.usefixtures("way")

@@ -126,7 +126,7 @@ def test_without_a_file_there_is_nothing(none: str | None) -> None:
     assert vllmapp.read(none) == (None, [])
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 100_000], ids=["open", "empty", "binary", "deep"])
 def test_a_file_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
@@ -156,3 +156,9 @@ def test_any_json_is_translated_or_refused(config: Any) -> None:
         app = vllmapp.from_config(config, Path("/app"))
         assert all(isinstance(json.loads(value), dict) for value in app.options[1::2])
         assert all("\0" not in word for word in [app.model or "", *app.options])
+
+
+def test_a_file_as_windows_writes_it_will_do(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"temperature": 0.5}), encoding="utf-8-sig")
+    assert vllmapp.read(file).options == ["--override-generation-config", '{"temperature": 0.5}']
