@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,22 @@ from gateway.server import create_server, listen
 # Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
 logs._TOGETHER = 0.01
 app._LOOK_AFTER = 0.02
+
+
+class _Quick:
+    """asyncio for uvicorn's server, whose looks at its end are a tenth of a second apart."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.01))
+
+
+uvicorn.server.asyncio = _Quick()  # type: ignore[assignment, attr-defined]
+
+# To read all of the system's certificates takes a client longer than most tests.
+_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 # Which way in a gateway takes unless its settings say; the `way` fixture sets it.
 SHORTCUT = True
@@ -53,7 +70,7 @@ class Gateway:
 
     def client(self, **options: Any) -> httpx.Client:
         """An HTTP client for it."""
-        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, **options})
+        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, "verify": _NOBODY, **options})
 
     def connect(self) -> socket.socket:
         """A bare connection to it."""
