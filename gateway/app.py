@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway import endpoints
-from gateway.config import Settings, client_keys
+from gateway.bounds import Bounds
+from gateway.config import Settings, client_keys, upstream_tls
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
 from gateway.health import Prober
@@ -108,7 +109,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             most_each=settings.max_in_flight_per_upstream or settings.max_in_flight,
         )
         prober = create_prober(settings, pool)
-        connections = ConnectionPool(settings.connect_timeout)
+        connections = ConnectionPool(settings.connect_timeout, upstream_tls(settings))
         in_flight: set[Exchange] = set()
         waiting: Waiting[Exchange] = Waiting(settings.max_queue)
         metrics = Metrics(pool, in_flight, waiting, time.monotonic)
@@ -140,6 +141,13 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 client_write=settings.client_write_timeout,
             ),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
+            bounds=Bounds(
+                copies=settings.max_n,
+                tokens=settings.max_new_tokens,
+                messages=settings.max_messages,
+                depth=settings.max_json_depth,
+            ),
+            media_domains=frozenset(settings.media_domains),
             keys=None if by_digest is None else Keys(by_digest),
             model=settings.model,
             style=settings.stream_style,
@@ -195,6 +203,7 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
         model=settings.model,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
+        tls=upstream_tls(settings),
         asks_for_hearing="audio" in settings.routes and len(settings.upstreams) > 1,
         authorization=_authorization(settings),
     )

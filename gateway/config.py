@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import ssl
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -14,6 +15,7 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.bounds import DEEPEST
 from gateway.errors import Style
 from gateway.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.releases import STYLES, Release
@@ -100,6 +102,14 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"),
         description="Key sent to the vLLM servers; a client's own Authorization is never passed on.",
     )
+    upstream_ca_file: Path | None = Field(
+        None, description="Certificates, as PEM, that the upstreams' must be signed by; unset: the system's."
+    )
+    tls_skip_verify: bool = Field(
+        False,
+        validation_alias=AliasChoices("GATEWAY_TLS_SKIP_VERIFY", "LLM_TLS_SKIP_VERIFY"),
+        description="Take whatever certificate an upstream shows: for trials alone.",
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
     )
@@ -149,6 +159,15 @@ class Settings(_EnvironmentSettings):
     max_head_bytes: int = Field(64 * 1024, ge=1024, description="Largest head of a request, in bytes.")
     max_headers: int = Field(100, ge=8, description="Most headers of a request.")
     max_url_bytes: int = Field(8192, ge=64, description="Longest target of a request, in bytes.")
+    max_n: int = Field(128, ge=1, description="Most answers that a call may ask for (`n`, `best_of`).")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Most tokens that a call may ask for; unset: as many as the model takes."
+    )
+    max_messages: int = Field(2048, ge=1, description="Most messages of a chat.")
+    max_json_depth: int = Field(DEEPEST, ge=4, le=DEEPEST, description="Deepest nesting of a request body.")
+    media_domains: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Hosts that messages' images, sounds and videos may be fetched from; `data:` URLs always pass."
+    )
     connect_timeout: Seconds = Field(5, description="Seconds to connect to an upstream.")
     first_token_timeout: Seconds = Field(300, description="Seconds until the first byte of a streamed answer.")
     idle_timeout: Seconds = Field(60, description="Seconds between two reads of a streamed answer.")
@@ -180,7 +199,7 @@ class Settings(_EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
-    @field_validator("upstreams", "routes", "api_keys", mode="before")
+    @field_validator("upstreams", "routes", "api_keys", "media_domains", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
@@ -199,6 +218,13 @@ class Settings(_EnvironmentSettings):
         if not set(value) <= set(NAMES):
             raise ValueError(f"some of {', '.join(NAMES)}, separated by commas")
         return value
+
+    @field_validator("media_domains")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"[A-Za-z0-9.-]+", host) for host in value):
+            raise ValueError("hosts as images.example.com, separated by commas")
+        return tuple(host.lower() for host in value)
 
     @field_validator("api_keys")
     @classmethod
@@ -338,6 +364,8 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     _refuse_unknown({name for source in sources for name in source})
     settings = build(Settings, env_file, **given)
     client_keys(settings)
+    if settings.upstream_ca_file is not None:
+        upstream_tls(settings)
     return settings, list(_differing_names(Settings, sources))
 
 
@@ -361,6 +389,27 @@ def client_keys(settings: Settings) -> dict[bytes, Key] | None:
             why = error if isinstance(error, BadKeys) else "it is not UTF-8"
             raise SettingsError(f"GATEWAY_API_KEYS_FILE {str(file)!r} is wrong: {why}.") from None
     return found
+
+
+def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Whom calls and probes trust; None where no upstream has TLS, as to read all certificates takes 1.5 MB.
+
+    Raises SettingsError for a file that cannot be read or holds none.
+    """
+    if not any(url.startswith("https:") for url in settings.upstreams):
+        return None
+    file = settings.upstream_ca_file
+    try:
+        context = ssl.create_default_context(cafile=file)
+    except (OSError, ssl.SSLError) as error:
+        why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise SettingsError(
+            f"GATEWAY_UPSTREAM_CA_FILE {str(file)!r} cannot be used ({why}): name a file of certificates in PEM."
+        ) from None
+    if settings.tls_skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import ClassVar, Literal, Protocol
 
-from gateway import prompted, releases, simplified, sse
+from gateway import media, prompted, releases, simplified, sse
 from gateway.body import to_object
+from gateway.bounds import Bounds
 from gateway.errors import (
     BadRequest,
     Draining,
@@ -185,6 +186,8 @@ class DataPath:
     finished: Callable[[Exchange], None]
     limits: Limits
     head_limits: HeadLimits
+    bounds: Bounds
+    media_domains: frozenset[str]
     keys: Keys | None
     model: str | None
     style: Style
@@ -452,10 +455,14 @@ class Exchange:
         if kind == "none":
             return b""
         body = to_object(content)
+        self._path.bounds.check(body)
         if kind == "chat":
+            media.check_chat(body, self._path.media_domains)
             if simplified.is_simplified(body):
                 path = self._path
-                request = simplified.from_body(body, path.style, path.system_role, whole=path.whole)
+                request = simplified.from_body(
+                    body, path.style, path.system_role, whole=path.whole, most_tokens=path.bounds.tokens
+                )
                 translation: simplified.Simplified | Flattened = Flattened(request) if path.flattens else request
                 return self._translate(
                     releases.Released(translation, path.release) if path.release else translation, "simplified"
@@ -469,12 +476,17 @@ class Exchange:
         elif kind == "generate":
             return self._translate(prompted.from_generate(body, whole=self._path.whole), kind)
         elif kind == "ask":
-            return self._translate(prompted.from_ask(body, self._path.pool.context), kind)
+            return self._translate(prompted.from_ask(body, self._most_tokens), kind)
+        else:
+            media.check_any(body, self._path.media_domains)
         self.form = "openai"
         self.streaming = body.get("stream") is True
         model = body.get("model")
         self.model = model if isinstance(model, str) else None
         return content
+
+    def _most_tokens(self, model: str) -> float:
+        return min(self._path.pool.context(model), self._path.bounds.tokens)
 
     def _translate(self, request: Translation, form: str) -> bytes:
         self.form = form

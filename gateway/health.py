@@ -31,13 +31,14 @@ class Prober:
         model: str | None,
         system_role: Literal["system", "merge"],
         authorization: str | None,
+        tls: ssl.SSLContext | None = None,
         reads_template: bool = True,
         asks_for_hearing: bool = False,
     ) -> None:
         """`model` is the configured one, `interval` the seconds between two probes of one that serves.
 
-        `reads_template` where chats are relayed: a model for anything else may have none. `asks_for_hearing` where it
-        matters which upstreams take speech.
+        `tls` says whom to trust. `reads_template` where chats are relayed: a model for anything else may have none.
+        `asks_for_hearing` where it matters which upstreams take speech.
         """
         self._pool = pool
         self._interval = interval
@@ -49,7 +50,8 @@ class Prober:
         self._client = httpx.AsyncClient(
             trust_env=False,
             timeout=_PATIENCE,
-            verify=_tls_context(pool),
+            # One that trusts nobody, where there is no TLS, as httpx would read every certificate.
+            verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             headers={"authorization": authorization} if authorization else None,
             limits=httpx.Limits(max_keepalive_connections=0),
         )
@@ -173,13 +175,6 @@ def _unconnected(upstream: Upstream, error: str) -> tuple[State, str]:
     if refused and not upstream.ever_served:
         return "loading", "it refuses connections: it has not started yet"
     return "down", "it refuses connections" if refused else f"it cannot be reached ({error})"
-
-
-def _tls_context(pool: UpstreamPool) -> ssl.SSLContext:
-    """What trusts whom a call trusts; where no upstream has TLS nobody, as to read all certificates takes 1.5 MB."""
-    if any(upstream.tls for upstream in pool):
-        return ssl.create_default_context()
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -57,6 +57,10 @@ def serve(settings: Settings, warnings: list[str]) -> None:
                 "GATEWAY_HOST=127.0.0.1 behind a proxy that asks for keys",
                 settings.host,
             )
+        if settings.tls_skip_verify:
+            _log.warning(
+                "upstreams' certificates are not looked at (GATEWAY_TLS_SKIP_VERIFY): anyone may stand in for one"
+            )
         for listener in listeners:
             host, port = listener.getsockname()[:2]
             _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))

@@ -119,8 +119,18 @@ def is_simplified(body: Json) -> bool:
     return isinstance(messages, (dict, str)) or (messages is None and "query" in body)
 
 
-def from_body(body: Json, style: Style, system_role: Literal["system", "merge"], *, whole: bool) -> Simplified:
-    """A checked request; `whole` answers every request whole. Raises BadRequest, which names the field."""
+def from_body(
+    body: Json,
+    style: Style,
+    system_role: Literal["system", "merge"],
+    *,
+    whole: bool,
+    most_tokens: float = MAX_NEW_TOKENS,
+) -> Simplified:
+    """A checked request; `whole` answers every request whole, and none that does not say asks for more tokens.
+
+    Raises BadRequest, which names the field.
+    """
     messages, prompt = _from_object(said) if isinstance(said := body.get("messages"), dict) else _messages(body)
     if system_role == "merge":
         messages = _merged(messages)
@@ -142,7 +152,7 @@ def from_body(body: Json, style: Style, system_role: Literal["system", "merge"],
     streaming = (streaming is None or _streaming(streaming, "streaming")) and not whole
     chat = {
         "messages": messages,
-        "max_tokens": MAX_NEW_TOKENS if tokens is None else _max_tokens(tokens, "max_new_tokens"),
+        "max_tokens": min(MAX_NEW_TOKENS, most_tokens) if tokens is None else _max_tokens(tokens, "max_new_tokens"),
         "temperature": TEMPERATURE if body.get("temperature") is None else _temperature(body["temperature"]),
         "top_p": TOP_P if body.get("top_p") is None else _top_p(body["top_p"]),
         "stream": streaming,

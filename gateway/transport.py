@@ -290,17 +290,17 @@ class UpstreamConnection(asyncio.Protocol):
 class ConnectionPool:
     """Idle connections per upstream, and the dials that make new ones: the exchanges' `Transport`.
 
-    `connect_timeout` is in seconds. The event loop is the one that runs when it is made.
+    `connect_timeout` is in seconds, `tls` says whom to trust. The event loop is the one that runs when it is made.
     """
 
-    def __init__(self, connect_timeout: float) -> None:
+    def __init__(self, connect_timeout: float, tls: ssl.SSLContext | None = None) -> None:
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
         self._idle: dict[Upstream, deque[UpstreamConnection]] = {}
         self._dials: set[asyncio.Task[None]] = set()
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
 
     def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
         """Lend the exchange an idle connection now, or a new one when it is dialled."""
@@ -325,7 +325,7 @@ class ConnectionPool:
                     lambda: UpstreamConnection(self, upstream),
                     upstream.host,
                     upstream.port,
-                    ssl=self._tls_context() if upstream.tls else None,
+                    ssl=(self._tls or True) if upstream.tls else None,  # True trusts the system's certificates
                 )
         except TimeoutError:
             exchange.upstream_unreachable("it took no connection", timed_out=self._connect_timeout)
@@ -334,11 +334,6 @@ class ConnectionPool:
         else:
             connection.exchange = exchange
             exchange.upstream_connected(connection)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        # Made when first needed: it reads every certificate of the system.
-        self._tls = self._tls or ssl.create_default_context()
-        return self._tls
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Put an idle connection by."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from gateway.bounds import Bounds
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead, answer_head
 from gateway.routes import ROUTES, Route
@@ -270,6 +271,8 @@ class Conversation:
             "release": None,
             "keys": None,
             "head_limits": HeadLimits(8192, 100, 1024),
+            "media_domains": frozenset(),
+            "bounds": Bounds(copies=128, tokens=None, messages=2048, depth=1024),
             "authorization": None,
         }
         self.path = DataPath(

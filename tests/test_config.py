@@ -11,6 +11,7 @@ import pytest
 from gateway.config import ModelServerSettings, Settings, SettingsError, build, differing, load, names_of, table
 
 KEY = "sk-4f7d0c9a2b6e81d35a"
+AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"
 # A file of keys that there is.
 KEYS = Path(__file__).parent / "keys.txt"
 VALUES: list[tuple[str, str, Any]] = [
@@ -20,6 +21,8 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_api_key", "sk-1", "sk-1"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
+    ("upstream_ca_file", str(AUTHORITY), AUTHORITY),
+    ("tls_skip_verify", "True", True),
     ("api_keys", f"{KEY}, {KEY[::-1]}", (KEY, KEY[::-1])),
     ("api_keys_file", str(KEYS), KEYS),
     ("compat", "erag-1.4", "erag-1.4"),
@@ -37,6 +40,11 @@ VALUES: list[tuple[str, str, Any]] = [
     ("max_head_bytes", "4096", 4096),
     ("max_headers", "20", 20),
     ("max_url_bytes", "512", 512),
+    ("max_n", "4", 4),
+    ("max_new_tokens", "512", 512),
+    ("max_messages", "30", 30),
+    ("max_json_depth", "40", 40),
+    ("media_domains", "a.example, B.example", ("a.example", "b.example")),
     ("connect_timeout", "0.5", 0.5),
     ("first_token_timeout", "7", 7),
     ("idle_timeout", "8", 8),
@@ -56,6 +64,7 @@ ALIASES = {
     "LLM_MODEL_SERVER_ENDPOINT": "upstreams",
     "LLM_VLLM_API_KEY": "upstream_api_key",
     "LLM_MODEL_NAME": "model",
+    "LLM_TLS_SKIP_VERIFY": "tls_skip_verify",
     "LLM_CONNECTOR": "connector",
     "LLM_DISABLE_STREAMING": "disable_streaming",
     "LLM_OUTPUT_GUARD_EXISTS": "output_guard",
@@ -113,6 +122,22 @@ def test_a_release_brings_its_stream_style(given: dict[str, str], style: str, mo
     for field, value in given.items():
         monkeypatch.setenv(f"GATEWAY_{field.upper()}", value)
     assert load()[0].stream_style == style
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [(None, "No such file or directory"), ("", "it holds no certificate"), ("x", "it holds no certificate")],
+)
+def test_a_file_of_certificates_that_is_none_stops_the_start(
+    file: str | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ca.pem"
+    if file is not None:
+        path.write_text(file)
+    monkeypatch.setenv("GATEWAY_UPSTREAMS", "https://vllm:8008")
+    assert wrong(upstream_ca_file=str(path)) == (
+        f"GATEWAY_UPSTREAM_CA_FILE '{path}' cannot be used ({why}): name a file of certificates in PEM."
+    )
 
 
 # As the microservice of release 1.4 came with it, and what else it read.

@@ -37,6 +37,7 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("GATEWAY_DISABLE_STREAMING", "maybe", "true or false"),
         ("LLM_DISABLE_STREAMING", "maybe", "true or false"),
         ("GATEWAY_STREAM_STYLE", "xml", "'openai', 'repr' or 'answer_part'"),
+        ("GATEWAY_MEDIA_DOMAINS", "http://a", "hosts as images.example.com, separated by commas"),
         ("GATEWAY_COMPAT", "erag-3.0", "'erag-1.4' or 'erag-2.1'"),
         ("GATEWAY_SYSTEM_ROLE", "user", "'system' or 'merge'"),
         ("GATEWAY_LOG_FORMAT", "xml", "'json' or 'text'"),

@@ -221,6 +221,25 @@ def test_an_upstream_is_who_its_certificate_says(certificate: str, why: str, mon
         assert why in state["why"] or certificate == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("certificate", "settings", "serves"),
+    [
+        ("good", {"upstream_ca_file": str(CERTIFICATES / "authority.pem")}, True),
+        ("good", {"upstream_ca_file": str(CERTIFICATES / "other.pem")}, False),
+        ("other", {"upstream_ca_file": str(CERTIFICATES / "authority.pem")}, False),
+        ("other", {"tls_skip_verify": "True"}, True),
+        ("expired", {"tls_skip_verify": "True"}, True),
+    ],
+)
+def test_whom_to_trust_may_be_said(certificate: str, settings: dict[str, str], serves: bool) -> None:
+    with FakeVllm(certificate=CERTIFICATES / f"{certificate}.pem") as fake:
+        with running(fake.url, **settings) as gateway, gateway.client() as client:
+            answer = client.post(CHAT, json=WHOLE)
+            state = client.get("/v1/health_check").json()["upstreams"][0]["state"]
+        assert (answer.status_code, state) == ((200, "serving") if serves else (503, "down"))
+        assert bool(fake.received) is serves
+
+
 def outcome_of(client: httpx.Client, asked: dict[str, Any]) -> tuple[int, bytes, bool]:
     """Status, body, and whether it broke off."""
     with client.stream("POST", CHAT, json=asked) as answer:

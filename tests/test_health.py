@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ import httpx
 import pytest
 import respx
 
-from gateway.health import Prober, _tls_context
+from gateway.health import Prober
 from gateway.upstreams import Upstream, UpstreamPool
 from tests.fake_vllm import FakeVllm, Hold, response
 from tests.gateway_process import running
@@ -256,16 +255,3 @@ def test_metrics_count_requests_by_route_form_model_and_status(fake: FakeVllm) -
     assert "vllm:" not in text
     assert "nope" not in text
     assert "made-up" not in text
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_probe_trusts_whom_a_call_trusts(scheme: str) -> None:
-    context = _tls_context(UpstreamPool((Upstream.from_url(f"{scheme}://vllm"),)))
-    trusted = (
-        ssl.create_default_context().cert_store_stats() if scheme == "https" else {"x509": 0, "crl": 0, "x509_ca": 0}
-    )
-    assert (context.cert_store_stats(), context.verify_mode, context.check_hostname) == (
-        trusted,
-        ssl.CERT_REQUIRED,
-        True,
-    )

@@ -141,16 +141,20 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
     assert ours["tmpfs"] == ["/tmp"]
     assert ours["cap_drop"] == ["ALL"]
     assert ours["security_opt"] == ["no-new-privileges:true"]
-    (keys,) = ours["volumes"]
-    assert (keys["source"], keys["target"], keys["read_only"]) == ("/dev/null", "/run/keys", True)
+    mounted = {volume["target"]: (volume["source"], volume["read_only"]) for volume in ours["volumes"]}
+    assert mounted == {"/run/keys": ("/dev/null", True), "/run/upstream-ca.pem": ("/dev/null", True)}
 
 
-def test_a_file_of_keys_is_the_gateways_alone() -> None:
-    given = stack("cpu", GATEWAY_API_KEYS_FILE="./keys")
-    (keys,) = given["services"][GATEWAY]["volumes"]
-    assert (keys["source"], keys["target"]) == (str(ROOT / "docker/cpu/keys"), "/run/keys")
-    assert given["services"][GATEWAY]["environment"]["GATEWAY_API_KEYS_FILE"] == "/run/keys"
-    assert not [volume for volume in given["services"][MODEL_SERVER]["volumes"] if volume["target"] == "/run/keys"]
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("GATEWAY_API_KEYS_FILE", "/run/keys"), ("GATEWAY_UPSTREAM_CA_FILE", "/run/upstream-ca.pem")],
+)
+def test_a_file_for_the_gateway_is_the_gateways_alone(name: str, target: str) -> None:
+    given = stack("cpu", **{name: "./file"})
+    mounted = {volume["target"]: volume["source"] for volume in given["services"][GATEWAY]["volumes"]}
+    assert mounted[target] == str(ROOT / "docker/cpu/file")
+    assert given["services"][GATEWAY]["environment"][name] == target
+    assert not [volume for volume in given["services"][MODEL_SERVER]["volumes"] if volume["target"] == target]
 
 
 @pytest.mark.parametrize("device", DEVICES)
