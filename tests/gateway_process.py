@@ -39,7 +39,7 @@ class _Quick:
         await asyncio.sleep(min(seconds, 0.01))
 
 
-uvicorn.server.asyncio = _Quick()  # type: ignore[assignment, attr-defined]
+vars(uvicorn.server)["asyncio"] = _Quick()
 
 # To read all of the system's certificates takes a client longer than most tests.
 _NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
