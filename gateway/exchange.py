@@ -2,9 +2,8 @@
 
 Events come in as method calls, in any order that a network can bring about: the request's body
 and end, the upstream connected or not, its head, body, end or loss, the client paused, resumed or
-gone, the timer. Actions go out as direct calls on three small interfaces that this file owns,
-`Client`, `Connection` and `Transport`. State is changed first and acted on last, as an action may
-call back at once.
+gone, the timer. Actions go out as direct calls on three small interfaces, `Client`, `Connection` and `Transport`.
+State is changed first and acted on last, as an action may call back at once.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 from gateway import media, prompted, releases, simplified, sse
 from gateway.body import to_object
@@ -37,6 +36,7 @@ from gateway.errors import (
 )
 from gateway.flattened import Flattened
 from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead
+from gateway.interfaces import Client, Connection, TranslatedStream, Translation, Transport
 from gateway.keys import Key, Keys
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
@@ -58,89 +58,6 @@ CLIENT_LEFT = 499  # as nginx logs it; never sent
 
 KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key."
 FAILED = "The gateway failed; its log says why under this request id."
-
-
-class Client(Protocol):
-    """The side that asked; each adapter does its own framing.
-
-    `chunk` takes a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
-    """
-
-    chunk: Callable[[bytes], None] | None
-
-    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
-        """The answer's head; comes with the first byte of its body, or its end. `length` as in content-length."""
-
-    def body(self, data: bytes) -> None:
-        """A piece of the answer."""
-
-    def end(self) -> None:
-        """The answer is complete."""
-
-    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
-        """All of the answer at once."""
-
-    def abort(self) -> None:
-        """The answer breaks off: the connection closes without a clean end."""
-
-
-class Connection(Protocol):
-    """One connection to an upstream, lent to one exchange at a time."""
-
-    reused: bool
-
-    def send(self, request: bytes) -> None:
-        """The whole request, head and body; an upload's in pieces."""
-
-    def pause(self) -> None:
-        """Stop reading."""
-
-    def resume(self) -> None:
-        """Read again."""
-
-    def release(self) -> None:
-        """Done with it: to the idle ones where it can serve again."""
-
-    def discard(self) -> None:
-        """Close it at once; what the upstream still does for this request is not wanted."""
-
-
-class TranslatedStream(Protocol):
-    """Makes the reply's stream, whose head is `head`, of the upstream's."""
-
-    head: AnswerHead
-
-    def feed(self, data: bytes) -> bytes:
-        """What goes out for these bytes; raises GatewayError where they are not what was to come."""
-
-    def failed(self, envelope: bytes) -> bytes:
-        """What goes out last for an error of our own."""
-
-
-class Translation(Protocol):
-    """A checked request in a form that is not vLLM's: what `target` is asked, and how its answer goes back."""
-
-    model: str | None
-    streaming: bool
-
-    @property
-    def target(self) -> str: ...
-
-    def to_call(self, model: str) -> bytes:
-        """The upstream's body; raises BadRequest."""
-
-    def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply; raises UpstreamBroken."""
-
-    def to_stream(self) -> TranslatedStream | None:
-        """None where the upstream's stream goes on as it is."""
-
-
-class Transport(Protocol):
-    """Where connections come from."""
-
-    def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
-        """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import cast
 
 import httptools
 
-from gateway.exchange import Exchange
 from gateway.headers import AnswerHead, Header, SameHead, answer_head
+from gateway.interfaces import Caller
 from gateway.upstreams import Upstream
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
@@ -62,7 +62,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def __init__(self, owner: ConnectionPool, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.exchange: Exchange | None = None
+        self.exchange: Caller | None = None
         self.reused = False
         self.idle_since = 0.0  # not idle
         self._same: tuple[SameHead, AnswerHead] | None = None
@@ -154,7 +154,7 @@ class UpstreamConnection(asyncio.Protocol):
                 return
         self._parse(exchange, data)
 
-    def _parse(self, exchange: Exchange, data: bytes) -> None:
+    def _parse(self, exchange: Caller, data: bytes) -> None:
         begins = not self._answered
         if begins:
             if self._same is not None and (at := self._same[0].body_at(data)):
@@ -193,7 +193,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._overhead > HEADER_BYTES and not self._problem:
             self._problem = _TOO_LARGE
 
-    def _end(self, exchange: Exchange) -> None:
+    def _end(self, exchange: Caller) -> None:
         if self.exchange is not exchange:
             return  # it has ended, and may have given this connection back
         if self._complete:
@@ -203,7 +203,7 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.upstream_lost(self._problem, answered=True)
             self.discard()
 
-    def _hand_on_head(self, exchange: Exchange, data: bytes, *, begins: bool) -> None:
+    def _hand_on_head(self, exchange: Caller, data: bytes, *, begins: bool) -> None:
         self._new_head = False
         self._overhead += len(data)
         if self._overhead > HEADER_BYTES and _size_of(self._head) > HEADER_BYTES:
@@ -302,7 +302,7 @@ class ConnectionPool:
         self._closed = False
         self._tls = tls
 
-    def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
+    def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
         """Lend the exchange an idle connection now, or a new one when it is dialled."""
         if not fresh and (idle := self._idle.get(upstream)):
             # The one that was used last, as it will live longest; the others go unused and close.
@@ -318,7 +318,7 @@ class ConnectionPool:
         self._dials.add(dial)
         dial.add_done_callback(self._dials.discard)
 
-    async def _dial(self, upstream: Upstream, exchange: Exchange) -> None:
+    async def _dial(self, upstream: Upstream, exchange: Caller) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 _, connection = await self._loop.create_connection(

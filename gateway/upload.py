@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from gateway.errors import BadRequest, UnsupportedType, UpstreamBroken
-from gateway.exchange import Client, Connection, DataPath, Exchange
+from gateway.exchange import DataPath, Exchange
 from gateway.headers import AnswerHead, RequestHead
+from gateway.interfaces import Client, Connection
 from gateway.routes import Route
 from gateway.upstreams import Upstream
 

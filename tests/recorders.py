@@ -12,6 +12,7 @@ import orjson
 from gateway.bounds import Bounds
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead, answer_head
+from gateway.interfaces import Caller
 from gateway.routes import ROUTES, Route
 from gateway.upload import Upload
 from gateway.upstreams import Upstream, UpstreamPool
@@ -231,7 +232,7 @@ class TransportRecorder:
     def __init__(self) -> None:
         self.asked: list[tuple[Upstream, bool]] = []
 
-    def connect(self, upstream: Upstream, exchange: Exchange, *, fresh: bool) -> None:
+    def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
         self.asked.append((upstream, fresh))
 
 

@@ -27,6 +27,7 @@ PURE = {
     "simplified",
     "sse",
     "headers",
+    "interfaces",
     "upstreams",
     "errors",
     "body",

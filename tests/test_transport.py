@@ -18,8 +18,8 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.exchange import Connection, Exchange
 from gateway.headers import AnswerHead, Header, answer_head
+from gateway.interfaces import Connection
 from gateway.transport import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.upstreams import Upstream
 
@@ -96,6 +96,12 @@ class Caller:
         self._end(f"lost: {why}")
         self.answered = answered
 
+    def upstream_paused(self) -> None:
+        """Of interest to uploads alone."""
+
+    def upstream_resumed(self) -> None:
+        """The same."""
+
     def _end(self, how: str) -> None:
         assert not self.ended, f"{how} after {self.ended}"
         self.ended = how
@@ -169,7 +175,7 @@ class Net:
     def connect(self, *, fresh: bool = False, release: bool = True) -> Caller:
         """Somebody wants a connection."""
         caller = Caller(release=release)
-        self.pool.connect(self.upstream, cast(Exchange, caller), fresh=fresh)
+        self.pool.connect(self.upstream, caller, fresh=fresh)
         return caller
 
     async def call(self, *, fresh: bool = False, release: bool = True) -> tuple[Caller, Peer]:
@@ -406,12 +412,12 @@ async def heard_in(reads: list[bytes], *, closes: bool, after: bytes = b"") -> t
     connection.connection_made(Wire())
     if after:
         before = Caller()
-        connection.exchange = cast(Exchange, before)
+        connection.exchange = before
         before.upstream_connected(connection)
         connection.data_received(after)
         assert before.ended == "end"
         assert pool._idle[upstream].pop() is connection
-    connection.exchange = cast(Exchange, caller)
+    connection.exchange = caller
     caller.upstream_connected(connection)
     for read in reads:
         if caller.ended:
@@ -692,7 +698,7 @@ def test_a_caller_that_leaves_inside_the_head_hears_nothing_more(run: Run) -> No
     async def work() -> None:
         async with net() as there:
             caller = Leaving()
-            there.pool.connect(there.upstream, cast(Exchange, caller), fresh=False)
+            there.pool.connect(there.upstream, caller, fresh=False)
             peer = await there.accept()
             await send(caller, peer)
             peer.says(OK)
@@ -758,7 +764,7 @@ def test_an_idle_connection_of_another_upstream_is_not_taken(run: Run) -> None:
         async with net() as there:
             idle, _ = await there.idle()
             other, caller = Upstream.from_url(there.upstream.url), Caller()
-            there.pool.connect(other, cast(Exchange, caller), fresh=False)
+            there.pool.connect(other, caller, fresh=False)
             await caller.until(lambda caller: caller.connection)
             assert caller.connection is not idle
 
@@ -870,7 +876,7 @@ def test_a_dial_whose_caller_has_gone_ends_among_the_idle_ones(run: Run) -> None
     async def work() -> None:
         async with net() as there:
             gone = Gone()
-            there.pool.connect(there.upstream, cast(Exchange, gone), fresh=False)
+            there.pool.connect(there.upstream, gone, fresh=False)
             peer = await there.accept()
             await gone.until(lambda caller: caller.connection)
             caller = there.connect()
@@ -918,7 +924,7 @@ def test_an_upstream_that_cannot_be_reached_is_said_to_be_so_without_its_address
     async def work() -> None:
         async with net() as there:
             upstream, caller = Upstream.from_url(url()), Caller()
-            there.pool.connect(upstream, cast(Exchange, caller), fresh=False)
+            there.pool.connect(upstream, caller, fresh=False)
             said = await caller.end()
             assert said.startswith("unreachable: ")
             assert upstream.host not in said
@@ -942,7 +948,7 @@ def test_an_upstream_that_refuses_on_all_its_addresses_refuses() -> None:
         async with net() as there:
             caller = Caller()
             upstream = Upstream.from_url(f"http://two-addresses.example:{refusing_port()}")
-            there.pool.connect(upstream, cast(Exchange, caller), fresh=False)
+            there.pool.connect(upstream, caller, fresh=False)
             assert await caller.end() == "unreachable: connection refused"
 
     with asyncio.Runner(loop_factory=TwoAddressesLoop) as runner:
@@ -953,7 +959,7 @@ def test_an_upstream_that_does_not_speak_tls_is_unreachable(run: Run) -> None:
     async def work() -> None:
         async with net() as there:
             upstream, caller = Upstream.from_url(there.upstream.url.replace("http:", "https:")), Caller()
-            there.pool.connect(upstream, cast(Exchange, caller), fresh=False)
+            there.pool.connect(upstream, caller, fresh=False)
             (await there.accept()).says(b"HTTP/1.1 400 Bad Request\r\n\r\n")
             assert (await caller.end()).startswith("unreachable: ")
             assert caller.timed_out is None
@@ -979,7 +985,7 @@ def test_a_dial_that_takes_too_long_says_which_limit_passed(run: Run) -> None:
         with full_backlog() as port:
             async with net(connect_timeout=0.05) as there:
                 upstream, caller = Upstream.from_url(f"http://127.0.0.1:{port}"), Caller()
-                there.pool.connect(upstream, cast(Exchange, caller), fresh=False)
+                there.pool.connect(upstream, caller, fresh=False)
                 assert await caller.end() == "unreachable: it took no connection"
                 assert caller.timed_out == 0.05
 
@@ -992,7 +998,7 @@ def test_an_upstream_that_hangs_up_at_once_is_told_as_a_loss(ending: str, run: R
         async with net() as there:
             for _ in range(20):
                 caller = Caller()
-                there.pool.connect(there.upstream, cast(Exchange, caller), fresh=True)
+                there.pool.connect(there.upstream, caller, fresh=True)
                 getattr(await there.accept(), ending)()
                 await caller.until(lambda caller: caller.connection or caller.ended)
                 if caller.connection is not None:
@@ -1012,7 +1018,7 @@ def test_closing_gives_up_dials_and_closes_what_is_idle(run: Run) -> None:
             async with net(connect_timeout=10 * PATIENCE) as there:
                 _, peer = await there.idle()
                 dialling = Caller()
-                there.pool.connect(Upstream.from_url(f"http://127.0.0.1:{port}"), cast(Exchange, dialling), fresh=False)
+                there.pool.connect(Upstream.from_url(f"http://127.0.0.1:{port}"), dialling, fresh=False)
                 async with asyncio.timeout(PATIENCE):
                     await there.pool.close()
                 await peer.is_closed()
@@ -1044,7 +1050,7 @@ def test_a_closed_connection_leaves_nothing_to_the_garbage_collector() -> None:
         for _ in range(10):
             connection, caller = UpstreamConnection(pool, upstream), Caller()
             connection.connection_made(Wire())
-            connection.exchange = cast(Exchange, caller)
+            connection.exchange = caller
             caller.upstream_connected(connection)
             connection.data_received(OK)
             connection.connection_lost(None)

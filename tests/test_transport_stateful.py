@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.exchange import Connection, Exchange
+from gateway.interfaces import Connection
 from gateway.transport import IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.upstreams import Upstream
 from tests.test_transport import ANSWERS, REQUEST, Answer, Caller, well_formed
@@ -168,7 +168,7 @@ class Life(RuleBasedStateMachine):
     def call(self, fresh: bool, answer: Answer, kind: type[Caller] = Caller) -> None:
         call = Call(kind(), answer)
         known = len(self.loop.wires)
-        self.pool.connect(self.upstream, cast(Exchange, call.caller), fresh=fresh)
+        self.pool.connect(self.upstream, call.caller, fresh=fresh)
         self.loop.turn()
         connection = cast(UpstreamConnection, call.caller.connection)
         if fresh or not self.idle:
@@ -198,7 +198,7 @@ class Life(RuleBasedStateMachine):
     def call_one_that_refuses(self) -> None:
         self.loop.refuses = True
         caller = Caller()
-        self.pool.connect(self.upstream, cast(Exchange, caller), fresh=True)
+        self.pool.connect(self.upstream, caller, fresh=True)
         self.loop.turn()
         self.loop.refuses = False
         assert caller.ended.startswith("unreachable")

@@ -1,0 +1,116 @@
+"""What an exchange acts on and what it is told by: the client's side, the upstream's, and a request's other form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from gateway.headers import AnswerHead
+from gateway.upstreams import Upstream
+
+
+class Client(Protocol):
+    """The side that asked; each adapter does its own framing.
+
+    `chunk` takes a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
+    """
+
+    chunk: Callable[[bytes], None] | None
+
+    def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
+        """The answer's head; comes with the first byte of its body, or its end. `length` as in content-length."""
+
+    def body(self, data: bytes) -> None:
+        """A piece of the answer."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
+        """All of the answer at once."""
+
+    def abort(self) -> None:
+        """The answer breaks off: the connection closes without a clean end."""
+
+
+class Connection(Protocol):
+    """One connection to an upstream, lent to one exchange at a time."""
+
+    reused: bool
+
+    def send(self, request: bytes) -> None:
+        """The whole request, head and body; an upload's in pieces."""
+
+    def pause(self) -> None:
+        """Stop reading."""
+
+    def resume(self) -> None:
+        """Read again."""
+
+    def release(self) -> None:
+        """Done with it: to the idle ones where it can serve again."""
+
+    def discard(self) -> None:
+        """Close it at once; what the upstream still does for this request is not wanted."""
+
+
+class Caller(Protocol):
+    """The exchange as connections see it: what they tell it."""
+
+    def upstream_connected(self, connection: Connection) -> None: ...
+
+    def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None: ...
+
+    def upstream_head(self, head: AnswerHead, length: bytes | None) -> None: ...
+
+    def upstream_body(self, data: bytes) -> None: ...
+
+    def upstream_chunk(self, chunk: bytes, size: int) -> None: ...
+
+    def upstream_end(self) -> None: ...
+
+    def upstream_answer(self, head: AnswerHead, content: bytes) -> None: ...
+
+    def upstream_lost(self, why: str, *, answered: bool) -> None: ...
+
+    def upstream_paused(self) -> None: ...
+
+    def upstream_resumed(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Where connections come from."""
+
+    def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
+        """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses none."""
+
+
+class TranslatedStream(Protocol):
+    """Makes the reply's stream, whose head is `head`, of the upstream's."""
+
+    head: AnswerHead
+
+    def feed(self, data: bytes) -> bytes:
+        """What goes out for these bytes; raises GatewayError where they are not what was to come."""
+
+    def failed(self, envelope: bytes) -> bytes:
+        """What goes out last for an error of our own."""
+
+
+class Translation(Protocol):
+    """A checked request in a form that is not vLLM's: what `target` is asked, and how its answer goes back."""
+
+    model: str | None
+    streaming: bool
+
+    @property
+    def target(self) -> str: ...
+
+    def to_call(self, model: str) -> bytes:
+        """The upstream's body; raises BadRequest."""
+
+    def to_reply(self, answer: bytes) -> bytes:
+        """The whole reply; raises UpstreamBroken."""
+
+    def to_stream(self) -> TranslatedStream | None:
+        """None where the upstream's stream goes on as it is."""
