@@ -12,14 +12,15 @@ from typing import TypedDict
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.bounds import Bounds
 from gateway.config import Settings, client_keys, upstream_tls
-from gateway.exchange import DataPath, Drain, Exchange, Limits
+from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
 from gateway.health import Prober
 from gateway.keys import Keys
@@ -47,6 +48,7 @@ class State(TypedDict):
     data_path: DataPath
     prober: Prober
     metrics: Metrics
+    metrics_port: int | None
     request_log: RequestLog
     ended: Ended
 
@@ -99,6 +101,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
     description = describe(relayed)
+    paths = frozenset(description["paths"])
     by_digest = client_keys(settings)
 
     @contextlib.asynccontextmanager
@@ -156,6 +159,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             release=settings.compat,
             whole=settings.disable_streaming or settings.output_guard,
             authorization=_authorization(settings),
+            cross_origin=bool(settings.cors_origins),
         )
         looking = asyncio.create_task(_look_again_and_again(data_path, ended))
         async with prober.probing():
@@ -163,6 +167,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 "data_path": data_path,
                 "prober": prober,
                 "metrics": metrics,
+                "metrics_port": settings.metrics_port,
                 "request_log": request_log,
                 "ended": ended,
             }
@@ -180,13 +185,18 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         "/ping": endpoints.ping,
     }
     own = {"/v1/statistics": endpoints.statistics, "/metrics": endpoints.metrics, "/openapi.json": openapi}
+    elsewhere: list[BaseRoute] = []
+    if settings.metrics_port is not None:
+        del own["/metrics"], description["paths"]["/metrics"]
+        elsewhere = [endpoints.OnPort(settings.metrics_port, [Route("/metrics", endpoints.metrics, methods=["GET"])])]
     app = Starlette(
         routes=[
+            *elsewhere,
             *(Route(one.path, endpoints.Relay(one), methods=[one.method]) for one in relayed),
             *(Route(path, handler, methods=["GET"]) for path, handler in open_to_all.items()),
             *(Route(path, endpoints.guarded(handler), methods=["GET"]) for path, handler in own.items()),
         ],
-        middleware=[Middleware(endpoints.Outermost, paths=frozenset(description["paths"]))],
+        middleware=[*_cors(settings), Middleware(endpoints.Outermost, paths=paths)],
         exception_handlers={HTTPException: endpoints.refused},
         lifespan=lifespan,
     )
@@ -207,6 +217,21 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
         asks_for_hearing="audio" in settings.routes and len(settings.upstreams) > 1,
         authorization=_authorization(settings),
     )
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    """Around all else, as a page must be allowed to read errors, too."""
+    if not settings.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
+        )
+    ]
 
 
 def _authorization(settings: Settings) -> str | None:

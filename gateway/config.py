@@ -92,6 +92,16 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_HEALTH_PORT", "PORT_HEALTH"),
         description="A second port, for platforms whose probes have one of their own.",
     )
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="A port for `/metrics` alone, which then asks for no key and is on no other."
+    )
+    tls_cert_file: Path | None = Field(
+        None, description="Certificate, as PEM, by which all ports speak TLS; read again on SIGHUP."
+    )
+    tls_key_file: Path | None = Field(None, description="Its key; unset: the same file.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins whose pages may call, separated by commas, or `*`; unset: no page of another origin."
+    )
     upstreams: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://localhost:8008",),
         validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),
@@ -199,7 +209,7 @@ class Settings(_EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
-    @field_validator("upstreams", "routes", "api_keys", "media_domains", mode="before")
+    @field_validator("upstreams", "routes", "api_keys", "cors_origins", "media_domains", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
@@ -225,6 +235,13 @@ class Settings(_EnvironmentSettings):
         if not all(re.fullmatch(r"[A-Za-z0-9.-]+", host) for host in value):
             raise ValueError("hosts as images.example.com, separated by commas")
         return tuple(host.lower() for host in value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value != ("*",) and not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*,]+", origin) for origin in value):
+            raise ValueError("origins as https://app.example.com, without a path, separated by commas, or * alone")
+        return value
 
     @field_validator("api_keys")
     @classmethod
@@ -366,6 +383,9 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     client_keys(settings)
     if settings.upstream_ca_file is not None:
         upstream_tls(settings)
+    own_tls(settings)
+    if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
+        raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
     return settings, list(_differing_names(Settings, sources))
 
 
@@ -410,6 +430,43 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def own_tls(settings: Settings) -> ssl.SSLContext | None:
+    """By which certificate the ports speak TLS; None where they do not.
+
+    Raises SettingsError for files that cannot be read or do not belong together.
+    """
+    if settings.tls_cert_file is None:
+        if settings.tls_key_file is not None:
+            raise SettingsError("GATEWAY_TLS_KEY_FILE needs a certificate: set GATEWAY_TLS_CERT_FILE, too.")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, settings)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    """Have new connections show what is in the files now. Raises SettingsError."""
+    certificate, key = settings.tls_cert_file, settings.tls_key_file
+    assert certificate is not None
+    try:
+        # Without a password OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except OSError as error:  # of OpenSSL's, too
+        names = f"GATEWAY_TLS_CERT_FILE {str(certificate)!r}" + (f" with {str(key)!r}" if key else "")
+        raise SettingsError(
+            f"{names} cannot be used ({_certificate_fault(error)}): name a certificate and its key in PEM."
+        ) from None
+
+
+def _certificate_fault(error: OSError) -> str:
+    if not isinstance(error, ssl.SSLError):
+        return error.strerror or str(error)
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key is not the certificate's"
+    return "no certificate and key without a password can be read there"
 
 
 def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
@@ -165,6 +166,21 @@ class _AsgiClient:
                     self.exchange.client_resumed()
             if self._aborted:
                 return
+
+
+class OnPort(BaseRoute):
+    """These routes, and no others, on one of the ports that are listened on."""
+
+    def __init__(self, port: int, routes: list[BaseRoute]) -> None:
+        self._port = port
+        self._router = Router(routes, redirect_slashes=False)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        server = scope.get("server")
+        return (Match.FULL if server and server[1] == self._port else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._router(scope, receive, send)
 
 
 class Outermost:

@@ -35,7 +35,7 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.flattened import Flattened
-from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead
+from gateway.headers import AnswerHead, HeadLimits, RequestHead
 from gateway.interfaces import Client, Connection, TranslatedStream, Translation, Transport
 from gateway.keys import Key, Keys
 from gateway.routes import Route
@@ -56,6 +56,7 @@ STALE_WITHIN = 0.1
 
 CLIENT_LEFT = 499  # as nginx logs it; never sent
 
+LIMIT_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")
 KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key."
 FAILED = "The gateway failed; its log says why under this request id."
 
@@ -90,7 +91,8 @@ class DataPath:
     `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds. `finished`
     is called with each exchange at its end. `in_flight` holds those that have begun and not ended. `keys`
     are those that clients must bring, None where anyone may call.
-    `authorization` is the upstreams' key, as a header's value.
+    `authorization` is the upstreams' key, as a header's value. `cross_origin` says that pages of other
+    origins may call, which the application sees to.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -113,6 +115,7 @@ class DataPath:
     flattens: bool
     release: releases.Release | None
     authorization: str | None
+    cross_origin: bool
 
     def due(self) -> list[Exchange]:
         """The exchanges whose time limits are to be looked at, as one may have passed.
@@ -679,11 +682,8 @@ class Exchange:
         if key.a_minute is None:
             return head
         left, reset = key.left(self._path.time())
-        limits: list[Header] = [
-            (b"x-ratelimit-limit-requests", b"%d" % key.a_minute),
-            (b"x-ratelimit-remaining-requests", b"%d" % left),
-            (b"x-ratelimit-reset-requests", f"{reset:.3f}s".encode()),
-        ]
+        values = (str(key.a_minute), str(left), f"{reset:.3f}s")
+        limits = [(name.encode(), value.encode()) for name, value in zip(LIMIT_HEADERS, values, strict=True)]
         return AnswerHead(head.status, head.headers + limits, streams=head.streams)
 
     def _collect(self, data: bytes) -> None:

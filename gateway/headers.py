@@ -25,8 +25,8 @@ HOP_BY_HOP = frozenset(
     }
 )
 
-# Of a request's: ours to write (host, length, id), answered here (expect), or the client's secret and not the
-# upstream's.
+# Of a request's: ours to write (host, length, id), answered here (expect, and origin, as vLLM would let the pages of
+# every one read), or the client's secret and not the upstream's.
 NOT_TO_UPSTREAM = HOP_BY_HOP | {
     b"api-key",
     b"authorization",
@@ -34,13 +34,22 @@ NOT_TO_UPSTREAM = HOP_BY_HOP | {
     b"cookie",
     b"expect",
     b"host",
+    b"origin",
     b"x-api-key",
     b"x-request-id",
 }
 
 # Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
-# none.
-NOT_TO_CLIENT = HOP_BY_HOP | {b"content-length", b"date", b"server", b"x-request-id"}
+# none. Which pages may read it is not the upstream's to say.
+NOT_TO_CLIENT = HOP_BY_HOP | {
+    b"access-control-allow-credentials",
+    b"access-control-allow-origin",
+    b"access-control-expose-headers",
+    b"content-length",
+    b"date",
+    b"server",
+    b"x-request-id",
+}
 
 # RFC 9110, 7.2, without user information; with the underscores that containers' names have.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -66,8 +75,9 @@ class RequestHead:
     is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here. `secret` is the key that it brings, if any; `hosts` is all that stands for a host, `coding` the
-    body's on its way, `count` how many headers there are and `size` their bytes.
+    here. `origin` says that a page in a browser asks. `secret` is the key that it brings, if any;
+    `hosts` is all that stands for a host, `coding` the body's on its way, `count` how many headers
+    there are and `size` their bytes.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
@@ -81,6 +91,7 @@ class RequestHead:
         "length",
         "lines",
         "lines_rewritten",
+        "origin",
         "request_id",
         "secret",
         "size",
@@ -93,6 +104,7 @@ class RequestHead:
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         self.hosts = known.get(b"host")
         self.coding = known.get(b"transfer-encoding", b"chunked")
+        self.origin = b"origin" in known
         self.request_id = sane_request_id(known.get(b"x-request-id"))
         length = known.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else 0

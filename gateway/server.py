@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
-from gateway.config import Settings, SettingsError, client_keys, is_loopback
+from gateway.config import Settings, SettingsError, client_keys, is_loopback, load_certificate, own_tls
 from gateway.exchange import DataPath, Drain
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
@@ -41,6 +41,8 @@ def serve(settings: Settings, warnings: list[str]) -> None:
     listeners = [listen(settings.host, settings.port)]
     if settings.health_port not in (None, settings.port):
         listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
+    if settings.metrics_port is not None:
+        listeners.append(listen(settings.host, settings.metrics_port, "GATEWAY_METRICS_PORT"))
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
         signal.signal(number, _exit)
@@ -63,7 +65,8 @@ def serve(settings: Settings, warnings: list[str]) -> None:
             )
         for listener in listeners:
             host, port = listener.getsockname()[:2]
-            _log.info("listening on http://%s:%d, in front of %s", host, port, ", ".join(settings.upstreams))
+            scheme = "http" if settings.tls_cert_file is None else "https"
+            _log.info("listening on %s://%s:%d, in front of %s", scheme, host, port, ", ".join(settings.upstreams))
         server.run(sockets=listeners)
     finally:
         writer.close()
@@ -80,6 +83,7 @@ def create_server(settings: Settings, app: Starlette) -> Server:
             ", ".join(missing),
         )
         protocol = HttpToolsProtocol
+    tls = own_tls(settings)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -93,12 +97,13 @@ def create_server(settings: Settings, app: Starlette) -> Server:
         timeout_keep_alive=_KEEP_ALIVE,
         # Calls end by a limit of their own, with an error; this one is for what does not.
         timeout_graceful_shutdown=round(settings.drain_timeout) + 3,
+        ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
     return Server(config, settings)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with an end in three steps: say so, accept no more, end what still runs. SIGHUP has keys read anew."""
+    """uvicorn's, with an end in three steps: say so, accept no more, end what still runs. At SIGHUP it reads files."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
@@ -117,11 +122,22 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
-        """The file of keys has changed."""
+        """The file of keys, or the certificate, has changed."""
         self._hung_up = True
 
     def _reread(self) -> None:
         self._hung_up = False
+        self._reread_keys()
+        if self.config.ssl is not None:
+            try:
+                own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
+                load_certificate(self.config.ssl, self._settings)
+            except SettingsError as error:
+                _log.error("the certificate stays as it is: %s", error)
+            else:
+                _log.info("certificate read again")
+
+    def _reread_keys(self) -> None:
         keys = self._data_path.keys
         try:
             found = client_keys(self._settings)
@@ -189,7 +205,7 @@ class Server(uvicorn.Server):
                         connection, _ = listener.accept()
                     except OSError:
                         break
-                    await loop.connect_accepted_socket(self._protocol, connection)
+                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
 
     def _protocol(self) -> asyncio.Protocol:
         made = cast(type[HttpToolsProtocol], self.config.http_protocol_class)

@@ -38,6 +38,7 @@ class Shortcut(Protocol):
         "_exchange",
         "_head",
         "_in_message",
+        "_routes",
         "_same",
         "chunk",
         "keep_alive",
@@ -66,6 +67,12 @@ class Shortcut(Protocol):
         self._same: tuple[SameHead, RequestHead, Route] | None = None
         self._in_message = False
         self._data = b""
+        self._routes: dict[tuple[bytes, bytes], Route] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.server is None or self.server[1] != self.app_state["metrics_port"]:
+            self._routes = self._path.routes
 
     def data_received(self, data: bytes) -> None:
         if self._same is not None and self.cycle is self and self.response_complete and not self._in_message:
@@ -108,7 +115,7 @@ class Shortcut(Protocol):
     def on_headers_complete(self) -> None:
         parser, cycle = self.parser, self.cycle
         # A target with a query, or in another spelling, goes the long way.
-        route = self._path.routes.get((parser.get_method(), self.url))
+        route = self._routes.get((parser.get_method(), self.url))
         if (
             route is None
             or self.expect_100_continue
@@ -119,8 +126,8 @@ class Shortcut(Protocol):
             self._data = b""
             self._to_the_app()
             return
-        head = RequestHead(self.headers)
-        if fault_of(head, len(self.url), self._path.head_limits, old=False):
+        head, path = RequestHead(self.headers), self._path
+        if fault_of(head, len(self.url), path.head_limits, old=False) or (head.origin and path.cross_origin):
             self._data = b""
             self._to_the_app()  # which says so
             return

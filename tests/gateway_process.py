@@ -12,6 +12,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -44,6 +45,8 @@ vars(uvicorn.server)["asyncio"] = _Quick()
 # To read all of the system's certificates takes a client longer than most tests.
 _NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
+AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"
+
 # Which way in a gateway takes unless its settings say; the `way` fixture sets it.
 SHORTCUT = True
 
@@ -62,19 +65,22 @@ class Gateway:
     port: int
     _log: int
     _server: uvicorn.Server
+    _tls: ssl.SSLContext | None
 
     @property
     def url(self) -> str:
         """Its base URL."""
-        return f"http://{self.host}:{self.port}"
+        return f"http{'s' if self._tls else ''}://{self.host}:{self.port}"
 
     def client(self, **options: Any) -> httpx.Client:
         """An HTTP client for it."""
-        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, "verify": _NOBODY, **options})
+        trusts = self._tls or _NOBODY
+        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, "verify": trusts, **options})
 
     def connect(self) -> socket.socket:
-        """A bare connection to it."""
-        return socket.create_connection((self.host, self.port), timeout=20)
+        """A bare connection to it, in TLS where it speaks that."""
+        connection = socket.create_connection((self.host, self.port), timeout=20)
+        return self._tls.wrap_socket(connection, server_hostname=self.host) if self._tls else connection
 
     def signal(self) -> None:
         """As a signal to end."""
@@ -91,20 +97,21 @@ class Gateway:
 @contextlib.contextmanager
 def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     """A gateway in front of these upstreams; it is up when this returns, its upstreams have been probed once."""
+    trusts = ssl.create_default_context(cafile=AUTHORITY) if "tls_cert_file" in settings else None
     read, write = os.pipe()
     writer = LineWriter(write)
-    listener = listen("127.0.0.1", 0)
+    listeners = [listen("127.0.0.1", port) for port in (0, settings.get("metrics_port")) if port is not None]
     given = {"upstreams": upstreams, "port": 0, "drain_timeout": 2, "shortcut": SHORTCUT, **settings}
     chosen = Settings(**{names_of(field)[0]: value for field, value in given.items()})
     server = create_server(chosen, create_app(chosen, writer))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.serve(sockets=[listener]))
+            runner.run(server.serve(sockets=listeners))
 
     thread = threading.Thread(target=run)
     thread.start()
-    gateway = Gateway("127.0.0.1", listener.getsockname()[1], read, server)
+    gateway = Gateway("127.0.0.1", listeners[0].getsockname()[1], read, server, trusts)
     try:
         with gateway.client() as client:
             client.get("/v1/health_check")

@@ -273,6 +273,7 @@ class Conversation:
             "keys": None,
             "head_limits": HeadLimits(8192, 100, 1024),
             "media_domains": frozenset(),
+            "cross_origin": False,
             "bounds": Bounds(copies=128, tokens=None, messages=2048, depth=1024),
             "authorization": None,
         }

@@ -12,8 +12,10 @@ from gateway.config import ModelServerSettings, Settings, SettingsError, build, 
 
 KEY = "sk-4f7d0c9a2b6e81d35a"
 AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"
+CERTIFICATE = AUTHORITY.parent / "good.pem"
 # A file of keys that there is.
 KEYS = Path(__file__).parent / "keys.txt"
+NEEDS = {"tls_key_file": {"GATEWAY_TLS_CERT_FILE": str(CERTIFICATE)}}
 VALUES: list[tuple[str, str, Any]] = [
     ("host", "127.0.0.1", "127.0.0.1"),
     ("port", "9100", 9100),
@@ -31,6 +33,10 @@ VALUES: list[tuple[str, str, Any]] = [
     ("disable_streaming", "True", True),
     ("output_guard", "True", True),
     ("health_port", "9001", 9001),
+    ("metrics_port", "9464", 9464),
+    ("tls_cert_file", str(CERTIFICATE), CERTIFICATE),
+    ("tls_key_file", str(CERTIFICATE), CERTIFICATE),
+    ("cors_origins", "https://a.example, http://b:3000", ("https://a.example", "http://b:3000")),
     ("system_role", "merge", "merge"),
     ("max_in_flight", "12", 12),
     ("max_in_flight_per_upstream", "13", 13),
@@ -98,6 +104,8 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
 @pytest.mark.parametrize(("field", "raw", "value"), VALUES)
 def test_a_setting_is_read_by_its_name(field: str, raw: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert value_of(Settings(), field) != value
+    for name, needed in NEEDS.get(field, {}).items():
+        monkeypatch.setenv(name, needed)
     monkeypatch.setenv(f"GATEWAY_{field.upper()}", raw)
     settings, warnings = load()
     assert value_of(settings, field) == value

@@ -10,6 +10,7 @@ import pytest
 
 from gateway.config import Settings, SettingsError, load
 
+ORIGINS = "origins as https://app.example.com, without a path, separated by commas, or * alone"
 URLS = "URLs like http://host:8008, separated by commas"
 
 
@@ -38,6 +39,9 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("LLM_DISABLE_STREAMING", "maybe", "true or false"),
         ("GATEWAY_STREAM_STYLE", "xml", "'openai', 'repr' or 'answer_part'"),
         ("GATEWAY_MEDIA_DOMAINS", "http://a", "hosts as images.example.com, separated by commas"),
+        ("GATEWAY_CORS_ORIGINS", "app.example.com", ORIGINS),
+        ("GATEWAY_CORS_ORIGINS", "https://app.example.com/", ORIGINS),
+        ("GATEWAY_CORS_ORIGINS", "*,https://a", ORIGINS),
         ("GATEWAY_COMPAT", "erag-3.0", "'erag-1.4' or 'erag-2.1'"),
         ("GATEWAY_SYSTEM_ROLE", "user", "'system' or 'merge'"),
         ("GATEWAY_LOG_FORMAT", "xml", "'json' or 'text'"),

@@ -129,9 +129,10 @@ def test_every_setting_of_the_gateway_can_be_given(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_vllm_is_for_this_machine_alone_and_the_gateway_for_all(device: str) -> None:
     services = stack(device)["services"]
-    (vllm,), (ours,) = services[MODEL_SERVER]["ports"], services[GATEWAY]["ports"]
+    (vllm,), (ours, metrics) = services[MODEL_SERVER]["ports"], services[GATEWAY]["ports"]
     assert (vllm["host_ip"], vllm["published"]) == ("127.0.0.1", "8008")
     assert (ours["host_ip"], ours["published"]) == ("0.0.0.0", "9000")
+    assert (metrics["host_ip"], metrics["published"]) == ("127.0.0.1", "9464")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -254,5 +255,5 @@ def test_prometheus_asks_where_the_stack_answers() -> None:
     services = stack("cpu")["services"]
     asked = re.findall(r'targets: \["(.*):(\d+)"\]', text)
     assert {name: int(port) for name, port in asked} == {
-        name: services[name]["ports"][0]["target"] for name in (GATEWAY, MODEL_SERVER)
+        name: services[name]["ports"][-1]["target"] for name in (GATEWAY, MODEL_SERVER)
     }

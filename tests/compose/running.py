@@ -187,7 +187,7 @@ def test_what_the_dashboard_draws_is_what_the_two_tell_of_themselves(stack: dict
     queries = [target["expr"] for panel in json.loads(drawn)["panels"] for target in panel["targets"]]
     # The gateway's own, and vLLM's; what every process has, by which of the two it is asked for.
     jobs = {
-        "gateway": (9000, r"gateway_\w+|process_\w+(?={job=.gateway)"),
+        "gateway": (9464, r"gateway_\w+|process_\w+(?={job=.gateway)"),
         "vllm": (8008, r"vllm:\w+|process_\w+(?={job=.vllm)"),
     }
     for port, pattern in jobs.values():
