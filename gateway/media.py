@@ -17,7 +17,11 @@ def check_chat(body: dict[str, Any], domains: frozenset[str]) -> None:
     messages = body.get("messages")
     if type(messages) is list:
         for message in messages:
-            if type(message) is dict and type(content := message.get("content")) in (list, dict):
+            try:
+                content = message["content"]
+            except (KeyError, TypeError):  # what is none is for vLLM to refuse, and costs no other a look
+                continue
+            if type(content) is not str and type(content) in (list, dict):
                 _check(content, domains)
     elif type(messages) is dict and type(parts := messages.get("user")) in (list, dict):
         _check(parts, domains)
