@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.bounds import Bounds
-from gateway.config import Settings, client_keys, upstream_tls
+from gateway.config import Settings, client_keys, token_client, upstream_tls
 from gateway.credentials import FixedKey, Tokens
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
@@ -209,6 +209,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
 
 def create_credentials(settings: Settings) -> FixedKey | Tokens:
     """What the upstreams are shown."""
+    if (client := token_client(settings)) is not None:
+        return Tokens(client, upstream_tls(settings))
     key = settings.upstream_api_key
     return FixedKey(key.get_secret_value() if key else None)
 
