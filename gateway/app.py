@@ -19,7 +19,8 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.bounds import Bounds
-from gateway.config import Settings, client_keys, upstream_tls
+from gateway.config import Settings, client_keys, token_client, upstream_tls
+from gateway.credentials import FixedKey, Tokens
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
 from gateway.health import Prober
@@ -111,7 +112,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             most=settings.max_in_flight,
             most_each=settings.max_in_flight_per_upstream or settings.max_in_flight,
         )
-        prober = create_prober(settings, pool)
+        credentials = create_credentials(settings)
+        prober = create_prober(settings, pool, credentials)
         connections = ConnectionPool(settings.connect_timeout, upstream_tls(settings))
         in_flight: set[Exchange] = set()
         waiting: Waiting[Exchange] = Waiting(settings.max_queue)
@@ -158,11 +160,11 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             flattens=settings.connector == "langchain",
             release=settings.compat,
             whole=settings.disable_streaming or settings.output_guard,
-            authorization=_authorization(settings),
+            credentials=credentials,
             cross_origin=bool(settings.cors_origins),
         )
         looking = asyncio.create_task(_look_again_and_again(data_path, ended))
-        async with prober.probing():
+        async with credentials.renewing(), prober.probing():
             yield {
                 "data_path": data_path,
                 "prober": prober,
@@ -205,7 +207,15 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     return app
 
 
-def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
+def create_credentials(settings: Settings) -> FixedKey | Tokens:
+    """What the upstreams are shown."""
+    if (client := token_client(settings)) is not None:
+        return Tokens(client, upstream_tls(settings))
+    key = settings.upstream_api_key
+    return FixedKey(key.get_secret_value() if key else None)
+
+
+def create_prober(settings: Settings, pool: UpstreamPool, credentials: FixedKey | Tokens) -> Prober:
     """What probes the upstreams as these settings say."""
     return Prober(
         pool,
@@ -215,7 +225,7 @@ def create_prober(settings: Settings, pool: UpstreamPool) -> Prober:
         reads_template="chat" in settings.routes and settings.connector == "generic",
         tls=upstream_tls(settings),
         asks_for_hearing="audio" in settings.routes and len(settings.upstreams) > 1,
-        authorization=_authorization(settings),
+        credentials=credentials,
     )
 
 
@@ -232,8 +242,3 @@ def _cors(settings: Settings) -> list[Middleware]:
             expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
         )
     ]
-
-
-def _authorization(settings: Settings) -> str | None:
-    key = settings.upstream_api_key
-    return f"Bearer {key.get_secret_value()}" if key else None

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from gateway import config
-from gateway.app import create_prober
+from gateway.app import create_credentials, create_prober
 from gateway.config import Settings
 from gateway.upstreams import Upstream, UpstreamPool
 
@@ -55,8 +55,9 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
 
 async def _probed(settings: Settings) -> list[dict[str, Any]]:
     pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
-    prober = create_prober(settings, pool)
-    async with prober.probing():
+    credentials = create_credentials(settings)
+    prober = create_prober(settings, pool, credentials)
+    async with credentials.renewing(), prober.probing():
         await prober.probe_all()
         return prober.report(time.monotonic())
 

@@ -16,6 +16,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gateway.bounds import DEEPEST
+from gateway.credentials import TokenClient
 from gateway.errors import Style
 from gateway.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.releases import STYLES, Release
@@ -112,13 +113,30 @@ class Settings(_EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"),
         description="Key sent to the vLLM servers; a client's own Authorization is never passed on.",
     )
+    upstream_token_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_UPSTREAM_TOKEN_URL", "LLM_VLLM_TOKEN_URL"),
+        description="Where OAuth tokens for the vLLM servers come from, by client credentials, in place of a key.",
+    )
+    upstream_client_id: str | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_UPSTREAM_CLIENT_ID", "LLM_VLLM_CLIENT_ID"),
+        description="The gateway's name there.",
+    )
+    upstream_client_secret: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_UPSTREAM_CLIENT_SECRET", "LLM_VLLM_CLIENT_SECRET"),
+        description="The gateway's secret there.",
+    )
     upstream_ca_file: Path | None = Field(
-        None, description="Certificates, as PEM, that the upstreams' must be signed by; unset: the system's."
+        None,
+        description="Certificates, as PEM, that the upstreams' and the token server's must be signed by; unset: the "
+        "system's.",
     )
     tls_skip_verify: bool = Field(
         False,
         validation_alias=AliasChoices("GATEWAY_TLS_SKIP_VERIFY", "LLM_TLS_SKIP_VERIFY"),
-        description="Take whatever certificate an upstream shows: for trials alone.",
+        description="Take whatever certificate an upstream or the token server shows: for trials alone.",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
@@ -221,6 +239,11 @@ class Settings(_EnvironmentSettings):
         if len(set(urls)) != len(urls):
             raise ValueError("each URL once")
         return urls
+
+    @field_validator("upstream_token_url")
+    @classmethod
+    def _check_token_url(cls, value: str | None) -> str | None:
+        return None if value is None else _token_url(value)
 
     @field_validator("routes")
     @classmethod
@@ -355,6 +378,22 @@ def _upstream_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
+def _token_url(url: str) -> str:
+    """`https://host[:port]/path[?query]`; RFC 6749, 3.2: without a fragment."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("a URL like https://login.example.com/token") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or "#" in url or port == 0:
+        raise ValueError("a URL like https://login.example.com/token")
+    if "@" in parts.netloc:
+        raise ValueError("a URL without a user or password; set GATEWAY_UPSTREAM_CLIENT_ID and _SECRET")
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("a URL of plain ASCII characters")
+    return f"{parts.scheme}{url[len(parts.scheme) :]}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens there."""
     return host in ("localhost", "::1") or host.startswith("127.")
@@ -369,6 +408,7 @@ def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, 
 
 
 _Sources = tuple[Mapping[str, str], ...]
+_OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")
 
 
 def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, list[str]]:
@@ -381,12 +421,13 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     _refuse_unknown({name for source in sources for name in source})
     settings = build(Settings, env_file, **given)
     client_keys(settings)
+    token_client(settings)
     if settings.upstream_ca_file is not None:
         upstream_tls(settings)
     own_tls(settings)
     if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
         raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
-    return settings, list(_differing_names(Settings, sources))
+    return settings, [*_differing_names(Settings, sources), *_doubts_about_tokens(settings)]
 
 
 def client_keys(settings: Settings) -> dict[bytes, Key] | None:
@@ -411,12 +452,45 @@ def client_keys(settings: Settings) -> dict[bytes, Key] | None:
     return found
 
 
+def token_client(settings: Settings) -> TokenClient | None:
+    """Who we are to the token server; None where there is none, or a key in its place.
+
+    Raises SettingsError where a part of it is missing.
+    """
+    url, name, secret = settings.upstream_token_url, settings.upstream_client_id, settings.upstream_client_secret
+    if settings.upstream_api_key is not None:
+        return None
+    if url is not None and name is not None and secret is not None:
+        return TokenClient(url, name, secret.get_secret_value())
+    missing = [names_of(field)[0] for field in _OF_TOKENS if getattr(settings, field) is None]
+    if len(missing) == len(_OF_TOKENS):
+        return None
+    raise SettingsError(
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: tokens for the upstreams need "
+        f"all of {', '.join(names_of(field)[0] for field in _OF_TOKENS)}."
+    )
+
+
+def _doubts_about_tokens(settings: Settings) -> Iterable[str]:
+    given = [names_of(field)[0] for field in _OF_TOKENS if getattr(settings, field) is not None]
+    if settings.upstream_api_key is not None and given:
+        yield f"GATEWAY_UPSTREAM_API_KEY and {given[0]} are both set: the key is used, and no token."
+    client = token_client(settings)
+    # RFC 6749, 3.2: what is asked for a token has TLS; inside a cluster something else may see to that.
+    if client is not None and client.url.startswith("http:") and not is_loopback(urlsplit(client.url).hostname or ""):
+        yield "GATEWAY_UPSTREAM_TOKEN_URL has no TLS: whoever is on the way there can read the client's secret."
+
+
 def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
-    """Whom calls and probes trust; None where no upstream has TLS, as to read all certificates takes 1.5 MB.
+    """Whom calls, probes and the fetching of tokens trust.
+
+    None where nothing that is called has TLS, as to read all certificates takes 1.5 MB.
 
     Raises SettingsError for a file that cannot be read or holds none.
     """
-    if not any(url.startswith("https:") for url in settings.upstreams):
+    tokens = token_client(settings)
+    called = settings.upstreams if tokens is None else (*settings.upstreams, tokens.url)
+    if not any(url.startswith("https:") for url in called):
         return None
     file = settings.upstream_ca_file
     try:

@@ -222,6 +222,15 @@ class UpstreamBroken(UpstreamError):
     code = "upstream_broken"
 
 
+class UpstreamUnauthorized(UpstreamError):
+    """The upstream refuses the gateway's own token, however new it is; the client's key has no part in it."""
+
+    code = "upstream_unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("The model server refuses the gateway's own token, and a new one, too.")
+
+
 class NoneReady(UpstreamError):
     """No upstream is ready yet; worth another try soon."""
 

@@ -32,11 +32,12 @@ from gateway.errors import (
     UnsupportedEncoding,
     UpstreamBroken,
     UpstreamTimeout,
+    UpstreamUnauthorized,
     UpstreamUnreachable,
 )
 from gateway.flattened import Flattened
 from gateway.headers import AnswerHead, HeadLimits, RequestHead
-from gateway.interfaces import Client, Connection, TranslatedStream, Translation, Transport
+from gateway.interfaces import Client, Connection, Credentials, TranslatedStream, Translation, Transport
 from gateway.keys import Key, Keys
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
@@ -58,6 +59,7 @@ CLIENT_LEFT = 499  # as nginx logs it; never sent
 
 LIMIT_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")
 KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key."
+NO_TOKEN = "The gateway has no token for the model server yet: try again soon."
 FAILED = "The gateway failed; its log says why under this request id."
 
 
@@ -91,8 +93,8 @@ class DataPath:
     `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds. `finished`
     is called with each exchange at its end. `in_flight` holds those that have begun and not ended. `keys`
     are those that clients must bring, None where anyone may call.
-    `authorization` is the upstreams' key, as a header's value. `cross_origin` says that pages of other
-    origins may call, which the application sees to.
+    `credentials` are what the upstreams are shown. `cross_origin` says that pages of other origins may
+    call, which the application sees to.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -114,7 +116,7 @@ class DataPath:
     whole: bool
     flattens: bool
     release: releases.Release | None
-    authorization: str | None
+    credentials: Credentials
     cross_origin: bool
 
     def due(self) -> list[Exchange]:
@@ -133,8 +135,9 @@ _RECEIVING = 0  # the request comes in
 _QUEUED = 1  # there is no room upstream
 _CONNECTING = 2  # a connection is awaited
 _WAITING = 3  # the request is sent, no answer yet
-_ANSWERING = 4  # the answer's head is there
-_ENDED = 5
+_RENEWING = 4  # the upstream has refused what it was shown, and something else is awaited
+_ANSWERING = 5  # the answer's head is there
+_ENDED = 6
 
 # What happens to the answer's body.
 _RELAYED = 0  # piece by piece, as it comes
@@ -175,8 +178,10 @@ class Exchange:
         "_paused",
         "_pieces",
         "_refusal",
+        "_renewed",
         "_request",
         "_retried",
+        "_shown",
         "_size",
         "_sse",
         "_started",
@@ -244,6 +249,8 @@ class Exchange:
         self._translated: Translation | None = None
         self._connection: Connection | None = None
         self._retried = False
+        self._shown: str | None = None
+        self._renewed = False
         self._refusal: bytes | None = None
         self._started = False
         self._paused = False
@@ -290,6 +297,8 @@ class Exchange:
             self.fail(self._too_large())
         elif len(path.in_flight) > limits.max_requests:
             self.fail(TooMany("Too many requests run and wait already: try again soon."))
+        elif path.credentials.value is None:
+            self.fail(NoneReady(NO_TOKEN))
 
     def _refusal_of(self, keys: Keys) -> GatewayError | None:
         """Why this client may not call now."""
@@ -459,6 +468,11 @@ class Exchange:
         if self._state is not _CONNECTING:
             connection.release()
             return
+        self._shown = self._path.credentials.value
+        if self._shown is None:  # it has run out since this began
+            connection.release()
+            self.fail(NoneReady(NO_TOKEN))
+            return
         self._state = _WAITING
         self._connection = connection
         self.sent_at = self._path.time()
@@ -478,8 +492,8 @@ class Exchange:
             head += f"content-length: {len(content)}\r\n"
             if not request.json:
                 head += "content-type: application/json\r\n"
-        if self._path.authorization:
-            head += f"authorization: {self._path.authorization}\r\n"
+        if self._shown:
+            head += f"authorization: {self._shown}\r\n"
         lines = request.lines if self._translated is None else request.lines_rewritten
         return b"".join((head.encode("latin-1"), lines, b"\r\n", content))
 
@@ -503,7 +517,7 @@ class Exchange:
 
     def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
-        if self._state is not _WAITING or (head.status == 503 and self._taken_over(head)):
+        if self._state is not _WAITING or (head.status >= 400 and self._tried_again(head)):
             return
         self._state = _ANSWERING
         self._content = b""
@@ -527,6 +541,37 @@ class Exchange:
             self._size = 0
         else:
             self._length = length
+
+    def _tried_again(self, refusal: AnswerHead) -> bool:
+        """Whether what the upstream says before it has begun is not the answer."""
+        if refusal.status == 401:
+            return self._shown_anew()
+        return refusal.status == 503 and self._taken_over(refusal)
+
+    def _shown_anew(self) -> bool:
+        """Whether the upstream may be shown something else: what it says of ours is no client's to see."""
+        connection, self._connection = self._connection, None
+        if self._renewed:
+            self._upstream_failed(UpstreamUnauthorized())
+        else:
+            self._state = _RENEWING
+            if not self._path.credentials.renew(self._shown, self.credentials_renewed):
+                self._state, self._connection = _WAITING, connection
+                return False
+        if connection is not None:
+            connection.discard()  # what else it says of it
+        return True
+
+    def credentials_renewed(self, error: GatewayError | None) -> None:
+        """There is something else to show, unless there is an error; once a request."""
+        if self._state is not _RENEWING:
+            return
+        if error is not None:
+            self._upstream_failed(error)
+            return
+        assert self.upstream is not None
+        self._renewed = True
+        self._connect(self.upstream, fresh=False)
 
     def _taken_over(self, refusal: AnswerHead) -> bool:
         """Whether another upstream, that is ready, takes what this one refuses before it has begun."""
@@ -621,7 +666,7 @@ class Exchange:
                 self.upstream_body(content)
             self.upstream_end()
         elif self._state is _WAITING:
-            if head.status == 503 and self._taken_over(head):
+            if head.status >= 400 and self._tried_again(head):
                 return
             connection, self._connection = self._connection, None
             self.upstream_ended_at = self._path.time()

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
 import httpx
 
+from gateway.credentials import FixedKey, Tokens
 from gateway.upstreams import State, Upstream, UpstreamPool
 
 _log = logging.getLogger(__name__)
@@ -18,6 +19,25 @@ _log = logging.getLogger(__name__)
 # Between two probes of an upstream that does not serve, and for one answer, in seconds.
 _EAGER = 1.0
 _PATIENCE = 5.0
+
+
+class _Shown(httpx.Auth):
+    """What the upstreams are shown, as it is now; what one refuses is renewed, and it is asked once more."""
+
+    def __init__(self, credentials: FixedKey | Tokens) -> None:
+        self._credentials = credentials
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        shown = self._credentials.value
+        if shown:
+            request.headers["authorization"] = shown
+        answer = yield request
+        renewed = asyncio.Event()
+        if answer.status_code == 401 and self._credentials.renew(shown, lambda _: renewed.set()):
+            await renewed.wait()
+            if self._credentials.value not in (None, shown):
+                request.headers["authorization"] = self._credentials.value
+                yield request
 
 
 class Prober:
@@ -30,15 +50,15 @@ class Prober:
         interval: float,
         model: str | None,
         system_role: Literal["system", "merge"],
-        authorization: str | None,
+        credentials: FixedKey | Tokens,
         tls: ssl.SSLContext | None = None,
         reads_template: bool = True,
         asks_for_hearing: bool = False,
     ) -> None:
         """`model` is the configured one, `interval` the seconds between two probes of one that serves.
 
-        `tls` says whom to trust. `reads_template` where chats are relayed: a model for anything else may have none.
-        `asks_for_hearing` where it matters which upstreams take speech.
+        `credentials` are what calls show, too, `tls` says whom to trust. `reads_template` where chats are relayed: a
+        model for anything else may have none. `asks_for_hearing` where it matters which upstreams take speech.
         """
         self._pool = pool
         self._interval = interval
@@ -46,13 +66,14 @@ class Prober:
         self._system_role = system_role
         self._reads_template = reads_template
         self._asks_for_hearing = asks_for_hearing
+        self._credentials = credentials
         # A proxy set for downloads must not catch a probe.
         self._client = httpx.AsyncClient(
             trust_env=False,
             timeout=_PATIENCE,
             # One that trusts nobody, where there is no TLS, as httpx would read every certificate.
             verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            headers={"authorization": authorization} if authorization else None,
+            auth=_Shown(credentials),
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         self._running: dict[Upstream, asyncio.Task[None]] = {}
@@ -111,14 +132,14 @@ class Prober:
         upstream.state, upstream.why = state, why
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
+        if self._credentials.value is None:
+            return "down", f"there is no token for it: {self._credentials.why}"
         health = await self._client.get(f"{upstream.url}/health")
         if health.status_code != 200:
-            # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
-            loading = health.status_code == 204 or (health.status_code == 503 and not upstream.ever_served)
-            return "loading" if loading else "down", f"its /health answers {health.status_code}"
+            return self._unhealthy(upstream, health.status_code)
         models = await self._client.get(f"{upstream.url}/v1/models")
         if models.status_code in (401, 403):
-            return "down", f"its /v1/models answers {models.status_code}: set GATEWAY_UPSTREAM_API_KEY to its key"
+            return "down", f"its /v1/models answers {models.status_code}: {self._credentials.advice}"
         served, upstream.contexts = _models(models)
         if not served:
             return "down", f"its /v1/models answers {models.status_code} and no model list"
@@ -134,6 +155,14 @@ class Prober:
                     return "down", why
             self._known.add(upstream)
         return "serving", ""
+
+    def _unhealthy(self, upstream: Upstream, status: int) -> tuple[State, str]:
+        said = f"its /health answers {status}"
+        if status in (401, 403):
+            return "down", f"{said}: {self._credentials.advice}"
+        # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
+        loading = status == 204 or (status == 503 and not upstream.ever_served)
+        return "loading" if loading else "down", said
 
     async def _has(self, upstream: Upstream, path: str) -> bool:
         """Whether a path that is posted to is there: vLLM has those that its model can answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from gateway.errors import GatewayError
 from gateway.headers import AnswerHead
 from gateway.upstreams import Upstream
 
@@ -83,6 +84,21 @@ class Transport(Protocol):
 
     def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
         """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses none."""
+
+
+class Credentials(Protocol):
+    """What the upstreams are shown.
+
+    `value` is that of the Authorization header: empty where none is needed, None where there is none yet.
+    """
+
+    value: str | None
+
+    def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
+        """An upstream refused this value; False where there can be no other.
+
+        Else `told` is called, now or later: with None once there is one, or with what the client is to be told.
+        """
 
 
 class TranslatedStream(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.errors import BadRequest, UnsupportedType, UpstreamBroken
+from gateway.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
 from gateway.exchange import DataPath, Exchange
 from gateway.headers import AnswerHead, RequestHead
 from gateway.interfaces import Client, Connection
@@ -133,8 +133,8 @@ class Upload(Exchange):
             f"x-request-id: {self.request_id}\r\n"
         )
         head += f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
-        if self._path.authorization:
-            head += f"authorization: {self._path.authorization}\r\n"
+        if self._shown:
+            head += f"authorization: {self._shown}\r\n"
         kind = b"content-type: %b\r\n" % request.content_type if request.content_type else b""
         return b"".join((head.encode("latin-1"), kind, request.lines, b"\r\n", *map(self._framed, held)))
 
@@ -150,6 +150,23 @@ class Upload(Exchange):
 
     def _taken_over(self, refusal: AnswerHead) -> bool:
         return False
+
+    def _shown_anew(self) -> bool:
+        dealt_with = super()._shown_anew()
+        if dealt_with:
+            self.credentials_renewed(None)  # the next one finds it; to wait for it would help this one nothing
+        return dealt_with
+
+    def credentials_renewed(self, error: GatewayError | None) -> None:
+        """There is something else to show, but nothing left to send."""
+        if error is not None:
+            super().credentials_renewed(error)
+        else:
+            self.fail(
+                NoneReady(
+                    "The model server refused the gateway's token, which is being renewed: send the request again."
+                )
+            )
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         """The connection is gone; one that closes while it is sent to may have answered, which is then lost."""

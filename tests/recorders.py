@@ -10,6 +10,8 @@ from typing import Any
 import orjson
 
 from gateway.bounds import Bounds
+from gateway.credentials import FixedKey
+from gateway.errors import GatewayError
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead, answer_head
 from gateway.interfaces import Caller
@@ -236,6 +238,28 @@ class TransportRecorder:
         self.asked.append((upstream, fresh))
 
 
+class CredentialsRecorder:
+    """Credentials that can be renewed: what was refused, and who waits for others; a test tells."""
+
+    def __init__(self, value: str | None = "Bearer one") -> None:
+        self.value = value
+        self.refused: list[str | None] = []
+        self._waiting: list[Callable[[GatewayError | None], None]] = []
+
+    def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
+        self.refused.append(refused)
+        self._waiting.append(told)
+        return True
+
+    def tell(self, error: GatewayError | None = None) -> None:
+        """There are others, or none."""
+        if error is None:
+            self.value = "Bearer two"
+        waiting, self._waiting = self._waiting, []
+        for told in waiting:
+            told(error)
+
+
 class Conversation:
     """An exchange among recorders. `settings` are the data path's; the upstreams serve `models`."""
 
@@ -275,7 +299,7 @@ class Conversation:
             "media_domains": frozenset(),
             "cross_origin": False,
             "bounds": Bounds(copies=128, tokens=None, messages=2048, depth=1024),
-            "authorization": None,
+            "credentials": FixedKey(),
         }
         self.path = DataPath(
             routes={},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from gateway.config import ModelServerSettings, Settings, SettingsError, build, differing, load, names_of, table
 
@@ -15,12 +16,26 @@ AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"
 CERTIFICATE = AUTHORITY.parent / "good.pem"
 # A file of keys that there is.
 KEYS = Path(__file__).parent / "keys.txt"
-NEEDS = {"tls_key_file": {"GATEWAY_TLS_CERT_FILE": str(CERTIFICATE)}}
+TOKENS = {
+    "GATEWAY_UPSTREAM_TOKEN_URL": "https://login.example.com/token",
+    "GATEWAY_UPSTREAM_CLIENT_ID": "id",
+    "GATEWAY_UPSTREAM_CLIENT_SECRET": "secret",
+}
+# What a setting cannot do without.
+NEEDS = {
+    "tls_key_file": {"GATEWAY_TLS_CERT_FILE": str(CERTIFICATE)},
+    "upstream_token_url": TOKENS,
+    "upstream_client_id": TOKENS,
+    "upstream_client_secret": TOKENS,
+}
 VALUES: list[tuple[str, str, Any]] = [
     ("host", "127.0.0.1", "127.0.0.1"),
     ("port", "9100", 9100),
     ("upstreams", "http://a:1, http://b:2/v1/", ("http://a:1", "http://b:2")),
     ("upstream_api_key", "sk-1", "sk-1"),
+    ("upstream_token_url", "HTTPS://login.example.com/token?a=1", "https://login.example.com/token?a=1"),
+    ("upstream_client_id", "gateway", "gateway"),
+    ("upstream_client_secret", "s3cret", "s3cret"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
     ("upstream_ca_file", str(AUTHORITY), AUTHORITY),
@@ -69,6 +84,9 @@ ALIASES = {
     "LLM_USVC_PORT": "port",
     "LLM_MODEL_SERVER_ENDPOINT": "upstreams",
     "LLM_VLLM_API_KEY": "upstream_api_key",
+    "LLM_VLLM_TOKEN_URL": "upstream_token_url",
+    "LLM_VLLM_CLIENT_ID": "upstream_client_id",
+    "LLM_VLLM_CLIENT_SECRET": "upstream_client_secret",
     "LLM_MODEL_NAME": "model",
     "LLM_TLS_SKIP_VERIFY": "tls_skip_verify",
     "LLM_CONNECTOR": "connector",
@@ -92,7 +110,13 @@ def value_of(settings: Settings, field: str) -> Any:
     value = getattr(settings, field)
     if field == "api_keys":
         return tuple(key.get_secret_value() for key in value)
-    return value.get_secret_value() if field == "upstream_api_key" and value is not None else value
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def set_what_it_needs(field: str, monkeypatch: pytest.MonkeyPatch, *, but: str) -> None:
+    for name, needed in NEEDS.get(field, {}).items():
+        if name != but:
+            monkeypatch.setenv(name, needed)
 
 
 def wrong(env_file: Path | None = None, **given: Any) -> str:
@@ -104,8 +128,7 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
 @pytest.mark.parametrize(("field", "raw", "value"), VALUES)
 def test_a_setting_is_read_by_its_name(field: str, raw: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert value_of(Settings(), field) != value
-    for name, needed in NEEDS.get(field, {}).items():
-        monkeypatch.setenv(name, needed)
+    set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(f"GATEWAY_{field.upper()}", raw)
     settings, warnings = load()
     assert value_of(settings, field) == value
@@ -181,6 +204,7 @@ def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
 
 @pytest.mark.parametrize(("alias", "field"), ALIASES.items())
 def test_a_setting_is_read_by_its_older_name(alias: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(alias, RAW[field])
     settings, warnings = load()
     assert value_of(settings, field) == READ[field]
@@ -192,6 +216,7 @@ def test_the_name_beats_its_alias_with_a_warning_if_they_differ(
     alias: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"GATEWAY_{field.upper()}"
+    set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(alias, "1")
     monkeypatch.setenv(name, RAW[field])
     settings, (warning,) = load()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.config import Settings, SettingsError, load
+from gateway.config import Settings, SettingsError, load, token_client
 
 ORIGINS = "origins as https://app.example.com, without a path, separated by commas, or * alone"
+TOKENS = ["GATEWAY_UPSTREAM_TOKEN_URL", "GATEWAY_UPSTREAM_CLIENT_ID", "GATEWAY_UPSTREAM_CLIENT_SECRET"]
+TOKEN_URL = "a URL like https://login.example.com/token"
 URLS = "URLs like http://host:8008, separated by commas"
 
 
@@ -65,6 +68,13 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("LLM_MODEL_SERVER_ENDPOINT", ",", URLS),
         ("GATEWAY_UPSTREAMS", "http://a,http://a/v1", "each URL once"),
         ("GATEWAY_UPSTREAMS", "http://a\x7fb", "URLs of plain ASCII characters"),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "login.example.com/token", TOKEN_URL),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "ftp://login.example.com/token", TOKEN_URL),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "https:///token", TOKEN_URL),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "https://a:0/token", TOKEN_URL),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "https://a:99999/token", TOKEN_URL),
+        ("GATEWAY_UPSTREAM_TOKEN_URL", "https://a/token#", TOKEN_URL),
+        ("LLM_VLLM_TOKEN_URL", "https://a/to ken", "a URL of plain ASCII characters"),
     ],
 )
 def test_a_wrong_value_is_shown_with_its_name_and_what_is_allowed(
@@ -157,6 +167,55 @@ def test_a_password_in_a_url_is_refused_and_not_in_the_error(monkeypatch: pytest
     error = wrong()
     assert "GATEWAY_UPSTREAM_API_KEY" in error
     assert "hidden" not in error
+
+
+def set_tokens(monkeypatch: pytest.MonkeyPatch, *names: str, url: str = "https://login.example.com/token") -> None:
+    for name in names:
+        monkeypatch.setenv(name, url if name.endswith("URL") else "hidden")
+
+
+@pytest.mark.parametrize("given", [given for size in (1, 2) for given in itertools.combinations(TOKENS, size)])
+def test_what_is_missing_to_ask_for_tokens_is_named(given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tokens(monkeypatch, *given)
+    missing = " and ".join(name for name in TOKENS if name not in given)
+    verb = "is" if len(given) == 2 else "are"
+    assert wrong() == f"{missing} {verb} missing: tokens for the upstreams need all of {', '.join(TOKENS)}."
+
+
+@pytest.mark.parametrize("given", [TOKENS, TOKENS[2:]])
+def test_a_key_beats_tokens_with_a_warning(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tokens(monkeypatch, *given)
+    monkeypatch.setenv("LLM_VLLM_API_KEY", "key")
+    settings, (warning,) = load()
+    assert warning == f"GATEWAY_UPSTREAM_API_KEY and {given[0]} are both set: the key is used, and no token."
+    assert token_client(settings) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("https://login.example.com/token", False),
+        ("http://127.0.0.1:8080/token", False),
+        ("http://localhost/token", False),
+        ("http://keycloak:8080/token", True),
+        ("HTTP://keycloak:8080/token", True),
+    ],
+)
+def test_a_token_server_without_tls_is_warned_of(url: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tokens(monkeypatch, *TOKENS, url=url)
+    settings, warnings = load()
+    assert ["GATEWAY_UPSTREAM_TOKEN_URL has no TLS" in warning for warning in warnings] == [True] * warned
+    assert "hidden" not in repr(settings.upstream_client_secret) + repr(token_client(settings)).replace(
+        "id='hidden'", ""
+    )
+
+
+def test_a_password_in_the_token_url_is_refused_and_not_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tokens(monkeypatch, *TOKENS, url="https://user:hidden@login.example.com/token")
+    assert wrong() == (
+        "GATEWAY_UPSTREAM_TOKEN_URL is wrong: its value. Allowed: a URL without a user or password; set "
+        "GATEWAY_UPSTREAM_CLIENT_ID and _SECRET."
+    )
 
 
 def test_settings_of_no_environment_are_the_documented_defaults() -> None:

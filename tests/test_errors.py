@@ -31,6 +31,7 @@ from gateway.errors import (
     UpstreamBroken,
     UpstreamError,
     UpstreamTimeout,
+    UpstreamUnauthorized,
     UpstreamUnreachable,
     UrlTooLong,
 )
@@ -56,6 +57,7 @@ TABLE: list[tuple[GatewayError, int, str, str, str]] = [
     (UpstreamError("x"), 502, "server_error", "internal_error", "upstream_error"),
     (UpstreamUnreachable("x"), 502, "server_error", "upstream_unreachable", "upstream_error"),
     (UpstreamBroken("x"), 502, "server_error", "upstream_broken", "upstream_error"),
+    (UpstreamUnauthorized(), 502, "server_error", "upstream_unauthorized", "upstream_error"),
     (NoneReady("x"), 503, "server_error", "no_upstream_ready", "upstream_error"),
     (UpstreamTimeout("connect", 5), 504, "server_error", "connect_timeout", "timeout:connect"),
     (UpstreamTimeout("first_token", 300), 504, "server_error", "first_token_timeout", "timeout:first_token"),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import exchange as exchange_module
+from gateway.credentials import FixedKey
 from gateway.errors import Style
 from gateway.exchange import HELD_EVENT, Exchange
 from gateway.headers import AnswerHead, Header, RequestHead, answer_head
@@ -395,7 +396,7 @@ def test_the_request_head_says_what_the_upstream_may_know() -> None:
     talk = sent_off(
         OPENAI_WHOLE,
         query="?a=1&b=%20",
-        authorization="Bearer ours",
+        credentials=FixedKey("ours"),
         headers=(
             (b"host", b"gateway.example"),
             (b"x-request-id", b"mine-1"),

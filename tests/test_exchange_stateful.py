@@ -9,11 +9,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway.errors import NoneReady
 from gateway.exchange import STALE_WITHIN, Limits
 from gateway.headers import Header
 from gateway.routes import Route
 from tests.fake_vllm import DONE, EVENTS, completion
-from tests.recorders import CHAT, COMPLETIONS, MESSAGES, MODELS, RESPONSES, TICK, ConnectionRecorder, Conversation
+from tests.recorders import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    MODELS,
+    RESPONSES,
+    TICK,
+    ConnectionRecorder,
+    Conversation,
+    CredentialsRecorder,
+)
 from tests.recorders import LIMITS as RECORDED
 
 TURNS = [{"role": "user", "content": "What is it?"}]
@@ -40,6 +51,7 @@ HEADS = {
     "whole": (200, JSON),
     "refusal": (400, JSON),
     "failure": (503, JSON),
+    "unauthorized": (401, JSON),
     "nothing": (204, list[Header]()),
 }
 PIECES = {
@@ -101,9 +113,19 @@ class ExchangeMachine(RuleBasedStateMachine):
     def begin(self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], *, full: bool = False) -> None:
         """A request's head comes; `full` where other calls have all the room."""
         route, self.content = ASKED[asked]
-        self.talk = Conversation(route=route, limits=limits, upstreams=upstreams, models=served, most_each=1)
+        self.credentials = CredentialsRecorder()
+        self.talk = Conversation(
+            route=route,
+            limits=limits,
+            upstreams=upstreams,
+            models=served,
+            most_each=1,
+            credentials=self.credentials,
+        )
         self.talk.crowd(1 if full else 0)
         self.refused = 0
+        self.renewing = False
+        self.renewals: list[int] = []
         self.exchange, self.client, self.limits = self.talk.exchange, self.talk.client, limits
         self.body_ended = False
         self.dials_answered = 0
@@ -152,6 +174,8 @@ class ExchangeMachine(RuleBasedStateMachine):
             self.room_comes()
         elif self.dialling:
             self.dial_ends("reused")
+        elif self.renewing:
+            self.renewal_ends(well=True)
         elif self.lent and not self.head_came:
             self.head_comes("stream" if self.exchange.streaming else "whole")
         elif self.lent and not self.lent.paused:
@@ -215,20 +239,46 @@ class ExchangeMachine(RuleBasedStateMachine):
         else:
             was_over = self.over
             connection = self.talk.connect(reused=how == "reused")
-            assert bool(connection.sent) is not was_over
-            assert connection.given_back == ("released" if was_over else "")
+            in_vain = was_over or self.credentials.value is None
+            assert self.over is in_vain
+            assert bool(connection.sent) is not in_vain
+            assert connection.given_back == ("released" if in_vain else "")
 
     @precondition(lambda self: self.lent and not self.head_came)
     @rule(head=st.sampled_from(list(HEADS)))
     def head_comes(self, head: str) -> None:
         self.answered = self.head_came = True
-        asked = len(self.talk.transport.asked)
+        asked, refused = len(self.talk.transport.asked), len(self.credentials.refused)
         self.talk.head(*HEADS[head])
+        if head == "unauthorized":
+            assert self.talk.connections[-1].given_back == "discarded"
+            self.renewing = len(self.credentials.refused) > refused
+            assert self.renewing is not self.over
+            assert self.renewing or self.client.error["code"] == "upstream_unauthorized"
+            self.answered = self.head_came = False
+            return
         if len(self.talk.transport.asked) > asked:
             assert head == "failure"
             assert self.talk.connections[-1].given_back == "discarded"
             self.refused += 1
             self.answered = self.head_came = False
+
+    @precondition(lambda self: self.renewing)
+    @rule(well=st.booleans())
+    def renewal_ends(self, well: bool) -> None:
+        self.renewing = False
+        asked, was_over = self.talk.transport.asked[:], self.over
+        self.credentials.tell(None if well else NoneReady("The model server has no token."))
+        assert self.over is (was_over or not well)
+        again = self.talk.transport.asked[len(asked) :]
+        assert again == ([] if self.over else [(asked[-1][0], False)])
+        if again:
+            self.renewals.append(len(asked))
+
+    @precondition(lambda self: self.dialling)
+    @rule()
+    def token_runs_out(self) -> None:
+        self.credentials.value = None
 
     @precondition(lambda self: self.lent and self.head_came and not self.lent.paused)
     @rule(piece=st.sampled_from(list(PIECES)))
@@ -276,15 +326,17 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_request_is_sent_twice_after_a_byte_or_three_times_at_all(self) -> None:
+        """But for the one time that it is sent with another token."""
+        assert len(self.renewals) <= 1
         sent = [connection for connection in self.talk.connections if connection.sent]
-        assert len(sent) <= 2
-        asked = self.talk.transport.asked
+        asked = [ask for at, ask in enumerate(self.talk.transport.asked) if at not in self.renewals]
         assert len(asked) <= 2
         if len(asked) == 2:
             assert asked[1][1] is (asked[0][0] is asked[1][0])
-        if len(sent) == 2:
-            assert self.refused or (sent[0].is_lost and sent[0].reused)
-            assert sent[0].request_body == sent[1].request_body
+        assert len(sent) <= 2 + len(self.renewals)
+        if len(sent) == 2 + len(self.renewals):
+            assert self.refused or any(connection.is_lost and connection.reused for connection in sent)
+        assert len({connection.request_body for connection in sent}) <= 1
 
     @invariant()
     def a_byte_of_answer_is_the_end_of_trying(self) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import respx
 
+from gateway.credentials import FixedKey
 from gateway.health import Prober
 from gateway.upstreams import Upstream, UpstreamPool
 from tests.fake_vllm import FakeVllm, Hold, response
@@ -27,7 +28,7 @@ def probed(
     """An upstream after one probe, healthy but for these answers, and what it was asked."""
     upstream = Upstream.from_url(URL)
     upstream.models = ("demo",) if served_before else ()
-    prober_options = {"interval": 5.0, "model": None, "system_role": "system", "authorization": None, **options}
+    prober_options = {"interval": 5.0, "model": None, "system_role": "system", "credentials": FixedKey(), **options}
     healthy: dict[str, httpx.Response | Exception] = {
         "/health": httpx.Response(200),
         "/v1/models": httpx.Response(200, json=MODELS),
@@ -73,6 +74,7 @@ def test_an_upstream_that_answers_everything_serves() -> None:
         ("/health", httpx.Response(503), True, "down", "/health answers 503"),
         ("/health", httpx.Response(204), False, "loading", "/health answers 204"),
         ("/health", httpx.Response(404), False, "down", "/health answers 404"),
+        ("/health", httpx.Response(401), False, "down", "/health answers 401: set GATEWAY_UPSTREAM_API_KEY to its key"),
         ("/v1/models", httpx.Response(401, json={"error": "Unauthorized"}), False, "down", "GATEWAY_UPSTREAM_API_KEY"),
         ("/v1/models", httpx.Response(500), False, "down", "/v1/models answers 500"),
         ("/v1/models", httpx.Response(200, json={"data": []}), False, "down", "no model list"),

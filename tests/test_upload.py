@@ -18,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway.credentials import FixedKey
 from gateway.endpoints import _AsgiClient
 from gateway.headers import Header
 from gateway.upload import HELD
@@ -294,7 +295,7 @@ def test_a_body_that_is_shorter_than_its_head_says_is_refused() -> None:
 
 def test_our_key_goes_up() -> None:
     talk = Conversation(
-        route=TRANSCRIPTIONS, headers=(KIND, (b"authorization", b"Bearer client")), authorization="Bearer k"
+        route=TRANSCRIPTIONS, headers=(KIND, (b"authorization", b"Bearer client")), credentials=FixedKey("k")
     )
     talk.begin()
     sent = talk.connect().request_headers

@@ -1,0 +1,283 @@
+"""The upstreams' credentials: a key that stays, or OAuth's tokens, renewed before they end and where one is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote_plus
+
+import httpx
+import orjson
+
+from gateway.errors import GatewayError, NoneReady, UpstreamUnauthorized
+
+_log = logging.getLogger(__name__)
+
+# For all that the token server is asked for one token, in seconds, and for its answer, in bytes.
+_PATIENCE = 5.0
+_LARGEST = 64 * 1024
+# How much of a token's life passes until it is renewed: the rest is for a token server that is down just then, and
+# chance keeps gateways that started together from asking together.
+_RENEWED_AFTER = (0.7, 0.8)
+_LONGEST_LIFE = 365 * 86400.0
+# Between two tries, in seconds: the first, doubled up to the last, and up to a half less by chance.
+_BACKOFF = (1.0, 32.0)
+# An upstream that refuses whatever it is shown has a token fetched once in so many seconds.
+_AGAIN_AFTER = 5.0
+# How long a start waits for the first one, in seconds.
+_EAGER = 1.0
+
+
+class FixedKey:
+    """A key that the operator has set, or none."""
+
+    why = ""
+    advice = "set GATEWAY_UPSTREAM_API_KEY to its key"
+
+    def __init__(self, key: str | None = None) -> None:
+        self.value: str | None = f"Bearer {key}" if key else ""
+
+    @contextlib.asynccontextmanager
+    async def renewing(self) -> AsyncIterator[None]:
+        """There is nothing to do."""
+        yield
+
+    def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
+        """There is no other one: what the upstream says of it goes on."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClient:
+    """Who we are to a token server."""
+
+    url: str
+    id: str
+    secret: str = field(repr=False)
+
+
+class NoToken(Exception):
+    """Why there is none, in words that hold no secret and no address."""
+
+
+class Tokens:
+    """Tokens by the client credentials of OAuth (RFC 6749, 4.4).
+
+    `value` is None while there is none; `why` says why the last try gave none, empty where it did. One task asks for
+    all of them, so that no two are asked for at once.
+    """
+
+    advice = "GATEWAY_UPSTREAM_TOKEN_URL is to give tokens that it takes"
+
+    def __init__(self, client: TokenClient, tls: ssl.SSLContext | None = None) -> None:
+        """`tls` says whom to trust."""
+        self.value: str | None = None
+        self.why = "the token server has not answered yet"
+        self._as = client
+        # RFC 6749, 2.3.1: Basic is what a server must take. The body is what the replaced systems sent, and what some
+        # servers alone take: the way that gave a token is tried first.
+        self._in_body = False
+        # As for probes: a proxy set for downloads must not see the secret, and without TLS no certificate is read.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            timeout=_PATIENCE,
+            verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        self._waiting: list[Callable[[GatewayError | None], None]] = []
+        self._wanted = asyncio.Event()
+        self._asked_once = asyncio.Event()
+        self._asking = False
+        self._refused_at = -math.inf
+        self._fresh_for: float | None = None
+        self._end: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def renewing(self) -> AsyncIterator[None]:
+        """Have a token for as long as the context lasts; it begins when one was asked for, or a second has passed."""
+        task = asyncio.create_task(self._renew_again_and_again())
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EAGER):
+                    await self._asked_once.wait()
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if self._end is not None:
+                self._end.cancel()
+            await self._client.aclose()
+
+    def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
+        """An upstream refused this value: `told` is called, now or later, with nothing once there is another one.
+
+        It is called with an error where there is none, or where this one is itself the answer to a refusal.
+        """
+        if self.value is None:
+            told(NoneReady("The gateway has no token for the model server now: try again soon."))
+        elif self.value != refused:
+            told(None)
+        elif self._waiting or self._asking:
+            self._waiting.append(told)
+        elif (now := time.monotonic()) - self._refused_at >= _AGAIN_AFTER:
+            _log.warning("an upstream refuses the gateway's token: another one is fetched")
+            self._refused_at = now
+            self._waiting.append(told)
+            self._wanted.set()
+        else:
+            told(self._error() or UpstreamUnauthorized())
+        return True
+
+    def _error(self) -> GatewayError | None:
+        if not self.why:
+            return None
+        return NoneReady("The model server refuses the gateway's token, and there is no new one yet: try again soon.")
+
+    async def _renew_again_and_again(self) -> None:
+        loop = asyncio.get_running_loop()
+        tries = 0
+        while True:
+            self._asking = True
+            await self._renew()
+            self._asking = False
+            self._asked_once.set()
+            waiting, self._waiting = self._waiting, []
+            for told in waiting:
+                loop.call_soon(told, self._error())  # one that fails must not be the end of this task
+            if self.why:
+                first, last = _BACKOFF
+                pause: float | None = min(last, first * 2 ** min(tries, 16)) * random.uniform(0.5, 1)
+                tries += 1
+            else:
+                pause, tries = self._fresh_for, 0
+            self._wanted.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wanted.wait()
+
+    async def _renew(self) -> None:
+        """Ask once; the old one stays where there is no new one, for as long as it lives."""
+        began, before = time.monotonic(), self.why
+        try:
+            token, life = await self._fetch()
+        except NoToken as error:
+            self.why = str(error)
+            if self.why != before:
+                _log.warning("no token for the upstreams from %s: %s", self._as.url, self.why)
+            return
+        except Exception:
+            # A bug of ours, which must not be the end of all renewals.
+            self.why = "the gateway failed; its log says why"
+            _log.exception("no token for the upstreams could be fetched")
+            return
+        self.value, self.why = f"Bearer {token}", ""
+        if before:
+            _log.info("a token for the upstreams was fetched from %s", self._as.url)
+        if self._end is not None:
+            self._end.cancel()
+        self._end = self._fresh_for = None
+        if life != math.inf:
+            self._fresh_for = max(1.0, life * random.uniform(*_RENEWED_AFTER))
+            left = life - (time.monotonic() - began)
+            self._end = asyncio.get_running_loop().call_later(max(0.0, left), self._run_out)
+
+    def _run_out(self) -> None:
+        self.value, self._end = None, None
+        self.why = self.why or "the last token has run out"
+        _log.warning("the token for the upstreams has run out: calls are refused until there is another one")
+
+    async def _fetch(self) -> tuple[str, float]:
+        """A token and how many seconds it lives; raises NoToken."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                status, content = await self._ask(in_body=self._in_body)
+                if status in (400, 401):
+                    other = await self._ask(in_body=not self._in_body)
+                    if other[0] == 200:
+                        self._in_body = not self._in_body
+                        status, content = other
+        except (httpx.TimeoutException, TimeoutError):
+            raise NoToken(f"the token server gave no answer within {_PATIENCE:g} s") from None
+        except httpx.ConnectError as error:
+            raise NoToken(f"the token server cannot be reached ({error})") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NoToken(f"the token server's answer broke off ({type(error).__name__})") from None
+        if status != 200:
+            raise NoToken(f"the token server answers {status}{_code_in(content)}")
+        return _token_in(content)
+
+    async def _ask(self, *, in_body: bool) -> tuple[int, bytes]:
+        form = {"grant_type": "client_credentials"}
+        # RFC 6749, 2.3.1: encoded as in a form before they are Basic's user and password.
+        auth = httpx.BasicAuth(quote_plus(self._as.id), quote_plus(self._as.secret))
+        if in_body:
+            form |= {"client_id": self._as.id, "client_secret": self._as.secret}
+        # Not compressed, as a few bytes of that may be very many.
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
+        request = self._client.build_request("POST", self._as.url, data=form, headers=headers)
+        answer = await self._client.send(request, auth=None if in_body else auth, stream=True)
+        try:
+            content = b""
+            async for piece in answer.aiter_raw():
+                content += piece
+                if len(content) > _LARGEST:
+                    raise NoToken(f"the token server's answer is larger than {_LARGEST} bytes")
+        finally:
+            await answer.aclose()
+        return answer.status_code, content
+
+
+def _read(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _code_in(content: bytes) -> str:
+    """RFC 6749's code of an error (5.2); its description may hold what it was sent."""
+    answer = _read(content)
+    code = answer.get("error") if isinstance(answer, dict) else None
+    return f" {code}" if code in _CODES else ""
+
+
+_CODES = (
+    "invalid_request",
+    "invalid_client",
+    "invalid_grant",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "invalid_scope",
+)
+
+
+def _token_in(content: bytes) -> tuple[str, float]:
+    answer = _read(content)
+    if not isinstance(answer, dict):
+        raise NoToken("the token server's answer is not a JSON object")
+    token, kind = answer.get("access_token"), answer.get("token_type", "Bearer")
+    if not isinstance(token, str) or not token:
+        raise NoToken("the token server's answer has no access_token")
+    if not isinstance(kind, str) or kind.lower() != "bearer":
+        raise NoToken("the token server's token_type is not Bearer")
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise NoToken("the token server's token has characters that may not stand in a header")
+    return token, _life(answer.get("expires_in"))
+
+
+def _life(said: Any) -> float:
+    """Seconds that a token lives; one of which that is not said is good until it is refused."""
+    try:
+        seconds = float(said)
+    except (TypeError, ValueError):
+        return math.inf
+    return min(seconds, _LONGEST_LIFE) if seconds > 0 else math.inf
