@@ -1,6 +1,7 @@
 # make up     a real vLLM on the CPU and the gateway in front of it
 # make test   lint, types and tests, those against the real vLLM included
 # make lock   the lock files anew, after a change of pyproject.toml
+# make audit  known vulnerabilities of what is locked, where the package index tells of them
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
@@ -12,10 +13,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Wheels alone: what is built here runs a script of its author's.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-fp8 test-soak test-restarts test-clients test-docker lint types lock clean bench bench-quick soak
+.PHONY: up test test-fp8 test-soak test-restarts test-clients test-docker lint types lock audit clean bench bench-quick soak
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -58,10 +60,19 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) pyproject.toml -o requirements/image.lock
 	$(COMPILE) pyproject.toml --extra dev -c requirements/image.lock -o requirements/dev.lock
+	$(COMPILE) requirements/audit.in -o requirements/audit.lock
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 	$(COMPILE) tests/clients/schemathesis.in -o tests/clients/schemathesis.lock
+
+audit: $(VENV)/audit/.installed
+	$(VENV)/audit/bin/python scripts/audit.py
+
+$(VENV)/audit/.installed: $(VENV)/bin/python requirements/audit.lock
+	$(PYTHON) -m venv $(VENV)/audit
+	$(PIP:$(BIN)%=$(VENV)/audit/bin%) --require-hashes -r requirements/audit.lock
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

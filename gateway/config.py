@@ -396,7 +396,7 @@ def _token_url(url: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens there."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
 def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:

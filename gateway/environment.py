@@ -178,8 +178,16 @@ def _complete(folder: Path) -> None:
 def _pip(python: Path, run: Runner, lock: Path, update: Update | None = None, *options: str) -> None:
     # The lock is complete, so no dependency is asked for: neither torch's of CUDA nor the packages it leaves out.
     # Compiling everything takes longer than what vLLM imports of it takes at its first start.
-    argv = [str(python), "-I", "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
-    argv += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--requirement", str(lock)]
+    argv = [str(python), "-I", "-m", "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    argv += [
+        "--no-compile",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar",
+        "off",
+        "--requirement",
+        str(lock),
+    ]
     argv += options
     run(argv, "It cannot be installed", _PipProgress(lock, python.parent.parent, update))
 

@@ -1,4 +1,4 @@
-"""The locks of the model server: complete, hashed, and true on any machine."""
+"""The locks: complete, hashed, and true on any machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import pytest
 import gateway
 
 FOLDER = Path(gateway.__file__).parent
+ROOT = FOLDER.parent
 LOCKS = sorted(FOLDER.glob("modelserver-*.lock"))
+ALL = sorted({*ROOT.glob("*/*.lock"), *ROOT.glob("*/*/*.lock")})
+# What installs from them.
+INSTALLERS = [
+    "Makefile",
+    "compose/Dockerfile",
+    "compose/quantize.Dockerfile",
+    "gateway/environment.py",
+    "bench/arms.py",
+]
 NAMES = ["modelserver-cpu-cuda-libs.lock", "modelserver-cpu.lock", "modelserver-torch-cpu.lock"]
 
 
@@ -24,16 +34,24 @@ def test_all_locks_are_there() -> None:
     assert [lock.name for lock in LOCKS] == NAMES
 
 
-@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+@pytest.mark.parametrize("lock", ALL, ids=lambda lock: lock.name)
 def test_every_entry_is_pinned_and_hashed(lock: Path) -> None:
     for name, line in entries(lock).items():
-        assert re.fullmatch(r"[\w.-]+==[\w.+]+", name), name
+        assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.+]+", name), name
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), name
 
 
 @pytest.mark.parametrize("lock", [*LOCKS, *FOLDER.glob("modelserver-*.in")], ids=lambda lock: lock.name)
 def test_no_lock_names_a_host_or_a_folder(lock: Path) -> None:
     assert not re.search(r"://|--(extra-)?index|--find-links|^/|\s/", lock.read_text(), re.MULTILINE)
+
+
+def test_nothing_is_installed_that_runs_a_script() -> None:
+    assert len(ALL) > 10
+    for name in INSTALLERS:
+        text = (ROOT / name).read_text()
+        installs = len(re.findall(r"^PIP := ", text, re.MULTILINE)) or text.count("--require-hashes")
+        assert text.count("--only-binary") == installs > 0, name
 
 
 def test_the_main_lock_has_torch_and_not_what_breaks_beside_it() -> None:

@@ -111,6 +111,15 @@ def test_the_readmes_requests_are_answered(stack: dict[str, str]) -> None:
     assert "Deep learning" in json.loads(vllm)["choices"][0]["text"]
 
 
+def test_the_image_tells_what_is_in_it(stack: dict[str, str]) -> None:
+    bill = json.loads(run("docker", "exec", GATEWAY, "cat", "/opt/gateway/sbom.json"))
+    held = {f"{one['name']}=={one['version']}".lower().replace("_", "-") for one in bill["components"]}
+    locked = re.findall(r"^([\w.-]+==[\w.+]+)", (ROOT / "requirements/image.lock").read_text(), re.MULTILINE)
+    assert bill["metadata"]["component"]["name"] == "vllm-gateway"
+    assert len(held) > 20
+    assert held <= {name.lower() for name in locked}
+
+
 def test_the_gateway_can_write_nothing_but_its_tmp(stack: dict[str, str]) -> None:
     state = inspected(GATEWAY)
     assert state["HostConfig"]["ReadonlyRootfs"] is True
