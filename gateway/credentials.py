@@ -19,6 +19,7 @@ import httpx
 import orjson
 
 from gateway.errors import GatewayError, NoneReady, UpstreamUnauthorized
+from gateway.reasons import reason
 
 _log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class Tokens:
         except (httpx.TimeoutException, TimeoutError):
             raise NoToken(f"the token server gave no answer within {_PATIENCE:g} s") from None
         except httpx.ConnectError as error:
-            raise NoToken(f"the token server cannot be reached ({error})") from None
+            raise NoToken(f"the token server cannot be reached ({reason(error)})") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NoToken(f"the token server's answer broke off ({type(error).__name__})") from None
         if status != 200:

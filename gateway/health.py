@@ -12,6 +12,7 @@ from typing import Any, Literal
 import httpx
 
 from gateway.credentials import FixedKey, Tokens
+from gateway.reasons import REFUSED, reason
 from gateway.upstreams import State, Upstream, UpstreamPool
 
 _log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Prober:
         except (httpx.TimeoutException, TimeoutError):
             state, why = "down", f"no answer within {_PATIENCE:g} s"
         except httpx.ConnectError as error:
-            state, why = _unconnected(upstream, str(error))
+            state, why = _unconnected(upstream, reason(error))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":
@@ -199,11 +200,12 @@ class Prober:
         ]
 
 
-def _unconnected(upstream: Upstream, error: str) -> tuple[State, str]:
-    refused = "refused" in error or "All connection attempts failed" in error
-    if refused and not upstream.ever_served:
+def _unconnected(upstream: Upstream, why: str) -> tuple[State, str]:
+    if why != REFUSED:
+        return "down", f"it cannot be reached ({why})"
+    if not upstream.ever_served:
         return "loading", "it refuses connections: it has not started yet"
-    return "down", "it refuses connections" if refused else f"it cannot be reached ({error})"
+    return "down", "it refuses connections"
 
 
 def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -13,6 +13,7 @@ import httptools
 
 from gateway.headers import AnswerHead, Header, SameHead, answer_head
 from gateway.interfaces import Caller
+from gateway.reasons import reason
 from gateway.upstreams import Upstream
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
@@ -241,7 +242,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._until_close and self._head_done and exc is None:
             exchange.upstream_end()
             return
-        exchange.upstream_lost("it closed the connection" if exc is None else _reason(exc), answered=self._answered)
+        exchange.upstream_lost("it closed the connection" if exc is None else reason(exc), answered=self._answered)
 
     def _forget(self) -> None:
         if self.idle_since:
@@ -330,7 +331,7 @@ class ConnectionPool:
         except TimeoutError:
             exchange.upstream_unreachable("it took no connection", timed_out=self._connect_timeout)
         except (OSError, ssl.CertificateError, UnicodeError) as error:
-            exchange.upstream_unreachable(_reason(error))
+            exchange.upstream_unreachable(reason(error))
         else:
             connection.exchange = exchange
             exchange.upstream_connected(connection)
@@ -386,17 +387,3 @@ def _nowhere(request: bytes) -> None: ...
 
 def _size_of(headers: list[Header]) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
-
-
-def _reason(error: Exception) -> str:
-    """What happened, in words that hold no address."""
-    # A host of several addresses, all of which refuse, comes as one OSError that lists them.
-    if isinstance(error, ConnectionRefusedError) or "refused" in str(error) or "Connect call failed" in str(error):
-        return "connection refused"
-    if isinstance(error, ConnectionResetError | BrokenPipeError):
-        return "it reset the connection"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid ({error.verify_message})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return type(error).__name__

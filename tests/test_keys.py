@@ -22,6 +22,7 @@ from tests.fake_vllm import FakeVllm, response
 from tests.gateway_process import Gateway, free_port, running
 from tests.test_routes import OLDER
 
+CERTIFICATES = Path(__file__).parent / "certs"
 CHAT = "/v1/chat/completions"
 SECRET = "sk-4f7d0c9a2b6e81d35a"
 OTHER = "sk-other-1234567890abc"
@@ -139,6 +140,28 @@ def test_without_keys_all_is_open(fake: FakeVllm, way: None) -> None:
         for path in (*OPEN, *CLOSED):
             assert client.get(path).status_code == 200
         assert client.post(CHAT, json=CALL, headers={"authorization": "Bearer nonsense"}).status_code == 200
+
+
+@pytest.mark.parametrize("certificate", ["other", "expired"])
+def test_no_error_and_no_probe_tells_where_an_upstream_is(certificate: str, way: None) -> None:
+    file = CERTIFICATES / f"{certificate}.pem"
+    with FakeVllm(certificate=file) as fake:
+        settings = {"api_keys": SECRET, "upstream_ca_file": str(CERTIFICATES / "authority.pem")}
+        with running(fake.url, **settings) as gateway, gateway.client() as client:
+            for told in (client.get("/v1/health_check"), client.post(CHAT, json=CALL, headers={"x-api-key": SECRET})):
+                assert told.status_code == 503
+                assert "127.0.0.1" not in told.text
+                assert str(fake.port) not in told.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
+def test_nor_do_those_of_one_that_is_not_there(host: str, way: None) -> None:
+    port = free_port()
+    with running(f"http://{host}:{port}", api_keys=SECRET) as gateway, gateway.client() as client:
+        for told in (client.get("/v1/health_check"), client.post(CHAT, json=CALL, headers={"x-api-key": SECRET})):
+            assert told.status_code == 503
+            assert host not in told.text
+            assert str(port) not in told.text
 
 
 def test_a_refusal_reads_no_body(client: httpx.Client, fake: FakeVllm) -> None:
