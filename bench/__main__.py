@@ -28,17 +28,28 @@ from bench.processes import rss_kb, signal_all
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = ["vllm-router", "gateway"]
-ALL = ["nginx", "vllm-router", "gateway", "gateway-asgi", "gateway-simplified", "starlette-httpx", "litellm"]
+ALL = [
+    "nginx",
+    "vllm-router",
+    "gateway",
+    "gateway-keyed",
+    "gateway-asgi",
+    "gateway-simplified",
+    "starlette-httpx",
+    "litellm",
+]
 # Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
 ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 11, 4
 OFTEN = {
-    "json-64": {"nginx", "vllm-router", "gateway", "gateway-simplified"},
+    "json-64": {"nginx", "vllm-router", "gateway", "gateway-keyed", "gateway-simplified"},
     "prompt-67k": {"vllm-router", "gateway"},
     "streams-100": {"vllm-router", "gateway"},
     "streams-300": {"direct", "vllm-router", "gateway"},
 }
 # The slow ones have one round, and not every cell.
 FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
+# A key is looked at once a request, whatever that asks for.
+FOR_KEYED = {"json-64"}
 # What a process has once grown to it keeps, so that only its first streams tell what they take.
 ONCE = {"open-2000"}
 Work = Callable[[Arm], Figures]
@@ -124,6 +135,8 @@ def _add(samples: report.Samples, failures: list[str], arm: Arm, cell: str, work
 def _wanted(arm: str, cell: str, number: int) -> bool:
     if arm in arms_.SLOW:
         return number == 0 and cell in FOR_SLOW
+    if arm == "gateway-keyed" and cell not in FOR_KEYED:
+        return False
     if number >= ROUNDS:
         return arm in OFTEN.get(cell, ())
     return number == 0 or cell not in ONCE

@@ -25,6 +25,8 @@ MOCK_PORT = 18008
 # These take seconds for what the others do in one.
 SLOW = {"starlette-httpx", "litellm"}
 
+_KEY = "sk-of-the-benchmark-1234567890"
+
 _NGINX = """
 daemon off;
 worker_processes 1;
@@ -59,13 +61,14 @@ litellm_settings: {{num_retries: 0}}
 
 @dataclass
 class Arm:
-    """A gateway that runs; `simplified` says that it is asked in the simplified form, `slow` that it needs time."""
+    """A gateway that runs, and how it is asked: in the simplified form, more slowly, with a key."""
 
     name: str
     port: int
     process: subprocess.Popen[bytes]
     simplified: bool = False
     slow: bool = False
+    key: str = ""
 
     @property
     def pid(self) -> int:
@@ -147,7 +150,8 @@ def running(
             process = processes.start(command, cores[1], log, {**path, **extra})
             started.append(process)
             _wait(port, health, process, log)
-            arms[name] = Arm(name, port, process, name == "gateway-simplified", name in SLOW)
+            key = _KEY if name == "gateway-keyed" else ""
+            arms[name] = Arm(name, port, process, name == "gateway-simplified", name in SLOW, key)
         yield arms, upstream
     finally:
         for process in started:
@@ -181,6 +185,7 @@ def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str],
         "GATEWAY_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),
         "GATEWAY_SHORTCUT": "off" if name == "gateway-asgi" else "on",
+        "GATEWAY_API_KEYS": _KEY if name == "gateway-keyed" else "",
     }
     return [str(ours / "python"), "-m", "gateway", "serve"], settings, "/v1/health_check"
 

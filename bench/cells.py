@@ -65,7 +65,7 @@ class Cells:
             ]
             with self._checked():
                 cpu = cpu_us(arm.pid)
-                said = self._run([*command, "--timeout", "20s", url], {"BENCH_BODY": str(file)})
+                said = self._run([*command, "--timeout", "20s", url], {"BENCH_BODY": str(file), "BENCH_KEY": arm.key})
                 cpu = cpu_us(arm.pid) - cpu
             found = re.search("RESULT (.*)", said)
             if found is None:

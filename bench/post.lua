@@ -1,6 +1,7 @@
 -- The body comes by the environment, as wrk takes none on its command line.
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
+if (os.getenv("BENCH_KEY") or "") ~= "" then wrk.headers["X-API-Key"] = os.getenv("BENCH_KEY") end
 local file = io.open(os.getenv("BENCH_BODY"), "rb")
 wrk.body = file:read("*a")
 file:close()

@@ -100,6 +100,7 @@ def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
     bar("CPU per JSON request, of nginx's", 3, 3, ratio("json-64", request, own, "nginx"))
     bar("simplified whole, of our own relay's", 1.4, 1.4, ratio("json-64", request, simplified, own))
     bar("simplified stream per event, of our own relay's", 1.5, 1.5, ratio("streams-100", event, simplified, own))
+    bar("CPU per JSON request with a key, of that without", 1.1, 1.1, ratio("json-64", request, "gateway-keyed", own))
     plain = ratio("json-64", request, own, "starlette-httpx")
     bar("CPU per JSON request, of plain Starlette + httpx's", 1 / 40, 1 / 40, plain)
     return found
