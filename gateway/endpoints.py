@@ -212,11 +212,14 @@ class Outermost:
 
 def _fault_of(scope: Scope) -> GatewayError | None:
     """Why a request is refused by its head alone."""
-    if scope["path"].endswith("\n"):  # which a pattern's `$` takes for the end
-        return _no_path(scope["path"])
-    target = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    path, raw = scope["path"], scope.get("raw_path") or b""
+    # No path that there is needs to be encoded; who stands before us may not have decoded it. A line feed is what a
+    # pattern's `$` takes for the end.
+    if b"%" in raw or path.endswith("\n"):
+        return _no_path(path)
+    target = len(raw or path) + len(scope["query_string"])
     limits = scope["state"]["data_path"].head_limits
-    return fault_of(scope["head"], target, limits, old=scope["http_version"] == "1.0")
+    return fault_of(scope["head"], target, limits, scope["http_version"])
 
 
 def _no_path(path: str) -> NotFound:
