@@ -142,7 +142,7 @@ class Way:
         self.port: int = listener.getsockname()[1]
         given = {"upstreams": (await self.upstream.start(),), "port": 0, "drain_timeout": 1, **self._settings}
         settings = Settings(**{names_of(field)[0]: value for field, value in given.items()})
-        server = create_server(settings, create_app(settings, self._log))
+        server = self._server = create_server(settings, create_app(settings, self._log))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             assert (
@@ -154,13 +154,26 @@ class Way:
             await serving
             self.upstream.stop()
 
-    async def ask(self, *writes: bytes, quiet: float = 5.0) -> Seen:
-        """Send these, each once nothing more comes of the one before; wait until nothing more comes of the last."""
+    @property
+    def handled(self) -> int:
+        """How many requests it has answered; what is no HTTP is none."""
+        return self._server.server_state.total_requests
+
+    async def ask(self, *writes: bytes, quiet: float = 5.0, between: float = 0.02, first: bytes = b"") -> Seen:
+        """Send these, each once nothing has come for a moment; wait until nothing has come for longer.
+
+        `first` is a call that has its answer before.
+        """
         self.upstream.got.clear()
         client = await connect(self.port)
+        if first:
+            client.send(first)
+            await client.until(1)
         for number, write in enumerate(writes):
-            if number:
-                await client.rest(min(quiet, 0.02))
+            if number and between:
+                await client.rest(between)
+            elif number:
+                await asyncio.sleep(0)  # the gateway's turn to read
             client.send(write)
         await client.rest(quiet)
         seen = Seen(client.got, client.closed, self.upstream.got[:])
