@@ -109,6 +109,8 @@ class RequestHead:
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}
+        if to_proxies := {name for name in known if name[:6] == b"proxy-"}:
+            dropped |= to_proxies
         bearer = known.get(b"authorization", b"")
         # Anthropic's clients send the other.
         self.secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")

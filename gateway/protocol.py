@@ -172,7 +172,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._in_head or self._in_body:
+        if (self._in_head or self._in_body) and not self._refused:
             # A head that does not end is not kept without end, nor what is no body in the midst of one: trailers, and
             # what stands behind a chunk's size. What came with its beginning may be of a body before it.
             self._head_size = 0 if self._head_size < 0 else self._head_size + len(data)
