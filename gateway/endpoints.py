@@ -51,7 +51,9 @@ class Relay:
         target = self._route.path.format(**scope["path_params"])
         if query:
             target = f"{target}?{query}"
-        client.asked_for = not any(name == b"expect" for name, _ in scope["headers"])
+        client.asked_for = not any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
+        )
         kind = Upload if self._route.body == "upload" else Exchange
         exchange = client.exchange = kind(path, client, self._route, target, head)
         if self._route.body == "upload":
