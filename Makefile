@@ -5,7 +5,7 @@
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
 # make test-smuggling  requests as bytes that try to be other than they seem, behind nginx and HAProxy, then spoilt at random; needs both
-# make fuzz   ten minutes of the latter, half a million requests
+# make fuzz   ten minutes of the latter, some 350,000 requests
 # make test-clients  real clients (OpenAI's, Anthropic's, LangChain and others) run the examples, leave and fail; installs them (600 MB)
 # make test-fp8  datasets read, the demo model quantized by llm-compressor and served; installs it (450 MB)
 # make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000

@@ -27,8 +27,8 @@ from tests.smuggling.grammar import BODY, request
 from tests.smuggling.lanes import LAST, Seen, Way, answers
 
 # Cases that run at once, each with a gateway and an upstream of its own on each way in, so that what goes upstream is
-# known to be of that case. Real sockets, all on one loop, as that makes some 800 cases a second on a slow core, half a
-# million in ten minutes: enough not to do without what a connection's end or a write in pieces may bring about.
+# known to be of that case. Real sockets, all on one loop, as that makes some 600 cases a second on a slow core, and
+# 350,000 in ten minutes: enough not to do without what a connection's end or a write in pieces may bring about.
 LANES = 8
 # A call that must have its answer follows so many cases.
 BATCH = 100
