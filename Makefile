@@ -5,6 +5,8 @@
 # make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
 # make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
 # make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
+# make test-smuggling  requests as bytes that try to be other than they seem, behind nginx and HAProxy, then spoilt at random; needs both
+# make fuzz   ten minutes of the latter, some 350,000 requests
 # make test-clients  real clients (OpenAI's, Anthropic's, LangChain and others) run the examples, leave and fail; installs them (600 MB)
 # make test-fp8  datasets read, the demo model quantized by llm-compressor and served; installs it (450 MB)
 # make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-fp8 test-soak test-restarts test-clients test-docker lint types lock audit clean bench bench-quick soak
+.PHONY: up test test-fp8 test-soak test-restarts test-smuggling test-clients test-docker lint types lock audit clean bench bench-quick soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -44,6 +46,13 @@ test-restarts: $(VENV)/.installed-dev
 
 test-clients: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/clients/examples.py tests/clients/leaving.py tests/clients/failures.py tests/clients/described.py
+
+test-smuggling: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/smuggling/fronts.py
+	@$(BIN)/python -m tests.fuzz --seconds 40
+
+fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.fuzz
 
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak

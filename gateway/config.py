@@ -186,7 +186,7 @@ class Settings(_EnvironmentSettings):
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body, in bytes.")
     max_head_bytes: int = Field(64 * 1024, ge=1024, description="Largest head of a request, in bytes.")
     max_headers: int = Field(100, ge=8, description="Most headers of a request.")
-    max_url_bytes: int = Field(8192, ge=64, description="Longest target of a request, in bytes.")
+    max_url_bytes: int = Field(8192, ge=64, le=65_000, description="Longest target of a request, in bytes.")
     max_n: int = Field(128, ge=1, description="Most answers that a call may ask for (`n`, `best_of`).")
     max_new_tokens: int | None = Field(
         None, ge=1, description="Most tokens that a call may ask for; unset: as many as the model takes."

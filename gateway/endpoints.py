@@ -52,7 +52,9 @@ class Relay:
         target = self._route.path.format(**scope["path_params"])
         if query:
             target = f"{target}?{query}"
-        client.asked_for = not any(name == b"expect" for name, _ in scope["headers"])
+        client.asked_for = not any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
+        )
         kind = Upload if self._route.body == "upload" else Exchange
         exchange = client.exchange = kind(path, client, self._route, target, head)
         if self._route.body == "upload":
@@ -228,11 +230,14 @@ class Outermost:
 
 def _fault_of(scope: Scope) -> GatewayError | None:
     """Why a request is refused by its head alone."""
-    if scope["path"].endswith("\n"):  # which a pattern's `$` takes for the end
-        return _no_path(scope["path"])
-    target = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    path, raw = scope["path"], scope.get("raw_path") or b""
+    # No path that there is needs to be encoded; who stands before us may not have decoded it. A line feed is what a
+    # pattern's `$` takes for the end.
+    if b"%" in raw or path.endswith("\n"):
+        return _no_path(path)
+    target = len(raw or path) + len(scope["query_string"])
     limits = scope["state"]["data_path"].head_limits
-    return fault_of(scope["head"], target, limits, old=scope["http_version"] == "1.0")
+    return fault_of(scope["head"], target, limits, scope["http_version"])
 
 
 def _no_path(path: str) -> NotFound:

@@ -52,7 +52,13 @@ NOT_TO_CLIENT = HOP_BY_HOP | {
 }
 
 # RFC 9110, 7.2, without user information; with the underscores that containers' names have.
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
+
+# Zeros may stand before it, more than Python reads.
+_LENGTH = re.compile(rb"0*(\d{1,19})")
+
+# HTTP/1.1's, and those that an ASGI server calls so which really speaks them; in a request line 2.0 is nobody's.
+_VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -76,8 +82,8 @@ class RequestHead:
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
     here. `origin` says that a page in a browser asks. `secret` is the key that it brings, if any;
-    `hosts` is all that stands for a host, `coding` the body's on its way, `count` how many headers
-    there are and `size` their bytes.
+    `hosts` is all that stands for a host, `coding` the body's on its way, if it says one, `count` how
+    many headers there are and `size` their bytes.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
@@ -103,11 +109,11 @@ class RequestHead:
         self.count = len(headers)
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         self.hosts = known.get(b"host")
-        self.coding = known.get(b"transfer-encoding", b"chunked")
+        self.coding = known.get(b"transfer-encoding")
         self.origin = b"origin" in known
         self.request_id = sane_request_id(known.get(b"x-request-id"))
-        length = known.get(b"content-length", b"")
-        self.length = int(length) if length.isdigit() else 0
+        length = _LENGTH.fullmatch(known.get(b"content-length", b""))
+        self.length = int(length[1]) if length else 0
         self.encoding = known.get(b"content-encoding", b"identity").lower()
         # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
         self.content_type = known.get(b"content-type", b"")
@@ -115,6 +121,8 @@ class RequestHead:
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}
+        if to_proxies := {name for name in known if name[:6] == b"proxy-"}:
+            dropped |= to_proxies
         bearer = known.get(b"authorization", b"")
         # Anthropic's clients send the other.
         self.secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")
@@ -138,15 +146,20 @@ def too_large(limits: HeadLimits) -> str:
     return f"The request's head must be at most {limits.size} bytes (GATEWAY_MAX_HEAD_BYTES)."
 
 
-def fault_of(head: RequestHead, target: int, limits: HeadLimits, *, old: bool) -> GatewayError | None:
-    """Why a head is refused, whose target has so many bytes; `old` is one of HTTP/1.0, which need not name a host."""
+def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -> GatewayError | None:
+    """Why a head of this version of HTTP is refused, whose target has so many bytes."""
+    if version not in _VERSIONS:
+        return BadRequest(f"The request must be of HTTP/1.1, but it is of HTTP/{version}.")
+    old = version == "1.0"
     if head.hosts is None:
         if not old:
             return BadRequest("The request must name its Host once, but it names none.")
     elif not _HOST.fullmatch(head.hosts):
         shown = head.hosts[:60].decode("latin-1")
         return BadRequest(f"The request must name one Host, as HOST or HOST:PORT, but it is {shown!r}.")
-    if head.coding.lower() != b"chunked":
+    if head.coding is not None and old:
+        return BadRequest("Transfer-Encoding must be absent in HTTP/1.0, which does not know it.")
+    if head.coding is not None and head.coding.lower() != b"chunked":
         shown = head.coding[:60].decode("latin-1")
         return UnsupportedEncoding(f"Transfer-Encoding must be absent or chunked, but it is {shown!r}.")
     if target > limits.url:

@@ -187,7 +187,9 @@ class RequestLog:
 
     def _line(self, fields: dict[str, Any]) -> bytes:
         if self._form == "json":
-            return orjson.dumps(fields)
+            line = orjson.dumps(fields)
+            # Beyond ASCII are characters, too, that a terminal obeys.
+            return line if line.isascii() else json.dumps(fields, separators=(",", ":")).encode()
         return _as_text(fields).encode(errors="backslashreplace")
 
 

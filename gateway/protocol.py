@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import re
 import select
 import socket
 import struct
@@ -38,6 +39,7 @@ _METHODS = (
     "on_response_complete",
     "_start_asgi_task",
     "_unset_keepalive_if_required",
+    "_unsupported_upgrade_warning",
     "pause_writing",
     "resume_writing",
     "send_400_response",
@@ -71,6 +73,11 @@ _LAST_CALL = 1.0
 
 # Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
 _LEFT = getattr(select, "POLLRDHUP", 0)
+
+# A path with its query; before it, for a proxy, a host that decides nothing. No fragment, which nobody sends.
+_TARGET = re.compile(rb"(?:https?://[A-Za-z0-9._~:\[\]-]+)?(/[^#]*)", re.IGNORECASE)
+# Of any other target; uvicorn reads it, and no route has it.
+_NO_PATH = b"*"
 
 # struct linger: on, for no time.
 _AT_ONCE = struct.pack("ii", 1, 0)
@@ -165,8 +172,9 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._in_head:
-            # A head that does not end is not kept without end. What came with its beginning may be of a body before it.
+        if (self._in_head or self._in_body) and not self._refused:
+            # A head that does not end is not kept without end, nor what is no body in the midst of one: trailers, and
+            # what stands behind a chunk's size. What came with its beginning may be of a body before it.
             self._head_size = 0 if self._head_size < 0 else self._head_size + len(data)
             if self._head_size > self._path.head_limits.size:
                 self._in_head = False
@@ -180,19 +188,49 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._head_size = -1
         self._awaited_since = None
         self._in_body = True
+        target = self.url
+        self.url = self._readable(target)
         if self.pipeline is _NOTHING_WAITS and self.cycle is not None and not self.cycle.response_complete:
             self.pipeline = deque()
         super().on_headers_complete()
         self.headers = []  # the parser goes on to fill the scope's own list, with trailers
-        if self._path.drain.began:
+        if self.url is _NO_PATH:
+            self.scope["path"] = target[:1000].decode("latin-1")
+        if self._path.drain.began or self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
+    def _readable(self, target: bytes) -> bytes:
+        """The path and query of a target, so that uvicorn, which would break off, can read them."""
+        found = _TARGET.fullmatch(target)
+        # What is longer than may be is told so by what is left of it; uvicorn reads 65,535 bytes.
+        return found[1][: self._path.head_limits.url + 2] if found else _NO_PATH
+
+    def on_body(self, body: bytes) -> None:
+        self._head_size = -1
+        super().on_body(body)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The parser takes a request to change the protocol for its end: what comes now is its body, or is none.
+
+        So nothing more is read, and its answer closes the connection.
+        """
+        self.parser = cast(Any, _Deaf)
+
     def on_message_complete(self) -> None:
+        self._ends_message()
+        super().on_message_complete()
+
+    def _ends_message(self) -> None:
+        """The request is complete. Its trailers, too, may have made it the last that the parser reads."""
         self._in_body = False
         self._awaited_since = None
-        super().on_message_complete()
+        if not self.parser.should_keep_alive():
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but for the refusal and for one keep-alive timer a connection, not one a request."""

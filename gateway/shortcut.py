@@ -127,7 +127,7 @@ class Shortcut(Protocol):
             self._to_the_app()
             return
         head, path = RequestHead(self.headers), self._path
-        if fault_of(head, len(self.url), path.head_limits, old=False) or (head.origin and path.cross_origin):
+        if fault_of(head, len(self.url), path.head_limits, "1.1") or (head.origin and path.cross_origin):
             self._data = b""
             self._to_the_app()  # which says so
             return
@@ -153,14 +153,14 @@ class Shortcut(Protocol):
 
     def on_body(self, body: bytes) -> None:
         if self.cycle is self and self._exchange is not None:
+            self._head_size = -1
             self._exchange.request_body(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.cycle is self and self._exchange is not None:
-            self._in_body = False
-            self._awaited_since = None
+            self._ends_message()
             self._exchange.request_end()
         else:
             super().on_message_complete()

@@ -121,6 +121,18 @@ def completion(text: str | None = "It's.", finish: str = "stop", **message: obje
     return orjson.dumps({**fields, "choices": [choice], "usage": USAGE})
 
 
+def probe_answers(models: tuple[str, ...] = (MODEL,)) -> dict[str, bytes]:
+    """What a server that serves these is asked by probes, and says."""
+    listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
+    return {
+        "/health": response("200 OK", b""),
+        "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
+        "/v1/audio/transcriptions": response("404 Not Found", b'{"detail":"Not Found"}'),
+        "/v1/chat/completions": response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}'),
+        "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
+    }
+
+
 class FakeVllm:
     """The server, in a thread and loop of its own. Use as a context manager."""
 
@@ -133,14 +145,7 @@ class FakeVllm:
             self._tls.load_cert_chain(certificate)
         self.received: list[Received] = []
         self.connections = 0
-        listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
-        self.probe_answers: dict[str, bytes] = {
-            "/health": response("200 OK", b""),
-            "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
-            "/v1/audio/transcriptions": response("404 Not Found", b'{"detail":"Not Found"}'),
-            "/v1/chat/completions": response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}'),
-            "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
-        }
+        self.probe_answers = probe_answers(models)
         self.probed: deque[Received] = deque(maxlen=1000)
         self.changed = threading.Condition()
         self.open: set[_Connection] = set()

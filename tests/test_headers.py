@@ -79,7 +79,10 @@ def test_order_and_duplicates_of_what_is_forwarded_are_kept(forward: Forward, he
             assert [h for h in forwarded if h[0] == name] == [h for h in headers if h[0] == name]
 
 
-@pytest.mark.parametrize("name", [b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"])
+@pytest.mark.parametrize(
+    "name",
+    [b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id", b"proxy-status", b"proxy-x"],
+)
 def test_what_is_ours_to_write_or_the_clients_secret_does_not_reach_the_upstream(name: bytes) -> None:
     assert to_upstream([(name, b"x"), (b"accept", b"*/*")]) == [(b"accept", b"*/*")]
 

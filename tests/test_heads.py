@@ -123,6 +123,25 @@ def test_a_head_that_does_not_end_is_not_kept(gateway: Gateway, first: bytes) ->
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/nowhere"])
+@pytest.mark.parametrize(
+    "endless", [b"1\r\n \r\n1;", b"1\r\n \r\n0\r\n", b"1\r\n \r\n0\r\nx: "], ids=["extension", "trailers", "trailer"]
+)
+def test_what_stands_around_a_body_without_end_is_not_kept(gateway: Gateway, path: bytes, endless: bytes) -> None:
+    more = b"x: y\r\n" * 10_000 if endless.endswith(b"0\r\n") else b"y" * 60_000
+    with gateway.connect() as connection:
+        connection.sendall(b"POST " + path + b" HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n\r\n" + endless)
+        sent = 0
+        try:
+            while sent < 16 << 20:
+                sent += connection.send(more)
+        except OSError:
+            pass
+    assert sent < 8 << 20
+    with gateway.client() as client:
+        assert client.get("/health").status_code == 200
+
+
 def test_heads_that_come_in_pieces_are_counted_one_by_one(gateway: Gateway) -> None:
     head = CHAT + HOST + b"x-filler: " + b"y" * 1200 + b"\r\n" + LENGTH + b"\r\n"
     with gateway.connect() as connection:

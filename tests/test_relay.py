@@ -96,15 +96,34 @@ def test_models_are_relayed(client: httpx.Client) -> None:
 
 
 def test_neither_hop_by_hop_headers_nor_the_clients_secrets_go_upstream(client: httpx.Client, fake: FakeVllm) -> None:
-    secret = {"authorization": "Bearer sk-1", "cookie": "a=b", "proxy-authorization": "Basic x"}
+    secret = {"authorization": "Bearer sk-1", "cookie": "a=b", "proxy-authorization": "Basic x", "proxy-mine": "y"}
     hops = {"connection": "keep-alive, x-mine", "x-mine": "1", "te": "trailers", "keep-alive": "timeout=5"}
 
-    client.post(CHAT, content=OPENAI, headers={**secret, **hops, "traceparent": "00-1"})
+    # More than one, and in this order.
+    trace = [("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), ("tracestate", "a=1,b=\t2")]
+    trace += [("tracestate", "c=3"), ("baggage", "k=v;p")]
+
+    client.post(CHAT, content=OPENAI, headers=[*secret.items(), *hops.items(), *trace])
 
     sent = fake.received[0]
     assert [name for name in (*secret, *hops) if sent.header(name)] == []
-    assert sent.header("traceparent") == "00-1"
+    assert [header for header in sent.headers if header in trace] == trace
     assert sent.header("host") == f"127.0.0.1:{fake.port}"
+
+
+def test_hop_by_hop_headers_of_an_answer_do_not_reach_the_client(client: httpx.Client, fake: FakeVllm) -> None:
+    hops = ["Connection: keep-alive, X-Mine", "x-mine: 1", "Keep-Alive: timeout=5", "Proxy-Authenticate: Basic"]
+    hops += ["Proxy-Connection: keep-alive", "Trailer: x", "TE: trailers", "Upgrade: h2c"]
+    for stream in (False, True):
+        body = b"{}" if not stream else b"".join(EVENTS)
+        kind = "text/event-stream" if stream else "application/json"
+        fake.queue([response("200 OK", body, *hops, "x-kept: 1", kind=kind)])
+
+        got = client.post(CHAT, content=OPENAI)
+
+        assert got.content == body
+        assert got.headers["x-kept"] == "1"
+        assert {one.partition(":")[0].lower() for one in hops} & set(got.headers) == set()
 
 
 def test_the_upstreams_key_is_ours(fake: FakeVllm) -> None:
