@@ -53,9 +53,12 @@ def calls_in(work: Callable[[], None]) -> int:
     return count
 
 
-async def counted() -> tuple[int, float, int]:
-    """Calls per request, calls per event, and objects that a hundred requests leave to the garbage collector."""
-    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0)
+async def counted(*keys: str) -> tuple[int, float, int]:
+    """Calls per request, calls per event, and objects that a hundred requests leave to the garbage collector.
+
+    Where there are `keys` the requests bring none, and are refused.
+    """
+    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0, GATEWAY_API_KEYS=keys)
     log = LineWriter(os.open(os.devnull, os.O_WRONLY))
     app = create_app(settings, log)
     async with app.router.lifespan_context(app) as state:
@@ -87,6 +90,11 @@ async def counted() -> tuple[int, float, int]:
                 server.data_received(chunk(EVENTS[1]))
             server.data_received(chunk(DONE) + STREAM_END)
 
+        if keys:
+            connection.data_received(post(WHOLE))
+            refused = calls_in(lambda: connection.data_received(post(WHOLE)))
+            assert client.written.startswith(b"HTTP/1.1 401 ")
+            return refused, 0, 0
         whole()
         streamed(1)
         assert client.written.count(b"HTTP/1.1 200 OK") == 2
@@ -111,3 +119,8 @@ def test_a_request_and_an_event_cost_no_more_calls_than_they_did() -> None:
     assert REQUEST / 1.5 < request <= REQUEST
     assert EVENT / 1.5 < event <= EVENT
     assert garbage < 100, "requests leave cycles behind"
+
+
+def test_a_refusal_costs_less_than_a_service() -> None:
+    refused, _, _ = uvloop.run(counted("sk-4f7d0c9a2b6e81d35a"))
+    assert refused < REQUEST * 0.75
