@@ -80,7 +80,7 @@ def test_every_command_gives_the_same_stack(device: str, tmp_path: Path) -> None
 
 # Which services use a key, by how it begins; all others are the model server's.
 USED_BY = {
-    "GATEWAY_|LLM_USVC_|OPEA_": {GATEWAY},
+    "GATEWAY_|LLM_USVC_|OPEA_|LLM_VLLM_(TOKEN_URL|CLIENT_)": {GATEWAY},
     "FP8_|BATCH_SIZE|VLLM_GAUDI_SOURCE": {"quantize"},
     "PROMETHEUS_": {"prometheus"},
     "GRAFANA_": {"grafana"},
@@ -143,12 +143,18 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
     assert ours["cap_drop"] == ["ALL"]
     assert ours["security_opt"] == ["no-new-privileges:true"]
     mounted = {volume["target"]: (volume["source"], volume["read_only"]) for volume in ours["volumes"]}
-    assert mounted == {"/run/keys": ("/dev/null", True), "/run/upstream-ca.pem": ("/dev/null", True)}
+    files = ("keys", "upstream-ca.pem", "tls-cert.pem", "tls-key.pem")
+    assert mounted == {f"/run/{file}": ("/dev/null", True) for file in files}
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("GATEWAY_API_KEYS_FILE", "/run/keys"), ("GATEWAY_UPSTREAM_CA_FILE", "/run/upstream-ca.pem")],
+    [
+        ("GATEWAY_API_KEYS_FILE", "/run/keys"),
+        ("GATEWAY_UPSTREAM_CA_FILE", "/run/upstream-ca.pem"),
+        ("GATEWAY_TLS_CERT_FILE", "/run/tls-cert.pem"),
+        ("GATEWAY_TLS_KEY_FILE", "/run/tls-key.pem"),
+    ],
 )
 def test_a_file_for_the_gateway_is_the_gateways_alone(name: str, target: str) -> None:
     given = stack("cpu", **{name: "./file"})
