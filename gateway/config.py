@@ -399,6 +399,13 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
+def own_url(settings: Settings) -> str:
+    """Where this machine reaches the gateway that has these settings."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    scheme = "http" if settings.tls_cert_file is None else "https"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
+
+
 def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:
     """The environment names of a field, the one that wins first."""
     alias = settings.model_fields[field].validation_alias

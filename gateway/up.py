@@ -19,7 +19,7 @@ import httpx
 
 from gateway import environment, models, preflight, vllmapp, vllmargs
 from gateway.child import Child, last_lines
-from gateway.config import ModelServerSettings, Settings
+from gateway.config import ModelServerSettings, Settings, own_url
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
 from gateway.preflight import GIB, CannotStart
 from gateway.progress import Display
@@ -101,7 +101,7 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
         with Child(
             [sys.executable, "-m", "gateway", "serve"], _gateway_environment(settings, environ), grace=_DRAIN + 5
         ) as front:
-            _wait_for_gateway(server, front, _url(gateway))
+            _wait_for_gateway(server, front, own_url(gateway))
             for line in _what_to_try(gateway, served, log):
                 display.say(line)
             _watch(server, front)
@@ -213,13 +213,8 @@ def _check_front(front: Child) -> None:
         raise CannotStart(f"The gateway ended with {code}; its lines are above.")
 
 
-def _url(gateway: Settings) -> str:
-    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
-    return f"http://[{host}]:{gateway.port}" if ":" in host else f"http://{host}:{gateway.port}"
-
-
 def _what_to_try(gateway: Settings, served: Served, log: Path) -> Iterator[str]:
-    url = _url(gateway)
+    url = own_url(gateway)
     model = served.name
     simplified = {"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}}
     openai = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
