@@ -1,7 +1,8 @@
-"""The command `vllm-gateway`: serve, up, demo-model, quantize, check, settings."""
+"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, settings."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
+from gateway.keys import CLIENT_KEY
 from gateway.preflight import CannotStart
 from gateway.server import CannotListen
 from gateway.server import serve as run_server
@@ -73,6 +75,71 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
         for warning in warnings:
             click.echo(f"vllm-gateway: warning: {warning}", err=True)
         sys.exit(run_both(model_server, settings, environ))
+
+
+def _text(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("it is not UTF-8.") from None
+    return value
+
+
+def _key(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise click.BadParameter("a key is of printable ASCII characters without spaces.")
+    return value
+
+
+def _url(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return None if value is None else config.base_url(value)
+    except ValueError:
+        raise click.BadParameter("a gateway is named as http://host:9000, without a user or password.") from None
+
+
+@main.command(
+    epilog="""\b
+Exit status: 0 answered, or a conversation was left; 1 the gateway or the model refused, or the
+answer broke off; 2 wrong usage; 3 the gateway cannot be reached; 130 stopped by Ctrl-C; 141 nobody
+reads the answer any more."""
+)
+@click.argument("prompt", required=False, callback=_text)
+@click.option("--url", metavar="URL", callback=_url, help="The gateway; else where this machine's settings have it.")
+@click.option(
+    "--key",
+    envvar=CLIENT_KEY,
+    show_envvar=True,
+    callback=_key,
+    help="One of the gateway's keys. Better in the environment: others can read a command line.",
+)
+@click.option("--model", callback=_text, help="One of those served; without it the gateway chooses.")
+@click.option("--system", metavar="TEXT", callback=_text, help="What the model is told before all else.")
+@click.option("--max-tokens", "max_new_tokens", type=click.IntRange(1), help="Most tokens of an answer.")
+@click.option("--temperature", type=click.FloatRange(0), help="How freely the model chooses its words.")
+@click.option("--json", "as_json", is_flag=True, help="Each answer, or what failed, as one line of JSON.")
+def chat(
+    prompt: str | None, url: str | None, key: str | None, system: str | None, as_json: bool, **fields: Any
+) -> None:
+    """Ask a running gateway, and show the answer while it comes.
+
+    What is piped in is asked, too, below the PROMPT and a blank line. With neither, it is a conversation, in
+    which Ctrl-C stops an answer, and Ctrl-D or /exit leaves. Notes and errors go to standard error.
+    """
+    from gateway import chat as client
+
+    try:
+        asked = client.read_prompt(prompt)
+        url = url or config.own_url(config.build(config.Settings, None))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except config.SettingsError as error:
+        _stop(error)
+    except KeyboardInterrupt:
+        sys.exit(client.STOPPED)
+    else:
+        given = {name: value for name, value in fields.items() if value is not None}
+        sys.exit(client.run(client.Asking(url, key, system, given, as_json), asked))
 
 
 @main.command("demo-model")

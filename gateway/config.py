@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 from gateway.bounds import DEEPEST
 from gateway.credentials import TokenClient
 from gateway.errors import Style
-from gateway.keys import BadKeys, Key, from_lines, from_secrets
+from gateway.keys import CLIENT_KEY, BadKeys, Key, from_lines, from_secrets
 from gateway.releases import STYLES, Release
 from gateway.routes import NAMES
 
@@ -235,7 +235,7 @@ class Settings(_EnvironmentSettings):
     @field_validator("upstreams")
     @classmethod
     def _check_upstreams(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        urls = tuple(_upstream_url(url) for url in value)
+        urls = tuple(base_url(url) for url in value)
         if len(set(urls)) != len(urls):
             raise ValueError("each URL once")
         return urls
@@ -362,8 +362,8 @@ class ModelServerSettings(_EnvironmentSettings):
     extra_args: str = Field("", validation_alias="EXTRA_ARGS", description="More of vLLM's options, as in a shell.")
 
 
-def _upstream_url(url: str) -> str:
-    """`http://host:port[/prefix]`, without the `/v1` that some configurations carry."""
+def base_url(url: str) -> str:
+    """`http://host:port[/prefix]`, without the `/v1` that some configurations carry. Raises ValueError."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -595,7 +595,7 @@ def _refuse_unknown(environment: Iterable[str]) -> None:
     known = [name for field in Settings.model_fields for name in names_of(field)]
     wrong = []
     for name in sorted(environment):
-        if name.startswith("GATEWAY_") and name not in known:
+        if name.startswith("GATEWAY_") and name not in (*known, CLIENT_KEY):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             wrong.append(f"{name} is not a setting of the gateway: did you mean {near[0]}?")
     if wrong:

@@ -1,0 +1,353 @@
+"""The command `chat`: asks a running gateway, and shows the answer while it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import click
+import httpx
+import orjson
+
+from gateway import sse
+from gateway.keys import CLIENT_KEY
+
+Json = dict[str, Any]
+
+# Exit statuses; 2 is click's, for wrong usage.
+FAILED = 1
+UNREACHABLE = 3
+STOPPED = 128 + signal.SIGINT
+UNREAD = 128 + signal.SIGPIPE
+
+_CHAT = "/v1/chat/completions"
+_CONNECT_SECONDS = 5
+_LARGEST_EVENT = 1024 * 1024
+_LEAVING = "Ctrl-D or /exit leaves."
+# Nothing that drives a terminal may get there from an answer. Written so, JSON stays JSON.
+_DRIVING = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\r\n\t"]
+_SHOWN = {ord("\r"): "", **{code: f"\\u{code:04x}" for code in _DRIVING}}
+
+
+class Unwritable(Exception):
+    """Standard output takes nothing more; the cause says why."""
+
+
+class Failed(Exception):
+    """There is no answer, or no whole one: the error in OpenAI's form, and the exit status."""
+
+    def __init__(self, error: Json, status: int = FAILED) -> None:
+        super().__init__(error["message"])
+        self.error = error
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whom to ask, and how; `fields` are those of the request beside its messages."""
+
+    url: str
+    key: str | None = field(repr=False)
+    system: str | None
+    fields: Json
+    as_json: bool
+
+
+@dataclass
+class Answer:
+    """What has come of an answer; its fields are those of the JSON that is written."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    usage: Json | None = None
+    model: str | None = None
+    request_id: str | None = None
+    seconds_to_first_token: float | None = None
+    seconds: float = 0.0
+
+    def take(self, told: Json) -> str:
+        """Note what a chunk or a whole reply says; its text. Raises what comes of one that is neither."""
+        self.model = told.get("model") or self.model
+        self.usage = told.get("usage") or self.usage
+        for choice in told.get("choices", []):
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        return "".join([told["text"]] if "text" in told else map(_text, told["choices"]))
+
+
+class CtrlC:
+    """Has Ctrl-C raise KeyboardInterrupt where it is waited for, once, and nowhere else."""
+
+    def __init__(self) -> None:
+        self._heard = False
+        # What a shell starts in the background ignores it.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._pressed)
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """It is waited for inside this."""
+        self._heard = True
+        try:
+            yield
+        finally:
+            self._heard = False
+
+    def _pressed(self, number: int, frame: FrameType | None) -> None:
+        if self._heard:
+            self._heard = False
+            raise KeyboardInterrupt
+
+
+class Output:
+    """Standard output, for answers and nothing else."""
+
+    def __init__(self) -> None:
+        if sys.stdout is None:
+            raise Unwritable from OSError("it is closed")
+        self._terminal = sys.stdout.isatty()
+        self._in_line = False
+
+    def write(self, text: str, encoding: str | None = None) -> None:
+        """At once, in the terminal's encoding unless it must be another; raises Unwritable."""
+        if self._terminal:
+            text = text.translate(_SHOWN)
+        if not text:
+            return
+        self._in_line = not text.endswith("\n")
+        try:
+            sys.stdout.buffer.write(text.encode(encoding or sys.stdout.encoding, "replace"))
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            # What is left in the buffer would be tried again at Python's end, and complained of.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise Unwritable from error
+
+    def end_line(self) -> None:
+        """What comes next begins a line."""
+        if self._in_line:
+            self.write("\n")
+
+
+def read_prompt(prompt: str | None) -> str | None:
+    """The prompt, and what is piped in below it; None where there is neither, but somebody at a terminal.
+
+    Raises ValueError, which says why there is nothing to ask.
+    """
+    piped = None
+    if sys.stdin is not None and not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.buffer.read().decode().strip("\r\n")
+        except UnicodeDecodeError:
+            raise ValueError("What is piped in is not UTF-8.") from None
+    elif sys.stdin is not None and prompt is None:
+        return None
+    texts = [text for text in (prompt, piped) if text and not text.isspace()]
+    if not texts:
+        raise ValueError("There is nothing to ask: give a prompt, or pipe a text in.")
+    return "\n\n".join(texts)
+
+
+def run(asking: Asking, prompt: str | None) -> int:
+    """Ask once, or without a prompt talk with whom is at the terminal; the exit status."""
+    try:
+        chat = Chat(asking, Output(), CtrlC())
+        return chat.talk() if prompt is None else chat.ask(prompt)
+    except Unwritable as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return UNREAD
+        _note(f"The answer cannot be written: {_reason(error.__cause__)}.")
+        return FAILED
+
+
+class Chat:
+    """A conversation with a gateway, which is told all of it with each question."""
+
+    def __init__(self, asking: Asking, output: Output, ctrl_c: CtrlC) -> None:
+        self._asking = asking
+        self._output = output
+        self._ctrl_c = ctrl_c
+        self._messages: list[Json] = [{"role": "system", "content": asking.system}] if asking.system else []
+        # To read all of the system's certificates takes a while.
+        secure = asking.url.startswith("https:")
+        self._tls = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    def talk(self) -> int:
+        """Ask what is typed, until the end."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits its line, and knows those before)
+        _note(f"Talking to {self._asking.url}. Ctrl-C stops an answer. {_LEAVING}")
+        while True:
+            try:
+                with self._ctrl_c.heard():
+                    prompt = _typed()
+            except KeyboardInterrupt:
+                _note(_LEAVING, behind_key=True)
+            except EOFError:
+                click.echo(err=True)
+                return 0
+            except UnicodeError:
+                _note("That was not UTF-8.")
+            else:
+                if prompt.strip() == "/exit":
+                    return 0
+                if prompt.strip():
+                    self.ask(prompt)
+
+    def ask(self, prompt: str) -> int:
+        """Ask, and show what comes."""
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        answer, failure, began = Answer(), None, time.monotonic()
+        try:
+            with self._ctrl_c.heard():
+                self._fetch(messages, answer, began)
+        except KeyboardInterrupt:
+            failure = Failed({"message": "Stopped.", "code": "stopped"}, STOPPED)
+        except Failed as error:
+            failure = error
+        answer.seconds = _since(began)
+        if answer.text:  # a question without an answer is forgotten, as models want the two in turns
+            self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._end(answer, failure)
+        return failure.status if failure else 0
+
+    def _end(self, answer: Answer, failure: Failed | None) -> None:
+        if self._asking.as_json:
+            error = {"error": failure.error} if failure else {}
+            self._output.write(orjson.dumps(vars(answer) | error).decode() + "\n", "utf-8")
+            return
+        self._output.end_line()
+        if failure is None:
+            if answer.finish_reason not in (None, "stop"):
+                _note(f"The answer is cut short (finish_reason {answer.finish_reason}).")
+        elif failure.status == STOPPED:
+            _note(str(failure), behind_key=not answer.text)
+        else:
+            hint = f" `chat` takes it from {CLIENT_KEY}." if failure.error.get("code") == "invalid_api_key" else ""
+            known = f" (request {answer.request_id})" if answer.request_id else ""
+            _note(f"{failure}{hint}{known}")
+
+    def _fetch(self, messages: list[Json], answer: Answer, began: float) -> None:
+        """Call, and show what comes. However this ends, the connection is closed then. Raises Failed."""
+
+        def take(text: str) -> None:
+            if text and not answer.text:
+                answer.seconds_to_first_token = _since(began)
+            answer.text += text
+            if not self._asking.as_json:
+                self._output.write(text)
+
+        asking = self._asking
+        # In the simplified form, in which the gateway chooses the model and samples as it usually does.
+        body = {"messages": messages, "streaming": True, "stream_style": "openai", **asking.fields}
+        body["stream_options"] = {"include_usage": True}
+        headers = {"content-type": "application/json"}
+        if asking.key:
+            headers["authorization"] = f"Bearer {asking.key}"
+        # No limit but for the connecting: the gateway has its own, and tells of them.
+        timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        try:
+            with (
+                # A proxy that is set for downloads has no part in this.
+                httpx.Client(trust_env=False, timeout=timeout, verify=self._tls) as client,
+                client.stream("POST", asking.url + _CHAT, content=orjson.dumps(body), headers=headers) as reply,
+            ):
+                answer.request_id = reply.headers.get("x-request-id")
+                _read(reply, answer, take, asking.url)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            message = (
+                f"{asking.url} cannot be reached ({_reason(error)}): `vllm-gateway up` or `serve` starts a gateway, "
+                "--url names another."
+            )
+            raise Failed({"message": message, "code": "unreachable"}, UNREACHABLE) from None
+        except httpx.HTTPError as error:
+            raise _broke_off(asking.url, _reason(error)) from None
+
+
+def _read(reply: httpx.Response, answer: Answer, take: Callable[[str], None], url: str) -> None:
+    """A gateway's reply, as a stream or, where it gives no streams, whole. Raises Failed."""
+    ok = reply.status_code == httpx.codes.OK
+    kind = reply.headers.get("content-type", "").partition(";")[0]
+    seems = f"it answers {reply.status_code} with {kind or 'no content type'}"
+    if ok and kind == "text/event-stream":
+        decoder = sse.Decoder(_LARGEST_EVENT)
+        for data in reply.iter_bytes():
+            with _understanding(url, seems):
+                events = decoder.feed(data)
+            for event in events:
+                if event == sse.DONE:
+                    return
+                with _understanding(url, seems):
+                    text = answer.take(_told(event))
+                take(text)
+        raise _broke_off(url, "the answer has no end")
+    content = reply.read() if kind == "application/json" else b""
+    with _understanding(url, seems):
+        told = _told(content)
+        text = answer.take(told if ok else {})
+    take(text)
+
+
+@contextlib.contextmanager
+def _understanding(url: str, seems: str) -> Iterator[None]:
+    """Whatever comes of bytes that no gateway would send is Failed."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Failed({"message": f"{url} does not seem to be a gateway: {seems}.", "code": "no_gateway"}) from None
+
+
+def _told(data: bytes) -> Json:
+    told: Json = orjson.loads(data)
+    error = told.get("error", told.get("detail"))
+    if error is not None:
+        raise Failed({"message": error} if isinstance(error, str) else {**error, "message": str(error["message"])})
+    return told
+
+
+def _text(choice: Json) -> str:
+    # A chunk of a chat has a delta, a chunk of a completion the text itself.
+    return choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+
+
+def _broke_off(url: str, why: str) -> Failed:
+    return Failed({"message": f"{url} broke off: {why}.", "code": "broke_off"})
+
+
+def _typed() -> str:
+    """A line. Raises EOFError at the end, UnicodeError for what is no text."""
+    if sys.stdout.isatty():
+        line = input("> ")
+    else:
+        click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+    line.encode()
+    return line.removesuffix("\n")
+
+
+def _note(text: str, *, behind_key: bool = False) -> None:
+    """A sentence of ours on standard error; `behind_key` begins a line, as a terminal shows ^C."""
+    if behind_key and sys.stderr is not None and sys.stderr.isatty():
+        click.echo(err=True)
+    click.echo(f"vllm-gateway: {' '.join(text.split()).translate(_SHOWN)}", err=True)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Without the numbers that only a program reads."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$|\.$", "", str(error)) or type(error).__name__
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
