@@ -8,7 +8,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -409,6 +411,31 @@ def test_the_documents_requests_get_the_answers_that_it_shows(stack: Stack) -> N
             ours, its = (without_ids_and_version(text).strip().split("\n\n") for text in (got, answer))
             assert ours[0][:20] == its[0][:20]
             assert ours[-1][:25] == its[-1][:25]
+
+
+def test_what_is_shown_of_a_terminal_is_what_it_shows(stack: Stack) -> None:
+    session = re.findall(r"```console\n(.*?)```", API, re.DOTALL)[0]
+    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE)
+    assert len(commands) == 4
+    assert 'chat "What is Deep Learning?"' in README
+
+    python = f"{shlex.quote(sys.executable)} -m gateway"
+    for command, shown in commands:
+        got = subprocess.run(
+            ["bash", "-c", command.replace("vllm-gateway", python)],
+            env={**os.environ, "GATEWAY_PORT": stack.gateway_url.rpartition(":")[2]},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        ).stdout
+        assert without_ids_and_times(got) == without_ids_and_times(shown)
+
+
+def without_ids_and_times(shown: str) -> str:
+    return re.sub(r"[0-9a-f]{32}|(?<=:)\d+\.\d+", "", shown)
 
 
 def test_the_readmes_python_runs(stack: Stack) -> None:
