@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.bounds import Bounds
-from gateway.config import Settings, client_keys, token_client, upstream_tls
+from gateway.config import Settings, asks_for_traces, client_keys, token_client, upstream_tls
 from gateway.credentials import FixedKey, Tokens
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
@@ -33,6 +33,9 @@ from gateway.routes import ROUTES
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +58,12 @@ class State(TypedDict):
 
 
 class Ended:
-    """Data-path requests that have ended and are to be counted and logged."""
+    """Data-path requests that have ended and are to be counted, traced and logged."""
 
-    def __init__(self, metrics: Metrics, request_log: RequestLog) -> None:
+    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None) -> None:
         self._metrics = metrics
         self._request_log = request_log
+        self._tracer = tracer
         self._waiting: list[Exchange] = []
 
     def add(self, exchange: Exchange) -> None:
@@ -69,9 +73,11 @@ class Ended:
             self.settle()
 
     def settle(self) -> None:
-        """Count and log those that wait."""
+        """Count, trace and log those that wait."""
         ended, self._waiting = self._waiting, []
         self._metrics.finished(ended)
+        if self._tracer is not None:
+            self._tracer.finished(ended)  # before their lines, which name the traces
         self._request_log.exchanges(ended)
 
 
@@ -119,7 +125,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         waiting: Waiting[Exchange] = Waiting(settings.max_queue)
         metrics = Metrics(pool, in_flight, waiting, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
-        ended = Ended(metrics, request_log)
+        tracer = create_tracer(settings)
+        ended = Ended(metrics, request_log, tracer)
         data_path = DataPath(
             routes={
                 (one.method.encode(), one.path.encode()): one
@@ -162,6 +169,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             whole=settings.disable_streaming or settings.output_guard,
             credentials=credentials,
             cross_origin=bool(settings.cors_origins),
+            traced=None if tracer is None else tracer.to_upstream,
         )
         looking = asyncio.create_task(_look_again_and_again(data_path, ended))
         async with credentials.renewing(), prober.probing():
@@ -176,6 +184,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         looking.cancel()
         await connections.close()
         ended.settle()
+        if tracer is not None:
+            tracer.close()
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(description)
@@ -205,6 +215,19 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     # A redirect would be built from the Host header, which the client chooses.
     app.router.redirect_slashes = False
     return app
+
+
+def create_tracer(settings: Settings) -> Tracer | None:
+    """What traces requests, None where OpenTelemetry's variables do not ask for that, or what it needs is missing."""
+    if not asks_for_traces():
+        return None
+    try:
+        # Here, as it takes megabytes that nobody else need have.
+        from gateway.tracing import Tracer
+    except ImportError as error:
+        _log.warning("requests are not traced, as OTEL_… asks: pip install 'vllm-gateway[otel]' (%s)", error)
+        return None
+    return Tracer(tls=settings.tls_cert_file is not None)
 
 
 def create_credentials(settings: Settings) -> FixedKey | Tokens:

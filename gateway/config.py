@@ -434,7 +434,8 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     own_tls(settings)
     if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
         raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
-    return settings, [*_differing_names(Settings, sources), *_doubts_about_tokens(settings)]
+    doubts = (*_doubts_about_tokens(settings), *_doubts_about_traces())
+    return settings, [*_differing_names(Settings, sources), *doubts]
 
 
 def client_keys(settings: Settings) -> dict[bytes, Key] | None:
@@ -486,6 +487,23 @@ def _doubts_about_tokens(settings: Settings) -> Iterable[str]:
     # RFC 6749, 3.2: what is asked for a token has TLS; inside a cluster something else may see to that.
     if client is not None and client.url.startswith("http:") and not is_loopback(urlsplit(client.url).hostname or ""):
         yield "GATEWAY_UPSTREAM_TOKEN_URL has no TLS: whoever is on the way there can read the client's secret."
+
+
+def asks_for_traces() -> bool:
+    """Whether OpenTelemetry's own variables ask for traces, which its SDK reads by itself."""
+    given = _usable(os.environ)
+    exporters = re.split(r"[,\s]+", given.get("OTEL_TRACES_EXPORTER", "otlp").strip())
+    return (
+        any(name in given for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+        and given.get("OTEL_SDK_DISABLED", "").strip().lower() != "true"
+        and "otlp" in exporters
+    )
+
+
+def _doubts_about_traces() -> Iterable[str]:
+    found = _found(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"), [_usable(os.environ)])
+    if asks_for_traces() and found is not None and found[1] != "http/protobuf":
+        yield f"{found[0]} is {found[1]}: traces go as http/protobuf, for which collectors listen on port 4318."
 
 
 def upstream_tls(settings: Settings) -> ssl.SSLContext | None:

@@ -37,7 +37,7 @@ from gateway.errors import (
 )
 from gateway.flattened import Flattened
 from gateway.headers import AnswerHead, HeadLimits, RequestHead
-from gateway.interfaces import Client, Connection, Credentials, TranslatedStream, Translation, Transport
+from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
 from gateway.keys import Key, Keys
 from gateway.routes import Route
 from gateway.upstreams import Upstream, UpstreamPool
@@ -94,7 +94,8 @@ class DataPath:
     is called with each exchange at its end. `in_flight` holds those that have begun and not ended. `keys`
     are those that clients must bring, None where anyone may call.
     `credentials` are what the upstreams are shown. `cross_origin` says that pages of other origins may
-    call, which the application sees to.
+    call, which the application sees to. `traced` puts what names an exchange's trace among the lines of the head that
+    goes upstream, None where nothing is traced.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -118,6 +119,7 @@ class DataPath:
     release: releases.Release | None
     credentials: Credentials
     cross_origin: bool
+    traced: Callable[[Exchange, bytes], bytes] | None
 
     def due(self) -> list[Exchange]:
         """The exchanges whose time limits are to be looked at, as one may have passed.
@@ -157,7 +159,8 @@ class Exchange:
     """One request and its answer. Attributes without an underscore are for observers to read.
 
     Times are the clock's seconds, None for what has not happened. `form` is `simplified`, `openai`
-    or, where it is not known, empty. `outcome` is `done`, `client_left`, `refused`,
+    or, where it is not known, empty. `target` is what the upstream is asked for. `trace` is there once something
+    traces it. `outcome` is `done`, `client_left`, `refused`,
     `upstream_error`, `drained` or `timeout:<which>`. No limit can have passed before `due`.
     """
 
@@ -187,7 +190,6 @@ class Exchange:
         "_started",
         "_state",
         "_stream",
-        "_target",
         "_translated",
         "_usage",
         "_usage_text",
@@ -209,6 +211,8 @@ class Exchange:
         "started_at",
         "status",
         "streaming",
+        "target",
+        "trace",
         "upstream",
         "upstream_ended_at",
     )
@@ -219,6 +223,8 @@ class Exchange:
     def __init__(self, path: DataPath, client: Client, route: Route, target: str, head: RequestHead) -> None:
         started_at = path.time()
         self.route = route
+        self.target = target
+        self.trace: Trace | None = None
         self.request_id = head.request_id or new_request_id()
         self.form = ""
         self.key: Key | None = None
@@ -238,7 +244,6 @@ class Exchange:
         self.due = started_at
         self._path = path
         self._client = client
-        self._target = target
         self._request = head
         self._head: AnswerHead | None = None
         self._length: bytes | None = None
@@ -275,6 +280,11 @@ class Exchange:
             self._usage = usage_in(self._usage_text)
             self._usage_text = b""
         return self._usage
+
+    @property
+    def lines(self) -> bytes:
+        """The headers of the request that may go to an upstream."""
+        return self._request.lines
 
     # The request
 
@@ -421,7 +431,7 @@ class Exchange:
         self.form = form
         path = self._path
         self._translated = request
-        self._target = request.target
+        self.target = request.target
         self.streaming = request.streaming
         model, served = request.model or path.model, path.pool.models
         if model is None:
@@ -485,7 +495,7 @@ class Exchange:
         route, upstream, content, request = self.route, self.upstream, self._content, self._request
         assert upstream is not None
         head = (
-            f"{route.method} {upstream.prefix}{self._target} HTTP/1.1\r\n"
+            f"{route.method} {upstream.prefix}{self.target} HTTP/1.1\r\n"
             f"host: {upstream.authority}\r\nx-request-id: {self.request_id}\r\n"
         )
         if route.method == "POST":
@@ -495,6 +505,9 @@ class Exchange:
         if self._shown:
             head += f"authorization: {self._shown}\r\n"
         lines = request.lines if self._translated is None else request.lines_rewritten
+        traced = self._path.traced
+        if traced is not None:
+            lines = traced(self, lines)
         return b"".join((head.encode("latin-1"), lines, b"\r\n", content))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:

@@ -101,6 +101,13 @@ class Credentials(Protocol):
         """
 
 
+class Trace(Protocol):
+    """What names a request where it is traced: its trace, and the span that is its own."""
+
+    trace_id: str
+    span_id: str
+
+
 class TranslatedStream(Protocol):
     """Makes the reply's stream, whose head is `head`, of the upstream's."""
 

@@ -122,8 +122,8 @@ def configure(writer: LineWriter, form: Format, level: str) -> None:
     handler = _Handler(writer)
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # httpx tells of every probe, uvicorn of every start and stop of its own.
-    for name in ("httpx", "httpcore", "uvicorn"):
+    # httpx tells of every probe, urllib3 of every batch of spans, uvicorn of every start and stop of its own.
+    for name in ("httpx", "httpcore", "urllib3", "uvicorn"):
         logging.getLogger(name).setLevel("WARNING")
 
 
@@ -147,26 +147,27 @@ class RequestLog:
 
     def _exchange(self, exchange: Exchange, ahead: float) -> bytes:
         started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
-        usage = exchange.usage
-        return self._line(
-            {
-                "time": _iso(started + ahead),
-                "request_id": exchange.request_id,
-                "method": exchange.route.method,
-                "path": exchange.route.path,
-                "key": exchange.key.name if exchange.key else None,
-                "form": exchange.form or None,
-                "model": exchange.model and exchange.model[:200],
-                "upstream": exchange.upstream.url if exchange.upstream else None,
-                "status": exchange.status,
-                "first_token_s": None if first is None else _in_microseconds(first - started),
-                "total_s": _in_microseconds((ended or started) - started),
-                "prompt_tokens": usage[0] if usage else None,
-                "completion_tokens": usage[1] if usage else None,
-                "bytes": exchange.bytes_out,
-                "outcome": exchange.outcome,
-            }
-        )
+        usage, trace = exchange.usage, exchange.trace
+        fields = {
+            "time": _iso(started + ahead),
+            "request_id": exchange.request_id,
+            "method": exchange.route.method,
+            "path": exchange.route.path,
+            "key": exchange.key.name if exchange.key else None,
+            "form": exchange.form or None,
+            "model": exchange.model and exchange.model[:200],
+            "upstream": exchange.upstream.url if exchange.upstream else None,
+            "status": exchange.status,
+            "first_token_s": None if first is None else _in_microseconds(first - started),
+            "total_s": _in_microseconds((ended or started) - started),
+            "prompt_tokens": usage[0] if usage else None,
+            "completion_tokens": usage[1] if usage else None,
+            "bytes": exchange.bytes_out,
+            "outcome": exchange.outcome,
+        }
+        if trace is not None:
+            fields["trace_id"], fields["span_id"] = trace.trace_id, trace.span_id
+        return self._line(fields)
 
     def other(self, request_id: str, method: str, path: str, status: int, total: float) -> None:
         """The line of a request that is not relayed; `total` in seconds."""

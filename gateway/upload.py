@@ -129,14 +129,16 @@ class Upload(Exchange):
         if self._all_came:
             held.append(b"")
         head = (
-            f"POST {upstream.prefix}{self._target} HTTP/1.1\r\nhost: {upstream.authority}\r\n"
+            f"POST {upstream.prefix}{self.target} HTTP/1.1\r\nhost: {upstream.authority}\r\n"
             f"x-request-id: {self.request_id}\r\n"
         )
         head += f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
         if self._shown:
             head += f"authorization: {self._shown}\r\n"
         kind = b"content-type: %b\r\n" % request.content_type if request.content_type else b""
-        return b"".join((head.encode("latin-1"), kind, request.lines, b"\r\n", *map(self._framed, held)))
+        traced = self._path.traced
+        lines = request.lines if traced is None else traced(self, request.lines)
+        return b"".join((head.encode("latin-1"), kind, lines, b"\r\n", *map(self._framed, held)))
 
     def upstream_connected(self, connection: Connection) -> None:
         """A connection is there, for what has come and what is to come."""

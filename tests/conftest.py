@@ -15,7 +15,7 @@ from tests.stack import Stack, started
 
 # The machine's own settings must not reach the tests.
 for name in list(os.environ):
-    if name.startswith(("GATEWAY_", "LLM_", "OPEA_")):
+    if name.startswith(("GATEWAY_", "LLM_", "OPEA_", "OTEL_")):
         del os.environ[name]
 
 

@@ -298,6 +298,7 @@ class Conversation:
             "head_limits": HeadLimits(8192, 100, 1024),
             "media_domains": frozenset(),
             "cross_origin": False,
+            "traced": None,
             "bounds": Bounds(copies=128, tokens=None, messages=2048, depth=1024),
             "credentials": FixedKey(),
         }

@@ -23,6 +23,7 @@ PURE = {
     "flattened",
     "openapi",
     "routes",
+    "semconv",
     "waiting",
     "simplified",
     "sse",
@@ -97,6 +98,11 @@ def test_only_config_reads_the_environment(module: str) -> None:
 def test_sse_starlette_is_imported_in_one_module_at_most() -> None:
     # Importing it patches uvicorn's exit handler.
     assert len([module for module in SOURCES if "sse_starlette" in packages(module)]) <= 1
+
+
+def test_opentelemetry_is_imported_in_one_module() -> None:
+    # Which is imported late, as test_tracing.py sees.
+    assert [module for module in SOURCES if "opentelemetry" in packages(module)] == ["tracing"]
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))

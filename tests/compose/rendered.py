@@ -80,7 +80,7 @@ def test_every_command_gives_the_same_stack(device: str, tmp_path: Path) -> None
 
 # Which services use a key, by how it begins; all others are the model server's.
 USED_BY = {
-    "GATEWAY_|LLM_USVC_|OPEA_|LLM_VLLM_(TOKEN_URL|CLIENT_)": {GATEWAY},
+    "GATEWAY_|LLM_USVC_|OPEA_|OTEL_|LLM_VLLM_(TOKEN_URL|CLIENT_)": {GATEWAY},
     "FP8_|BATCH_SIZE|VLLM_GAUDI_SOURCE": {"quantize"},
     "PROMETHEUS_": {"prometheus"},
     "GRAFANA_": {"grafana"},
@@ -123,7 +123,14 @@ def test_every_setting_of_the_gateway_can_be_given(device: str) -> None:
     names = {name for field in config.Settings.model_fields for name in config.names_of(field)}
     # These are the stack's own: the ports inside are fixed, and published as the file says.
     names -= {"GATEWAY_HOST", "GATEWAY_PORT", "LLM_USVC_PORT", "LLM_MODEL_SERVER_ENDPOINT"}
-    assert set(stack(device)["services"][GATEWAY]["environment"]) == names
+    given = set(stack(device)["services"][GATEWAY]["environment"])
+    assert {name for name in given if not name.startswith("OTEL_")} == names
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_image_has_the_extras_that_are_asked_for(device: str) -> None:
+    assert stack(device)["services"][GATEWAY]["build"]["args"]["EXTRAS"] == ""
+    assert stack(device, LLM_USVC_EXTRAS="otel")["services"][GATEWAY]["build"]["args"]["EXTRAS"] == "otel"
 
 
 @pytest.mark.parametrize("device", DEVICES)
