@@ -69,7 +69,7 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
 
 
 # Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
-_LAST_CALL = 1.0
+LAST_CALL = 1.0
 
 # Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
 _LEFT = getattr(select, "POLLRDHUP", 0)
@@ -318,7 +318,7 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """No more is accepted: one that is idle may still get one request, whose answer closes it."""
         if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(_LAST_CALL, self._close_if_idle)
+            self.loop.call_later(LAST_CALL, self._close_if_idle)
         else:
             super().shutdown()
 

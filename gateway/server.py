@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from types import FrameType
 from typing import cast
 
@@ -22,7 +22,7 @@ from gateway.config import Settings, SettingsError, client_keys, is_loopback, lo
 from gateway.exchange import DataPath, Drain
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
-from gateway.protocol import Protocol, missing_in
+from gateway.protocol import LAST_CALL, Protocol, missing_in
 from gateway.shortcut import Shortcut
 
 _log = logging.getLogger(__name__)
@@ -193,6 +193,7 @@ class Server(uvicorn.Server):
     async def _accept_the_last(self, listeners: Iterable[socket.socket]) -> None:
         """Stop listening, but for what has connected by then: closing a listener resets those in its queue."""
         loop = asyncio.get_running_loop()
+        connecting: list[Awaitable[object]] = []
         with contextlib.ExitStack() as kept:
             last = [kept.enter_context(listener.dup()) for listener in listeners]
             for server in self.servers:
@@ -205,7 +206,11 @@ class Server(uvicorn.Server):
                         connection, _ = listener.accept()
                     except OSError:
                         break
-                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+                    connecting.append(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
+        # In TLS they shake hands first: one that does not, or does it wrong, is not to hold up or end the others.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_CALL):
+                await asyncio.gather(*connecting, return_exceptions=True)
 
     def _protocol(self) -> asyncio.Protocol:
         made = cast(type[HttpToolsProtocol], self.config.http_protocol_class)

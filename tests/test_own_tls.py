@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import httpx
 import pytest
 
 from gateway.config import SettingsError, load
-from tests.fake_vllm import FakeVllm
+from gateway.server import Server
+from tests.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.gateway_process import AUTHORITY, free_port, running
 
 CERTIFICATES = Path(__file__).parent / "certs"
@@ -73,6 +75,39 @@ def test_a_client_that_reads_nothing_is_let_go(fake: FakeVllm, way: None) -> Non
             )
             (line,) = gateway.log(1)
         assert line["outcome"] in ("timeout:client_write", "client_left")
+
+
+@pytest.mark.parametrize("sent", [b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n", b""], ids=["no TLS", "nothing"])
+def test_who_shakes_no_hands_at_the_end_neither_cuts_nor_holds_it(
+    fake: FakeVllm, way: None, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    hold, ends, connected = Hold(), threading.Event(), threading.Event()
+    on_tick = Server.on_tick
+
+    async def until_they_have_connected(server: Server, counter: int) -> bool:
+        if ending := await on_tick(server, counter):
+            ends.set()
+            connected.wait(10)
+        return ending
+
+    monkeypatch.setattr(Server, "on_tick", until_they_have_connected)
+    fake.queue([STREAM_HEAD + chunk(EVENTS[0]), hold, *map(chunk, EVENTS[1:]), STREAM_END])
+    with running(fake.url, tls_cert_file=GOOD, drain_timeout=20) as gateway:
+        with gateway.client() as client, client.stream("POST", CHAT, json=STREAM) as answer:
+            assert hold.reached.wait(10)
+            gateway.signal()
+            assert ends.wait(10)
+            connections = [socket.create_connection((gateway.host, gateway.port)) for _ in range(3)]
+            for connection in connections:
+                connection.sendall(sent)
+            connected.set()
+            time.sleep(0.5)
+            hold.release()
+            assert answer.read() == b"".join(EVENTS)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    for connection in connections:
+        connection.close()
 
 
 def test_files_that_cannot_be_used_stop_the_start(tmp_path: Path) -> None:
