@@ -21,6 +21,7 @@ from gateway import endpoints
 from gateway.bounds import Bounds
 from gateway.config import Settings, asks_for_traces, client_keys, token_client, upstream_tls
 from gateway.credentials import FixedKey, Tokens
+from gateway.document import Document
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.headers import HeadLimits
 from gateway.health import Prober
@@ -29,7 +30,9 @@ from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
 from gateway.metrics import Metrics
 from gateway.openapi import describe
+from gateway.recent import Recent
 from gateway.routes import ROUTES
+from gateway.sampler import Sampler
 from gateway.transport import ConnectionPool
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
@@ -55,15 +58,17 @@ class State(TypedDict):
     metrics_port: int | None
     request_log: RequestLog
     ended: Ended
+    sampler: Sampler | None
 
 
 class Ended:
     """Data-path requests that have ended and are to be counted, traced and logged."""
 
-    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None) -> None:
+    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None, recent: Recent | None) -> None:
         self._metrics = metrics
         self._request_log = request_log
         self._tracer = tracer
+        self._recent = recent
         self._waiting: list[Exchange] = []
 
     def add(self, exchange: Exchange) -> None:
@@ -78,6 +83,8 @@ class Ended:
         self._metrics.finished(ended)
         if self._tracer is not None:
             self._tracer.finished(ended)  # before their lines, which name the traces
+        if self._recent is not None:
+            self._recent.add(ended)
         self._request_log.exchanges(ended)
 
 
@@ -107,7 +114,7 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
-    description = describe(relayed)
+    description = describe(relayed, page=settings.page)
     paths = frozenset(description["paths"])
     by_digest = client_keys(settings)
 
@@ -126,7 +133,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         metrics = Metrics(pool, in_flight, waiting, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
-        ended = Ended(metrics, request_log, tracer)
+        recent = Recent() if settings.page else None
+        ended = Ended(metrics, request_log, tracer, recent)
         data_path = DataPath(
             routes={
                 (one.method.encode(), one.path.encode()): one
@@ -172,7 +180,9 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             traced=None if tracer is None else tracer.to_upstream,
         )
         looking = asyncio.create_task(_look_again_and_again(data_path, ended))
-        async with credentials.renewing(), prober.probing():
+        sampler = None if recent is None else Sampler(data_path, prober, recent)
+        sampling = contextlib.nullcontext() if sampler is None else sampler.sampling()
+        async with credentials.renewing(), prober.probing(), sampling:
             yield {
                 "data_path": data_path,
                 "prober": prober,
@@ -180,6 +190,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 "metrics_port": settings.metrics_port,
                 "request_log": request_log,
                 "ended": ended,
+                "sampler": sampler,
             }
         looking.cancel()
         await connections.close()
@@ -190,14 +201,17 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     async def openapi(request: Request) -> Response:
         return JSONResponse(description)
 
-    # What platforms ask, which have no keys.
-    open_to_all = {
+    # What platforms ask, which have no keys; and a page that holds nothing of anybody's.
+    open_to_all: dict[str, endpoints.Handler] = {
         "/health": endpoints.health,
         "/v1/health_check": endpoints.health_check,
         "/ping": endpoints.ping,
     }
     own = {"/v1/statistics": endpoints.statistics, "/metrics": endpoints.metrics, "/openapi.json": openapi}
     elsewhere: list[BaseRoute] = []
+    if settings.page:
+        open_to_all["/"] = endpoints.page(Document())
+        own |= {"/v1/status": endpoints.status, "/v1/status/stream": endpoints.status_stream}
     if settings.metrics_port is not None:
         del own["/metrics"], description["paths"]["/metrics"]
         elsewhere = [endpoints.OnPort(settings.metrics_port, [Route("/metrics", endpoints.metrics, methods=["GET"])])]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.document import Document
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
 from gateway.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
 from gateway.headers import AnswerHead, RequestHead, fault_of
@@ -30,8 +32,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 _HIGH_WATER = 64 * 1024
 _LOW_WATER = 16 * 1024
 
+# No longer than a sample and a half does a watch go on, in seconds.
+_WATCH_ENDS = 5.0
+
 # Asked again and again by machines: a line for each would hide the others.
-_QUIET = frozenset({"/health", "/metrics", "/ping", "/v1/health_check", "/v1/statistics"})
+_QUIET = frozenset(
+    {"/health", "/metrics", "/ping", "/v1/health_check", "/v1/statistics", "/v1/status", "/v1/status/stream"}
+)
 
 
 class Relay:
@@ -327,3 +334,34 @@ async def metrics(request: Request) -> Response:
     """Prometheus's exposition format."""
     request.state.ended.settle()
     return Response(request.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def page(document: Document) -> Handler:
+    """What answers with the page."""
+
+    async def answers(request: Request) -> Response:
+        return Response(document.content, headers=document.headers, media_type="text/html")
+
+    return answers
+
+
+async def status(request: Request) -> Response:
+    """How the gateway and its upstreams are, and were in the last five minutes."""
+    content = await request.state.sampler.report()
+    return Response(content, headers={"cache-control": "no-store"}, media_type="application/json")
+
+
+async def status_stream(request: Request) -> Response:
+    """The same as server-sent events, one a second."""
+    # Only here: it patches uvicorn's way to end, which ours does not go, and not every gateway is watched.
+    from sse_starlette import EventSourceResponse
+
+    async def events() -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(request.state.sampler.watch()) as watched:
+            async for event in watched:
+                if not _has_key(request):  # its key has been taken back
+                    return
+                yield event
+
+    # It would cut what still runs when the gateway ends; a watch ends by itself, well within this time.
+    return EventSourceResponse(events(), ping=0, shutdown_grace_period=_WATCH_ENDS)

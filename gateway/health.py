@@ -185,6 +185,18 @@ class Prober:
             "or give vLLM a --chat-template that takes one"
         )
 
+    async def metrics(self, upstream: Upstream) -> str:
+        """What its own `/metrics` says; empty where it says nothing, and where it is gone it is probed at once."""
+        if self._credentials.value is None:
+            return ""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                answer = await self._client.get(f"{upstream.url}/metrics")
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
+            await self.probe(upstream)
+            return ""
+        return answer.text if answer.status_code == 200 else ""
+
     def report(self, now: float) -> list[dict[str, Any]]:
         """How each upstream is."""
         return [

@@ -104,14 +104,22 @@ _OWN = {
     "/metrics": "Prometheus.",
     "/openapi.json": "This description.",
 }
+_PAGE = {
+    "/": "A page to ask from and to watch.",
+    "/v1/status": "How the gateway and its upstreams are, and were in the last five minutes.",
+    "/v1/status/stream": "The same as server-sent events, one a second; only the first has the last five minutes.",
+}
 
 
-def describe(routes: Iterable[Route]) -> Json:
-    """OpenAPI 3.1: the relayed `routes`, whose requests and answers are vLLM's own, and the gateway's."""
+def describe(routes: Iterable[Route], *, page: bool) -> Json:
+    """OpenAPI 3.1: the relayed `routes`, whose requests and answers are vLLM's own, and the gateway's.
+
+    `page` says whether there is the page, and what feeds it.
+    """
     paths: dict[str, Json] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    for path, about in _OWN.items():
+    for path, about in {**_OWN, **(_PAGE if page else {})}.items():
         paths[path] = {"get": {"summary": about, "responses": {"200": {"description": "As it says."}}}}
     for path in ("/v1/health_check", "/ping"):
         paths[path]["get"]["responses"]["503"] = {"description": "No call would succeed now."}

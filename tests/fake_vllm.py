@@ -2,8 +2,8 @@
 
 Its bytes are shaped as vLLM 0.32 sends them. Each relayed request takes the next script that a test
 has queued, or the default one; a script is a list of steps: bytes to write, a `Hold` to wait at,
-seconds to wait, or `RESET` or `CLOSE` to end the connection. Probes (/health, /v1/models, /tokenize) are answered by
-`probe_answers`.
+seconds to wait, or `RESET` or `CLOSE` to end the connection. Probes (/health, /v1/models, /tokenize, /metrics) are
+answered by `probe_answers`.
 """
 
 from __future__ import annotations
@@ -121,6 +121,17 @@ def completion(text: str | None = "It's.", finish: str = "stop", **message: obje
     return orjson.dumps({**fields, "choices": [choice], "usage": USAGE})
 
 
+METRICS = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="demo"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="demo"} 1.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="demo",reason="capacity"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.25
+vllm:generation_tokens_total{engine="0",model_name="demo"} 202.0
+vllm:generation_tokens_created{engine="0",model_name="demo"} 1.795215799e+09
+"""
+
+
 def probe_answers(models: tuple[str, ...] = (MODEL,)) -> dict[str, bytes]:
     """What a server that serves these is asked by probes, and says."""
     listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
@@ -129,6 +140,7 @@ def probe_answers(models: tuple[str, ...] = (MODEL,)) -> dict[str, bytes]:
         "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
         "/v1/audio/transcriptions": response("404 Not Found", b'{"detail":"Not Found"}'),
         "/v1/chat/completions": response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}'),
+        "/metrics": response("200 OK", METRICS, kind="text/plain; version=0.0.4; charset=utf-8"),
         "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
     }
 

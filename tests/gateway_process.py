@@ -23,7 +23,7 @@ from gateway import app, logs
 from gateway.app import create_app
 from gateway.config import Settings, names_of
 from gateway.logs import LineWriter
-from gateway.server import create_server, listen
+from gateway.server import Server, create_server, listen
 
 # Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
 logs._TOGETHER = 0.01
@@ -85,6 +85,11 @@ class Gateway:
     def signal(self) -> None:
         """As a signal to end."""
         self._server.handle_exit(signal.SIGTERM, None)
+
+    def hang_up(self) -> None:
+        """As SIGHUP."""
+        assert isinstance(self._server, Server)
+        self._server.handle_hangup(signal.SIGHUP, None)
 
     def log(self, count: int) -> list[dict[str, Any]]:
         """The next so many request lines; waits for them."""

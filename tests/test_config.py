@@ -77,6 +77,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("drain_delay", "17", 17),
     ("drain_timeout", "0", 0),
     ("shortcut", "off", False),
+    ("page", "off", False),
     ("log_format", "text", "text"),
     ("log_level", "debug", "DEBUG"),
 ]

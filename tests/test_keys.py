@@ -27,8 +27,8 @@ CHAT = "/v1/chat/completions"
 SECRET = "sk-4f7d0c9a2b6e81d35a"
 OTHER = "sk-other-1234567890abc"
 CALL = {"messages": {"user": "hi"}, "streaming": False}
-OPEN = ["/health", "/ping", "/v1/health_check"]
-CLOSED = ["/metrics", "/v1/statistics", "/openapi.json", "/v1/models", "/version"]
+OPEN = ["/", "/health", "/ping", "/v1/health_check"]
+CLOSED = ["/metrics", "/v1/status", "/v1/statistics", "/openapi.json", "/v1/models", "/version"]
 
 
 def digest(secret: str) -> str:

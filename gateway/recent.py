@@ -1,0 +1,66 @@
+"""What the data path did lately: counted in batches, once requests have ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections import deque
+from typing import Any
+
+from gateway.exchange import Exchange
+
+# First tokens are kept of so many answers, failures of so many requests.
+_FIRST_TOKENS = 1000
+_FAILURES = 20
+
+
+class Recent:
+    """How many requests have ended and how many failed, the last failures, and when first tokens came.
+
+    A request failed where it was refused, broke off or passed a time limit: not where its client left.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.failed = 0
+        self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
+        # In a row that is written over, the oldest first; what is not written yet came before all time.
+        self._came_at = array("d", [-math.inf]) * _FIRST_TOKENS
+        self._took = array("d", bytes(8 * _FIRST_TOKENS))
+        self._next = 0
+
+    def add(self, exchanges: list[Exchange]) -> None:
+        """These have ended."""
+        self.requests += len(exchanges)
+        for exchange in exchanges:
+            if exchange.status >= 400 or exchange.outcome != "done":
+                self._failed(exchange)
+            elif exchange.streaming and exchange.first_byte_at is not None:
+                at = self._next
+                self._came_at[at] = exchange.first_byte_at
+                self._took[at] = exchange.first_byte_at - exchange.started_at
+                self._next = (at + 1) % _FIRST_TOKENS
+
+    def _failed(self, exchange: Exchange) -> None:
+        if exchange.outcome == "client_left":
+            return
+        self.failed += 1
+        self.failures.append(
+            {
+                "time": round(time.time(), 3),
+                "status": exchange.status,
+                "outcome": exchange.outcome,
+                "path": exchange.route.path,
+                "request_id": exchange.request_id,
+                "upstream": exchange.upstream.url if exchange.upstream else None,
+            }
+        )
+
+    def first_tokens(self, since: float) -> tuple[float, float] | None:
+        """The median and the 99th percentile, in seconds, of those that came since; None where none did."""
+        took = sorted(took for at, took in zip(self._came_at, self._took, strict=True) if at > since)
+        if not took:
+            return None
+        p50, p99 = (took[math.ceil(share * len(took)) - 1] for share in (0.5, 0.99))
+        return p50, p99

@@ -1,0 +1,205 @@
+"""One sampler for all who watch: how the gateway and its upstreams are, each second and for the last five minutes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+
+from gateway import sse, vllmload
+from gateway.exchange import DataPath
+from gateway.health import Prober
+from gateway.recent import Recent
+from gateway.upstreams import Upstream
+from gateway.vllmload import VllmLoad
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two samples, how many are kept, and how long one waits for what the upstreams say of themselves.
+_EVERY = 1.0
+_KEPT = 300
+_PATIENCE = 0.5
+# A rate is that of so many seconds, as one alone says little; first tokens are those of the last minute.
+_RATE_OVER = 5
+_FIRST_TOKENS_OF = 60.0
+# What an upstream said of itself counts for so many seconds.
+_GOOD_FOR = 3.0
+
+
+class _Rate:
+    """How fast a count grows."""
+
+    def __init__(self) -> None:
+        self._counts: deque[tuple[float, float]] = deque(maxlen=_RATE_OVER + 1)
+
+    def add(self, now: float, count: float) -> None:
+        """It is so much now; after a gap, or a restart of what counts, it begins anew."""
+        if self._counts:
+            at, before = self._counts[-1]
+            if count < before or now - at >= _GOOD_FOR:
+                self._counts.clear()
+        self._counts.append((now, count))
+
+    @property
+    def a_second(self) -> float | None:
+        """None where it is not known yet."""
+        (began, first), (ended, last) = self._counts[0], self._counts[-1]
+        return (last - first) / (ended - began) if ended > began else None
+
+
+class _Told:
+    """What an upstream last said of itself, and when."""
+
+    def __init__(self) -> None:
+        self.load: VllmLoad | None = None
+        self.at = -math.inf
+        self.generated = _Rate()
+
+    def figures(self, now: float) -> dict[str, float | None]:
+        """As they are shown: None where they are not known, or no more."""
+        load = self.load if now - self.at < _GOOD_FOR else None
+        if load is None:
+            return {"running": None, "waiting": None, "kv_cache": None, "tokens_per_second": None}
+        return {
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_cache": round(load.kv_cache, 4),
+            "tokens_per_second": _rounded(self.generated.a_second),
+        }
+
+
+class Sampler:
+    """The gateway's own figures always, as who looks wants to know what was; vLLM's only while someone watches."""
+
+    def __init__(self, data_path: DataPath, prober: Prober, recent: Recent) -> None:
+        self._path = data_path
+        self._prober = prober
+        self._recent = recent
+        self._told = {upstream: _Told() for upstream in data_path.pool}
+        self._asking: dict[Upstream, asyncio.Task[None]] = {}
+        self._asked_at = -math.inf
+        self._requests, self._failed = _Rate(), _Rate()
+        self._kept: deque[dict[str, float | None]] = deque(maxlen=_KEPT)
+        self._watchers = 0
+        self._event = b""
+        self._sampled = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def sampling(self) -> AsyncIterator[None]:
+        """Sample for as long as the context lasts."""
+        task = asyncio.create_task(self._sample_again_and_again())
+        try:
+            yield
+        finally:
+            tasks = [task, *self._asking.values()]
+            for one in tasks:
+                one.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def report(self) -> bytes:
+        """How all is now, and was."""
+        await self._ask()
+        return orjson.dumps(self._report() | {"history": self._history()})
+
+    async def watch(self) -> AsyncIterator[bytes]:
+        """The same as an event and, with each sample, one of how all is then, until the gateway ends."""
+        self._watchers += 1
+        try:
+            yield sse.encode(await self.report())
+            while not self._ends:
+                await self._sampled.wait()
+                yield self._event
+        finally:
+            self._watchers -= 1
+
+    @property
+    def _ends(self) -> bool:
+        return self._path.drain.ends_at < math.inf
+
+    async def _sample_again_and_again(self) -> None:
+        due = self._path.time()
+        while True:
+            try:
+                await self._sample()
+            except Exception:
+                # A bug of ours, which must not be the end of all samples.
+                _log.exception("a sample failed")
+            due = max(due + _EVERY, self._path.time())
+            await asyncio.sleep(due - self._path.time())
+
+    async def _sample(self) -> None:
+        now = self._path.time()
+        self._requests.add(now, self._recent.requests)
+        self._failed.add(now, self._recent.failed)
+        if self._watchers and not self._ends:
+            await self._ask()
+        self._kept.append(self._figures())
+        if self._watchers:
+            self._event = sse.encode(orjson.dumps(self._report()))
+        sampled, self._sampled = self._sampled, asyncio.Event()
+        sampled.set()
+
+    async def _ask(self) -> None:
+        """Have the upstreams tell of themselves, once a second at most, whoever wants to know."""
+        now = self._path.time()
+        if now - self._asked_at >= _EVERY * 0.9:
+            self._asked_at = now
+            for upstream in self._path.pool:
+                # Others are probed each second anyway.
+                if upstream.state == "serving" and upstream not in self._asking:
+                    self._asking[upstream] = asyncio.create_task(self._hear(upstream))
+        if self._asking:
+            await asyncio.wait(self._asking.values(), timeout=_PATIENCE)
+
+    async def _hear(self, upstream: Upstream) -> None:
+        told = self._told[upstream]
+        try:
+            told.load = vllmload.read(await self._prober.metrics(upstream))
+        finally:
+            del self._asking[upstream]
+        told.at = self._path.time()
+        if told.load is not None:
+            told.generated.add(told.at, told.load.generated)
+
+    def _figures(self) -> dict[str, float | None]:
+        now = self._path.time()
+        first_tokens = self._recent.first_tokens(now - _FIRST_TOKENS_OF) or (None, None)
+        generated = [told.figures(now)["tokens_per_second"] for told in self._told.values()]
+        known = [rate for rate in generated if rate is not None]
+        return {
+            "in_flight": len(self._path.in_flight),
+            "queue": len(self._path.waiting),
+            "requests_per_second": _rounded(self._requests.a_second),
+            "errors_per_second": _rounded(self._failed.a_second),
+            "first_token_p50": _rounded(first_tokens[0]),
+            "first_token_p99": _rounded(first_tokens[1]),
+            "tokens_per_second": _rounded(sum(known)) if known else None,
+        }
+
+    def _report(self) -> dict[str, Any]:
+        now = self._path.time()
+        upstreams = self._prober.report(now)
+        for upstream, told in zip(upstreams, self._told.values(), strict=True):
+            upstream |= told.figures(now) if upstream["state"] == "serving" else _Told().figures(now)
+        serving = any(upstream["state"] == "serving" for upstream in upstreams)
+        return {
+            "status": "draining" if self._path.drain.began else "serving" if serving else "unavailable",
+            "now": self._figures(),
+            "upstreams": upstreams,
+            "errors": [*reversed(self._recent.failures)],
+            "time": round(time.time(), 3),
+        }
+
+    def _history(self) -> dict[str, list[float | None]]:
+        return {name: [figures[name] for figures in self._kept] for name in self._kept[0]} if self._kept else {}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
