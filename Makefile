@@ -8,6 +8,7 @@
 # make test-smuggling  requests as bytes that try to be other than they seem, behind nginx and HAProxy, then spoilt at random; needs both
 # make fuzz   ten minutes of the latter, some 350,000 requests
 # make test-clients  real clients (OpenAI's, Anthropic's, LangChain and others) run the examples, leave and fail; installs them (600 MB)
+# make test-browser  the page in Debian's Chromium, in front of the real vLLM; writes docs/page-*.png; needs chromium, installs its driver (150 MB)
 # make test-fp8  datasets read, the demo model quantized by llm-compressor and served; installs it (450 MB)
 # make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000
 # make clean  removes what the other targets have put into the checkout
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-fp8 test-soak test-restarts test-smuggling test-clients test-docker lint types lock audit clean bench bench-quick soak fuzz
+.PHONY: up test test-fp8 test-soak test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed
@@ -31,7 +32,10 @@ test: lint types
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 
-test-soak: $(VENV)/.installed-dev
+test-test-browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/browser/page.py
+
+soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak --seconds 60
 
 test-fp8: $(VENV)/.installed-dev
@@ -75,6 +79,7 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 	$(COMPILE) tests/clients/schemathesis.in -o tests/clients/schemathesis.lock
+	$(COMPILE) tests/browser/browser.in -o tests/browser/browser.lock
 
 audit: $(VENV)/audit/.installed
 	$(VENV)/audit/bin/python scripts/audit.py

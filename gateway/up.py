@@ -222,6 +222,8 @@ def _what_to_try(gateway: Settings, served: Served, log: Path) -> Iterator[str]:
     yield f"\nReady: the gateway on {url}, in front of vLLM with {model}. Try:\n"
     yield _curl(url, simplified | {"streaming": False})
     yield _curl(url, openai)
+    if gateway.page:
+        yield f"\nIn a browser: {url}/"
     yield f"\nvLLM's log: {log}\nStop both with Ctrl-C."
     yield from _devices()
 

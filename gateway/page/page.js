@@ -108,9 +108,8 @@ async function listModels() {
 }
 
 function request() {
-  const messages = { user: byId("user").value };
-  if (byId("system").value) messages.system = byId("system").value;
-  const body = { messages, streaming: byId("streaming").checked };
+  const [system, user] = [byId("system").value, byId("user").value];
+  const body = { messages: system ? { system, user } : { user }, streaming: byId("streaming").checked };
   if (byId("model").value) body.model = byId("model").value;
   if (byId("tokens").value) body.max_new_tokens = Number(byId("tokens").value);
   if (byId("temperature").value) body.temperature = Number(byId("temperature").value);
@@ -274,11 +273,12 @@ function asPython(body) {
   return [
     `import json${key ? ", os" : ""}, urllib.request`,
     "",
+    `url = ${JSON.stringify(url)}`,
     "body = {",
     ...fields,
     "}",
     `headers = ${headers}`,
-    `request = urllib.request.Request(${JSON.stringify(url)}, json.dumps(body).encode(), headers)`,
+    "request = urllib.request.Request(url, json.dumps(body).encode(), headers)",
     "with urllib.request.urlopen(request) as answer:",
     ...read,
   ].join("\n");
@@ -311,7 +311,7 @@ for (const [name, shown] of [["curl", "curl"], ["python", "Python"]]) {
 const FIGURES = [
   { title: "Requests a second", names: ["requests_per_second"], format: number },
   { title: "Errors a second", names: ["errors_per_second"], format: number, classes: "bad" },
-  { title: "First token", names: ["first_token_p50", "first_token_p99"], labels: ["p50", "p99"], format: duration },
+  { title: "First token (last minute)", names: ["first_token_p50", "first_token_p99"], labels: ["p50", "p99"], format: duration },
   { title: "Tokens a second", names: ["tokens_per_second"], format: number },
   { title: "In flight", names: ["in_flight"], format: number },
   { title: "Queue", names: ["queue"], format: number },
@@ -335,7 +335,8 @@ for (const figure of FIGURES) {
   figure.spark.setAttribute("viewBox", `0 0 ${KEPT} 40`);
   figure.spark.setAttribute("preserveAspectRatio", "none");
   figure.spark.setAttribute("role", "img");
-  figure.paths = figure.names.map((_, at) => [path(figure.spark, "area"), path(figure.spark, at ? "line second" : "line")]);
+  figure.area = path(figure.spark, "area");
+  figure.lines = figure.names.map((_, at) => path(figure.spark, at ? "line second" : "line"));
   head.append(make("h2", "", figure.title), figure.most);
   item.append(head, figure.now, figure.spark);
   byId("figures").append(item);
@@ -348,7 +349,7 @@ function path(svg, classes) {
   return made;
 }
 
-function draw([area, line], values, most) {
+function outlines(values, most) {
   const x = (at) => KEPT - values.length + at;
   const y = (value) => (39 - (value / most) * 37).toFixed(1);
   let [filled, drawn, begun] = ["", "", null];
@@ -366,15 +367,16 @@ function draw([area, line], values, most) {
       filled += `M${x(begun)} 40${top}L${x(at)} 40Z`;
     }
   });
-  line.setAttribute("d", drawn);
-  area.setAttribute("d", filled);
+  return { drawn, filled };
 }
 
 function showFigures(now) {
-  for (const { title, names, labels, format, most, now: shown, spark, paths } of FIGURES) {
+  for (const { title, names, labels, format, most, now: shown, spark, area, lines } of FIGURES) {
     const known = names.flatMap((name) => kept[name]).filter((value) => value !== null);
     const peak = known.length ? Math.max(...known) : null;
-    names.forEach((name, at) => draw(paths[at], kept[name], peak || 1));
+    const outlined = names.map((name) => outlines(kept[name], peak || 1));
+    lines.forEach((line, at) => line.setAttribute("d", outlined[at].drawn));
+    area.setAttribute("d", outlined[0].filled);
     if (labels) {
       const parts = names.flatMap((name, at) => [make("small", "", `${labels[at]} `), `${format(now[name])} `]);
       shown.replaceChildren(...parts);
@@ -506,7 +508,7 @@ document.addEventListener("visibilitychange", watchOrNot);
 const TABS = ["talk", "watch"];
 
 function talks() {
-  return !byId("talk").hidden;
+  return !byId("talk-panel").hidden;
 }
 
 function choose(name) {
@@ -514,20 +516,24 @@ function choose(name) {
     const tab = byId(`${one}-tab`);
     tab.setAttribute("aria-selected", String(one === name));
     tab.tabIndex = one === name ? 0 : -1;
-    byId(one).hidden = one !== name;
+    byId(`${one}-panel`).hidden = one !== name;
   }
-  history.replaceState(null, "", `#${name}`);
   watchOrNot();
 }
 
+function go(name) {
+  choose(name);
+  history.replaceState(null, "", `#${name}`);
+}
+
 for (const [at, name] of TABS.entries()) {
-  byId(`${name}-tab`).addEventListener("click", () => choose(name));
+  byId(`${name}-tab`).addEventListener("click", () => go(name));
   byId(`${name}-tab`).addEventListener("keydown", (event) => {
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     const next = TABS.at(to % TABS.length);
-    choose(next);
+    go(next);
     byId(`${next}-tab`).focus();
   });
 }
