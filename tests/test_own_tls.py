@@ -139,6 +139,14 @@ def test_an_answer_that_closes_is_cut_for_nobody_who_reads_it(fake: FakeVllm, wa
     assert got > len(content)
 
 
+def test_a_handshake_has_its_time(fake: FakeVllm) -> None:
+    with (
+        running(fake.url, tls_cert_file=GOOD, header_timeout=1) as gateway,
+        socket.create_connection((gateway.host, gateway.port), timeout=10) as silent,
+    ):
+        assert silent.recv(1) == b""
+
+
 def test_files_that_cannot_be_used_stop_the_start(tmp_path: Path) -> None:
     other = CERTIFICATES / "other.pem"
     locked = tmp_path / "locked.pem"
