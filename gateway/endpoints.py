@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Router
@@ -185,11 +187,33 @@ class OnPort(BaseRoute):
         self._router = Router(routes, redirect_slashes=False)
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        server = scope.get("server")
-        return (Match.FULL if server and server[1] == self._port else Match.NONE), {}
+        return (Match.FULL if _is_on(scope, self._port) else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._router(scope, receive, send)
+
+
+def _is_on(scope: Scope, port: int | None) -> bool:
+    server = scope.get("server")
+    return server is not None and bool(server[1] == port)
+
+
+class Pages(CORSMiddleware):
+    """Starlette's, but for calls alone; what a browser asks first is checked, counted and logged as they are."""
+
+    def __init__(self, app: ASGIApp, /, metrics_port: int | None, **options: Any) -> None:
+        """`metrics_port` is the one on which no page may read."""
+        super().__init__(app, **options)
+        self._metrics_port = metrics_port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_on(scope, self._metrics_port):
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= set(headers):
+            scope["preflight"] = self.preflight_response(headers)
+        await self.simple_response(scope, receive, send, headers)
 
 
 class Outermost:
@@ -218,7 +242,7 @@ class Outermost:
 
         try:
             fault = _fault_of(scope)
-            app = self._app if fault is None else to_response(fault, request_id)
+            app: ASGIApp = scope.get("preflight", self._app) if fault is None else to_response(fault, request_id)
             await app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)

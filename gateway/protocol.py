@@ -87,7 +87,10 @@ def _unsent_by_the_system(connection: socket.socket) -> int:
     """Bytes that were written and that the other side has not taken; 0 where the system does not tell."""
     if sys.platform != "linux":
         return 0
-    return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+    except OSError:
+        return 0  # it has just been closed
 
 
 # In the place of a deque for each connection, of which hardly any pipelines.
@@ -134,6 +137,7 @@ class Protocol(HttpToolsProtocol):
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
     __slots__ = (
         "_awaited_since",
+        "_has_all",
         "_head_size",
         "_idle_since",
         "_in_body",
@@ -164,6 +168,7 @@ class Protocol(HttpToolsProtocol):
         self._head_size = 0
         self._unsent = 0
         self._stuck_since = 0.0
+        self._has_all = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -290,8 +295,8 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
         elif answered and self._in_head and self._path.time() >= self._path.drain.ends_at:
             self._refuse(Draining("The gateway ends, and the time for what was still coming is over: try again."))
-        unsent = self.transport.get_write_buffer_size()
-        if unsent:
+        unsent, closing = self.transport.get_write_buffer_size(), self.transport.is_closing()
+        if unsent or closing:
             # And what the system holds: it takes more of ours only once a third of that is gone.
             unsent += _unsent_by_the_system(self.transport.get_extra_info("socket"))
         if unsent and unsent >= self._unsent > 0:
@@ -300,6 +305,12 @@ class Protocol(HttpToolsProtocol):
         else:
             self._stuck_since = now
         self._unsent = unsent
+        # In TLS it would be awaited for long that the client says that it closes, too, which many never do. Seen twice,
+        # as what is on its way to the system is seen nowhere.
+        has_all = closing and not unsent
+        if has_all and self._has_all:
+            self.transport.abort()
+        self._has_all = has_all
         if self.flow.read_paused and self._has_left():
             self.transport.abort()
 

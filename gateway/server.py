@@ -187,7 +187,14 @@ class Server(uvicorn.Server):
             self._look()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])  # which gives a handshake a minute
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        within = None if tls is None else self._settings.header_timeout
+        for listener in sockets or ():
+            server = await loop.create_server(
+                self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=within, backlog=_BACKLOG
+            )
+            self.servers.append(server)
         settle()
 
     async def _accept_the_last(self, listeners: Iterable[socket.socket]) -> None:

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.fake_vllm import FakeVllm, response
-from tests.gateway_process import running
+from tests.gateway_process import free_port, running
 
 CHAT = "/v1/chat/completions"
 APP, EVIL = "https://app.example.com", "https://evil.example.com"
@@ -52,3 +52,48 @@ def test_pages_that_are_named_may(fake: FakeVllm, way: None, streams: bool) -> N
 def test_all_may_where_that_is_said(fake: FakeVllm, way: None) -> None:
     with running(fake.url, cors_origins="*") as gateway, gateway.client() as client:
         assert allowed(client.post(CHAT, json=CALL, headers={"origin": EVIL})) == "*"
+
+
+def preflight(path: str = CHAT, host: bytes = b"host: a\r\n", version: str = "1.1", more: bytes = b"") -> bytes:
+    asks = f"origin: {APP}\r\naccess-control-request-method: POST\r\nconnection: close\r\n"
+    return f"OPTIONS {path} HTTP/{version}\r\n".encode() + host + asks.encode() + more + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (preflight(), b"200"),
+        (preflight(host=b""), b"400"),
+        (preflight(host=b"host: a\r\nhost: b\r\n"), b"400"),
+        (preflight(version="2.0"), b"400"),
+        (preflight(path="/%2e"), b"404"),
+        (preflight(path="/" + "a" * 9000), b"414"),
+        (preflight(more=b"x: y\r\n" * 100), b"431"),
+    ],
+)
+def test_what_a_browser_asks_first_is_a_request_like_others(
+    fake: FakeVllm, way: None, sent: bytes, status: bytes
+) -> None:
+    with running(fake.url, cors_origins=APP) as gateway:
+        with gateway.connect() as connection:
+            connection.sendall(sent)
+            got = b""
+            while piece := connection.recv(65536):
+                got += piece
+        assert got.startswith(b"HTTP/1.1 " + status)
+        assert f"access-control-allow-origin: {APP}\r\n".encode() in got
+        assert got.count(b"\r\nx-request-id: ") == 1
+        (line,) = gateway.log(1)
+        assert (line["method"], line["status"]) == ("OPTIONS", int(status))
+
+
+@pytest.mark.parametrize("named", [APP, "*"])
+def test_no_page_reads_metrics_on_a_port_of_their_own(fake: FakeVllm, way: None, named: str) -> None:
+    port = free_port()
+    with running(fake.url, cors_origins=named, metrics_port=port) as gateway, gateway.client() as client:
+        own = gateway.url.replace(str(gateway.port), str(port))
+        told = client.get(f"{own}/metrics", headers={"origin": APP})
+        assert (told.status_code, allowed(told)) == (200, None)
+        for path, status in (("/metrics", 405), (CHAT, 404)):
+            asked = client.options(f"{own}{path}", headers={"origin": APP, **ASKS})
+            assert (asked.status_code, allowed(asked)) == (status, None)

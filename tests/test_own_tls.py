@@ -18,7 +18,7 @@ import pytest
 
 from gateway.config import SettingsError, load
 from gateway.server import Server
-from tests.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
+from tests.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import AUTHORITY, free_port, running
 
 CERTIFICATES = Path(__file__).parent / "certs"
@@ -108,6 +108,43 @@ def test_who_shakes_no_hands_at_the_end_neither_cuts_nor_holds_it(
     assert time.monotonic() - began < 5
     for connection in connections:
         connection.close()
+
+
+def test_who_does_not_say_that_it_closes_does_not_hold_the_end(fake: FakeVllm, way: None) -> None:
+    with running(fake.url, tls_cert_file=GOOD, drain_timeout=20) as gateway:
+        idle = gateway.connect()
+        idle.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert idle.recv(15) == b"HTTP/1.1 200 OK"
+        gateway.signal()
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    with idle:
+        while idle.recv(4096):  # what was left of its answer, and the end
+            pass
+
+
+def test_an_answer_that_closes_is_cut_for_nobody_who_reads_it(fake: FakeVllm, way: None) -> None:
+    content = b" " * 30_000_000
+    fake.queue([response("200 OK", content)])
+    with running(fake.url, tls_cert_file=GOOD) as gateway, gateway.connect() as connection:
+        connection.sendall(
+            b"POST %b HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 30\r\n\r\n" % CHAT.encode()
+            + b'{"model":"demo","messages":[]}'
+        )
+        got = 0
+        while piece := connection.recv(1 << 16):
+            if got < 400_000:
+                time.sleep(0.1)
+            got += len(piece)
+    assert got > len(content)
+
+
+def test_a_handshake_has_its_time(fake: FakeVllm) -> None:
+    with (
+        running(fake.url, tls_cert_file=GOOD, header_timeout=1) as gateway,
+        socket.create_connection((gateway.host, gateway.port), timeout=10) as silent,
+    ):
+        assert silent.recv(1) == b""
 
 
 def test_files_that_cannot_be_used_stop_the_start(tmp_path: Path) -> None:
