@@ -30,6 +30,7 @@ from gateway.errors import (
     TooMany,
     Unauthorized,
     UnsupportedEncoding,
+    UnsupportedType,
     UpstreamBroken,
     UpstreamTimeout,
     UpstreamUnauthorized,
@@ -303,6 +304,9 @@ class Exchange:
                     f"Content-Encoding must be absent or identity, but it is {encoding!r}: send the body uncompressed."
                 )
             )
+        elif self._request.origin and not self._request.json and self.route.body not in ("none", "upload"):
+            # Of any other type a browser sends it for whatever page, and asks nobody.
+            self.fail(UnsupportedType("Content-Type must be application/json in a page's call, which has an Origin."))
         elif length > limits.max_body:
             self.fail(self._too_large())
         elif len(path.in_flight) > limits.max_requests:

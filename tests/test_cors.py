@@ -32,6 +32,21 @@ def test_no_page_of_another_origin_may_call(fake: FakeVllm, way: None) -> None:
         assert fake.received[-1].header("origin") is None
 
 
+@pytest.mark.parametrize("kind", ["text/plain;charset=UTF-8", "application/x-www-form-urlencoded", None])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_no_page_calls_as_its_browser_lets_it_unasked(fake: FakeVllm, way: None, path: str, kind: str | None) -> None:
+    content = b'{"messages":{"user":"hi"},"streaming":false}'
+    with running(fake.url) as gateway, gateway.client() as client:
+        for origin in (EVIL, "null"):
+            headers = {"origin": origin, **({"content-type": kind} if kind else {})}
+            answer = client.post(path, content=content, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+        assert not fake.received
+        assert client.get("/v1/models", headers={"origin": EVIL}).status_code == 200
+        # Who is no page may say what it likes, as curl does.
+        assert client.post(path, content=content, headers={"content-type": kind} if kind else {}).status_code == 200
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_pages_that_are_named_may(fake: FakeVllm, way: None, streams: bool) -> None:
     named = f"{APP},http://localhost:3000"
