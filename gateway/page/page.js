@@ -220,8 +220,8 @@ byId("ask").addEventListener("submit", async (event) => {
     if (error.name === "AbortError") {
       show(byId("finish"), "stopped");
     } else if (error instanceof Refused) {
-      fail(error.message);
       if (error.requestId) show(byId("request-id"), error.requestId);
+      fail(error.message);
     } else {
       fail("The answer broke off.");
     }

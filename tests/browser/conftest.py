@@ -92,7 +92,7 @@ def opened(browser: Any) -> Iterator[Open]:
         context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", "timezone_id": "UTC", **options}
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         window = Window(context.new_page(), url)
         windows.append(window)
