@@ -47,7 +47,7 @@ def wait_for_work(window: Window, vllm: Vllm, count: int, seconds: float) -> Non
     until = time.monotonic() + seconds
     while (found := vllm.at_work()) != count:
         assert time.monotonic() < until, f"vLLM works on {found} requests, not on {count}"
-        window.page.wait_for_timeout(50)
+        window.page.wait_for_timeout(250)  # each look takes the gateway's own thread a while
 
 
 def sideways(window: Window) -> int:
