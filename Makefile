@@ -32,11 +32,11 @@ test: lint types
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 
-test-test-browser: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/browser/page.py
-
-soak: $(VENV)/.installed-dev
+test-soak: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.soak --seconds 60
+
+test-browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/browser/page.py
 
 test-fp8: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/fp8/datasets.py tests/fp8/checkpoints.py

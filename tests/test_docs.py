@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 from gateway import config
@@ -89,3 +90,11 @@ def test_every_locked_package_has_a_hash() -> None:
         for entry in re.split(r"\n(?=[a-z0-9])", file.read_text()):
             if "==" in entry.partition("\n")[0]:
                 assert "--hash=sha256:" in entry, f"{file.name}: {entry[:80]}"
+
+
+def test_every_target_that_ci_makes_is_one() -> None:
+    targets = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert len(targets) > 7
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert (done.stderr, "Nothing to be done" in done.stdout) == ("", False), target

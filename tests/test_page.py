@@ -192,13 +192,13 @@ def test_many_who_watch_cost_one_sampler_and_nobody_none(fake: FakeVllm, often: 
         watches = [client.stream("GET", STREAM) for _ in range(20)]
         told = [events(watch.__enter__()) for watch in watches]
         for _ in range(5):
-            samples = [next(one) for one in told]
+            assert all(next(one)["time"] for one in told)
         began, before = time.monotonic(), metrics_asked(fake)
-        for _ in range(10):
-            samples = [next(one) for one in told]
+        taken = {next(one)["time"] for _ in range(10) for one in told}
         asked, passed = metrics_asked(fake) - before, time.monotonic() - began
         assert asked <= passed / often + 2
-        assert len({sample["time"] for sample in samples}) == 1
+        # Those of all of them, of whom one may be a sample or two behind another.
+        assert len(taken) <= 10 + 3
         for watch in watches:
             watch.__exit__(None, None, None)
         time.sleep(5 * often)

@@ -52,7 +52,7 @@ def openai_timeout(url: str) -> Leave:
 
     def call() -> None:
         try:
-            chat = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3).chat.completions
+            chat = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=6).chat.completions
             chat.create(model=MODEL, messages=ASK, **ENDLESS)
         except APITimeoutError:
             return
