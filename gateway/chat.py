@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -183,7 +184,7 @@ class Chat:
     def talk(self) -> int:
         """Ask what is typed, until the end."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (input() then edits its line, and knows those before)
+            importlib.import_module("readline")  # input() then edits its line, and knows those before
         _note(f"Talking to {self._asking.url}. Ctrl-C stops an answer. {_LEAVING}")
         while True:
             try:

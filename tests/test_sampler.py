@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
+from gateway.exchange import Exchange
 from gateway.recent import Recent
 from gateway.sampler import _Rate
 from gateway.vllmload import VllmLoad, read
@@ -51,9 +53,9 @@ class Ended:
     upstream: Named | None = None
 
 
-def added(*ended: Ended) -> Recent:
-    recent = Recent()
-    recent.add(list(ended))  # type: ignore[arg-type]
+def added(*ended: Ended, to: Recent | None = None) -> Recent:
+    recent = to or Recent()
+    recent.add([cast(Exchange, one) for one in ended])  # which has more than is looked at here
     return recent
 
 
@@ -67,7 +69,7 @@ def test_first_tokens_are_those_that_came_since() -> None:
 
 def test_of_very_many_the_last_first_tokens_count() -> None:
     recent = added(*(Ended(started_at=at, first_byte_at=at + 1) for at in range(1000)))
-    recent.add([Ended(started_at=at, first_byte_at=at + 3) for at in range(1000)])  # type: ignore[misc]
+    added(*(Ended(started_at=at, first_byte_at=at + 3) for at in range(1000)), to=recent)
     assert recent.first_tokens(-math.inf) == (3, 3)
 
 

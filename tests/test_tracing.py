@@ -329,7 +329,7 @@ def test_the_sampler_is_the_one_that_is_asked_for(
     with running(fake.url) as gateway:
         assert ask(gateway, OPENAI) == 200
         assert ask(gateway, {"messages": 1}) == 400
-    assert fake.received[0].header("traceparent")[-2:] in ("00", "02")  # type: ignore[index]
+    assert (fake.received[0].header("traceparent") or "")[-2:] in ("00", "02")
     assert collector.spans == []
 
 
