@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
+from array import array
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,32 +26,63 @@ _log = logging.getLogger(__name__)
 _EVERY = 1.0
 _KEPT = 300
 _PATIENCE = 0.5
-# A rate is that of so many seconds, as one alone says little; first tokens are those of the last minute.
-_RATE_OVER = 5
+# A rate is that of so many samples, as two alone say little; first tokens are those of the last minute.
+_RATE_OF = 6
 _FIRST_TOKENS_OF = 60.0
 # What an upstream said of itself counts for so many seconds.
 _GOOD_FOR = 3.0
 
 
 class _Rate:
-    """How fast a count grows."""
+    """How fast a count grows; in rows that are written over, as the history is."""
 
     def __init__(self) -> None:
-        self._counts: deque[tuple[float, float]] = deque(maxlen=_RATE_OVER + 1)
+        self._at, self._counts = array("d", bytes(8 * _RATE_OF)), array("d", bytes(8 * _RATE_OF))
+        self._kept = self._next = 0
 
     def add(self, now: float, count: float) -> None:
         """It is so much now; after a gap, or a restart of what counts, it begins anew."""
-        if self._counts:
-            at, before = self._counts[-1]
-            if count < before or now - at >= _GOOD_FOR:
-                self._counts.clear()
-        self._counts.append((now, count))
+        last = self._next - 1
+        if self._kept and (count < self._counts[last] or now - self._at[last] >= _GOOD_FOR):
+            self._kept = 0
+        self._at[self._next], self._counts[self._next] = now, count
+        self._next = (self._next + 1) % _RATE_OF
+        self._kept = min(self._kept + 1, _RATE_OF)
 
     @property
     def a_second(self) -> float | None:
         """None where it is not known yet."""
-        (began, first), (ended, last) = self._counts[0], self._counts[-1]
-        return (last - first) / (ended - began) if ended > began else None
+        last, first = self._next - 1, self._next - self._kept
+        seconds = self._at[last] - self._at[first] if self._kept else 0
+        return (self._counts[last] - self._counts[first]) / seconds if seconds > 0 else None
+
+
+class _History:
+    """The figures of the last samples, in rows that are written over.
+
+    Objects that were made anew each second would lie amid those of many requests at once, and hold their memory when
+    they are over.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, array[float]] = {}
+        self._samples = 0
+
+    def add(self, figures: dict[str, float | None]) -> None:
+        """One more sample, of the same names as the others; the oldest goes."""
+        if not self._rows:
+            self._rows = {name: array("d", bytes(8 * _KEPT)) for name in figures}
+        for name, figure in figures.items():
+            self._rows[name][self._samples % _KEPT] = math.nan if figure is None else figure
+        self._samples += 1
+
+    def series(self) -> dict[str, list[float | None]]:
+        """By name, the oldest first."""
+        kept = range(max(0, self._samples - _KEPT), self._samples)
+        return {
+            name: [None if math.isnan(figure := row[at % _KEPT]) else figure for at in kept]
+            for name, row in self._rows.items()
+        }
 
 
 class _Told:
@@ -86,7 +117,7 @@ class Sampler:
         self._asking: dict[Upstream, asyncio.Task[None]] = {}
         self._asked_at = -math.inf
         self._requests, self._failed = _Rate(), _Rate()
-        self._kept: deque[dict[str, float | None]] = deque(maxlen=_KEPT)
+        self._history = _History()
         self._watchers = 0
         self._event = b""
         self._sampled = asyncio.Event()
@@ -106,7 +137,7 @@ class Sampler:
     async def report(self) -> bytes:
         """How all is now, and was."""
         await self._ask()
-        return orjson.dumps(self._report() | {"history": self._history()})
+        return orjson.dumps(self._report() | {"history": self._history.series()})
 
     async def watch(self) -> AsyncIterator[bytes]:
         """The same as an event and, with each sample, one of how all is then, until the gateway ends."""
@@ -140,11 +171,11 @@ class Sampler:
         self._failed.add(now, self._recent.failed)
         if self._watchers and not self._ends:
             await self._ask()
-        self._kept.append(self._figures())
+        self._history.add(self._figures())
         if self._watchers:
             self._event = sse.encode(orjson.dumps(self._report()))
-        sampled, self._sampled = self._sampled, asyncio.Event()
-        sampled.set()
+            sampled, self._sampled = self._sampled, asyncio.Event()
+            sampled.set()
 
     async def _ask(self) -> None:
         """Have the upstreams tell of themselves, once a second at most, whoever wants to know."""
@@ -196,9 +227,6 @@ class Sampler:
             "errors": [*reversed(self._recent.failures)],
             "time": round(time.time(), 3),
         }
-
-    def _history(self) -> dict[str, list[float | None]]:
-        return {name: [figures[name] for figures in self._kept] for name in self._kept[0]} if self._kept else {}
 
 
 def _rounded(value: float | None) -> float | None:
