@@ -8,14 +8,15 @@ State is changed first and acted on last, as an action may call back at once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from gateway import media, prompted, releases, simplified, sse
-from gateway.body import to_object
+from gateway.body import LONG_BODY, to_object, without_long_strings
 from gateway.bounds import Bounds
 from gateway.errors import (
     BadRequest,
@@ -251,7 +252,7 @@ class Exchange:
         self._state = _RECEIVING
         self._pieces: list[bytes] = []
         self._size = 0
-        self._content: bytes | memoryview = b""
+        self._content = b""
         self._translated: Translation | None = None
         self._connection: Connection | None = None
         self._retried = False
@@ -347,13 +348,13 @@ class Exchange:
             self._pieces = []
             self._pass_on(content)
 
-    def request(self, content: bytes | memoryview) -> None:
+    def request(self, content: bytes) -> None:
         """The whole request is there."""
         self.begin(len(content))
         if self._state is _RECEIVING:
             self._pass_on(content)
 
-    def _pass_on(self, content: bytes | memoryview) -> None:
+    def _pass_on(self, content: bytes) -> None:
         now = self.received_at = self._path.time()
         try:
             self._content = self._to_upstream_body(content)
@@ -392,41 +393,55 @@ class Exchange:
             f"The request's body must be at most {self._path.limits.max_body} bytes (GATEWAY_MAX_BODY_BYTES)."
         )
 
-    def _to_upstream_body(self, content: bytes | memoryview) -> bytes | memoryview:
+    def _to_upstream_body(self, content: bytes) -> bytes:
         """What goes to the upstream: the bytes that came, or, for the simplified form, a chat call."""
         kind = self.route.body
         if kind == "none":
             return b""
+        if len(content) >= LONG_BODY:
+            # What cannot be told so is told by the whole of it.
+            with contextlib.suppress(BadRequest):
+                if self._goes_as_it_came(to_object(without_long_strings(content))) and self.model != "":
+                    return content
         body = to_object(content)
+        if self._goes_as_it_came(body):
+            return content
+        path = self._path
+        if kind == "generate":
+            return self._translate(prompted.from_generate(body, whole=path.whole), kind)
+        if kind == "ask":
+            return self._translate(prompted.from_ask(body, self._most_tokens), kind)
+        request = simplified.from_body(
+            body, path.style, path.system_role, whole=path.whole, most_tokens=path.bounds.tokens
+        )
+        translation: simplified.Simplified | Flattened = Flattened(request) if path.flattens else request
+        if path.release:
+            return self._translate(releases.Released(translation, path.release), "simplified")
+        return self._translate(translation, "simplified")
+
+    def _goes_as_it_came(self, body: dict[str, Any]) -> bool:
+        """Whether it is in the form that the upstream takes; raises BadRequest for what it must not have."""
+        kind = self.route.body
         self._path.bounds.check(body)
+        if kind in ("generate", "ask"):
+            return False
         if kind == "chat":
             media.check_chat(body, self._path.media_domains)
             if simplified.is_simplified(body):
-                path = self._path
-                request = simplified.from_body(
-                    body, path.style, path.system_role, whole=path.whole, most_tokens=path.bounds.tokens
-                )
-                translation: simplified.Simplified | Flattened = Flattened(request) if path.flattens else request
-                return self._translate(
-                    releases.Released(translation, path.release) if path.release else translation, "simplified"
-                )
+                return False
             if not isinstance(body.get("messages"), list):
                 raise BadRequest(
                     "messages must be an object with system and user, a string, or OpenAI's array of messages, but "
                     f"it is {simplified.kind_of(body.get('messages'))}.",
                     param="messages",
                 )
-        elif kind == "generate":
-            return self._translate(prompted.from_generate(body, whole=self._path.whole), kind)
-        elif kind == "ask":
-            return self._translate(prompted.from_ask(body, self._most_tokens), kind)
         else:
             media.check_any(body, self._path.media_domains)
         self.form = "openai"
         self.streaming = body.get("stream") is True
         model = body.get("model")
         self.model = model if isinstance(model, str) else None
-        return content
+        return True
 
     def _most_tokens(self, model: str) -> float:
         return min(self._path.pool.context(model), self._path.bounds.tokens)

@@ -89,7 +89,7 @@ class Shortcut(Protocol):
         """What is in `data` whole, its body beginning at `at`, is the request."""
         exchange = self._begin(head, route)
         try:
-            exchange.request(memoryview(data)[at:])  # a large one is not copied
+            exchange.request(data[at:])
         except Exception as error:
             self._failed(exchange, error)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.body import to_object
+from gateway.body import to_object, without_long_strings
 from gateway.errors import BadRequest
 
 JSON = st.recursive(
@@ -106,3 +106,56 @@ def test_what_the_prompt_said_is_never_in_the_sentence(prompt: str) -> None:
     with pytest.raises(BadRequest) as raised:
         to_object(json.dumps({"messages": prompt}, ensure_ascii=False)[:-2].encode())
     assert prompt not in raised.value.message
+
+
+# What is looked at of a long body
+
+LONG = 1500
+PIECES = ['"', "\\", "\n", "é", "{", "x", "data:", "y" * LONG, "\U0001f600" * LONG]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+DEEP = st.recursive(
+    TEXTS | st.booleans(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3)
+)
+
+
+def emptied(value: Any) -> Any:
+    """With every long string empty, as far as `data:`; names stay."""
+    if isinstance(value, str):
+        return value if len(value) < 1000 else "data:" if value.startswith("data:") else ""
+    if isinstance(value, list):
+        return [emptied(one) for one in value]
+    return {name: emptied(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+@given(st.dictionaries(TEXTS, DEEP, max_size=4), st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_but_for_its_long_strings_it_is_what_came(value: dict[str, Any], ascii_alone: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_alone, separators=(",", ":")).encode()
+    # Where there are too many quotes to look at, some of the long strings may have stayed.
+    assert emptied(to_object(without_long_strings(body))) == emptied(value)
+
+
+BYTES = st.sampled_from([b'"', b"\\", b"{", b"}", b":", b",", b"\xff", b"x" * LONG])
+
+
+@given(st.lists(BYTES, max_size=12).map(b"".join))
+@example(b'"' + b"\\" * LONG + b'"')
+@example(b'{"a":"' + b"\\" * 100 + b'","b":"' + b"x" * LONG + b'"}')
+@settings(deadline=None, max_examples=200)
+def test_any_long_bytes_are_as_they_are_but_for_what_stands_in_quotes(body: bytes) -> None:
+    short = without_long_strings(body)
+    with contextlib.suppress(BadRequest):
+        assert emptied(to_object(body)) == emptied(to_object(short))
+    assert len(short) <= len(body)
+
+
+def test_a_prompt_is_found_behind_what_calls_have_before_it() -> None:
+    call = {"model": "m", "temperature": 0.2, "max_tokens": 5, "stream": True, "seed": 1, "user": "u"}
+    texts = ['Answer "shortly".', 'He said "yes".\n' + "A sentence without a quote. \\ \n" * 2000]
+    body = json.dumps(call | {"messages": [{"role": "user", "content": text} for text in texts]}).encode()
+    assert len(without_long_strings(body)) < 400
+
+
+def test_a_long_string_of_quotes_is_left_to_the_parser() -> None:
+    body = json.dumps({"prompt": '"' * 100_000}).encode()
+    assert without_long_strings(body) == body

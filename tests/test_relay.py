@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import json
 import socket
 
 import httpx
@@ -50,6 +51,35 @@ def test_an_openai_call_is_relayed_byte_for_byte_both_ways(client: httpx.Client,
     assert (got.status_code, got.content) == (200, answer)
     assert got.headers.get_list("x-two") == ["1", "2"]
     assert got.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+def test_a_long_call_is_relayed_by_what_is_around_its_texts(client: httpx.Client, fake: FakeVllm, path: str) -> None:
+    text = "Er sagt: \u201eGrüße\u201c.\n" * 2000
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 30_000}}
+    messages = [{"role": "user", "content": text}, {"role": "user", "content": [image, {"type": "text", "text": "x"}]}]
+    body = json.dumps({"model": "demo-model", "prompt": text, "input": text, "messages": messages}).encode()
+    assert client.post(path, content=body).status_code == 200
+    assert fake.received[-1].body == body
+
+
+def test_a_long_call_is_refused_for_the_same_as_a_short_one(client: httpx.Client, fake: FakeVllm) -> None:
+    long = "word " * 7000
+    url = {"type": "image_url", "image_url": {"url": f"http://evil.example/{long.replace(' ', '')}"}}
+    named = {"type": "image_url", long + "url": "http://evil.example/"}
+    for body, said in (
+        ({"messages": long, "n": 10**9}, "n must be at most"),
+        ({"messages": [{"role": "user", "content": [url, long]}]}, "its host is 'evil.example'"),
+        ({"messages": [{"role": "user", "content": [named, long]}]}, "its host is 'evil.example'"),
+        ({"messages": {"user": 5}, "x": long}, "messages.user"),
+        ({"messages": 5, "x": long}, "messages must be"),
+    ):
+        got = client.post("/v1/chat/completions", json=body)
+        assert got.status_code == 400, body
+        assert said in got.json()["error"]["message"]
+    got = client.post("/v1/chat/completions", content=b'{"messages":[{"content":"%b"},]}' % long.encode())
+    assert "is not valid JSON" in got.json()["error"]["message"]
+    assert fake.received == []
 
 
 def test_a_stream_is_relayed_byte_for_byte(client: httpx.Client, fake: FakeVllm) -> None:
