@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from rich.progress import Progress
 from bench import arms as arms_
 from bench import report
 from bench.arms import Arm, Missing
-from bench.cells import Cells, Failed, Figures, prompt_67k
+from bench.cells import Cell, Cells, Failed, Outcomes, prompt_67k
 from bench.processes import rss_kb, signal_all
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +42,7 @@ ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 11, 4
 OFTEN = {
     "json-64": {"nginx", "vllm-router", "gateway", "gateway-keyed", "gateway-simplified"},
     "prompt-67k": {"vllm-router", "gateway"},
-    "streams-100": {"vllm-router", "gateway"},
+    "streams-100": {"vllm-router", "gateway", "gateway-simplified"},
     "streams-300": {"direct", "vllm-router", "gateway"},
 }
 # The slow ones have one round, and not every cell.
@@ -52,7 +51,6 @@ FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
 FOR_KEYED = {"json-64"}
 # What a process has once grown to it keeps, so that only its first streams tell what they take.
 ONCE = {"open-2000"}
-Work = Callable[[Arm], Figures]
 
 
 @click.command()
@@ -102,34 +100,31 @@ def _run(
             signal_all(arm.process, signal.SIGSTOP)
         # Drawn between two cells, not in them.
         with Progress(console=console, transient=True, auto_refresh=False) as progress:
-            task = progress.add_task("", total=rounds * len(cells) * (len(arms) + 1))
+            task = progress.add_task("", total=rounds * len(cells))
             for number in range(rounds):
                 for cell, work in cells.items():
-                    order = list(arms.values())
-                    order = [direct, *order[number % len(order) :], *order[: number % len(order)]]
-                    for arm in order:
-                        doing = f"round {number + 1}: {cell}, {arm.name}"
-                        progress.update(task, advance=1, description=doing, refresh=True)
-                        if _wanted(arm.name, cell, number):
-                            _add(samples, failures, arm, cell, work)
+                    progress.update(task, advance=1, description=f"round {number + 1}: {cell}", refresh=True)
+                    order = [arm for arm in (direct, *arms.values()) if _wanted(arm.name, cell, number)]
+                    first = number % max(len(order), 1)
+                    order = [*order[first:], *order[:first]]
+                    _add(samples, failures, cell, work(order))
         for name, megabytes in _at_rest(list(arms.values())).items():
             samples["after"][name]["rss_mb"] = [megabytes]
         for number in range(2):
             for cell, work in cells.items():
                 if _wanted("gateway", cell, number):
-                    _add(samples, failures, arms["gateway"], f"{cell}, again", work)
+                    _add(samples, failures, f"{cell}, again", work([arms["gateway"]]))
         samples["again"]["gateway"]["rss_mb"] = [_at_rest([arms["gateway"]])["gateway"]]
     return samples, failures
 
 
-def _add(samples: report.Samples, failures: list[str], arm: Arm, cell: str, work: Work) -> None:
-    try:
-        figures = _measure(arm, cell, work)
-    except Failed as error:
-        failures.append(f"{arm.name}, {cell}: {error}")
-    else:
+def _add(samples: report.Samples, failures: list[str], cell: str, outcomes: Outcomes) -> None:
+    for arm, figures in outcomes.items():
+        if isinstance(figures, Failed):
+            failures.append(f"{arm}, {cell}: {figures}")
+            continue
         for figure, one in figures.items():
-            samples[cell][arm.name][figure].append(one)
+            samples[cell][arm][figure].append(one)
 
 
 def _wanted(arm: str, cell: str, number: int) -> bool:
@@ -152,32 +147,20 @@ def _at_rest(arms: list[Arm]) -> dict[str, float]:
     return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
 
 
-def _measure(arm: Arm, cell: str, work: Work) -> Figures:
-    if arm.name == "direct":
-        return work(arm)
-    signal_all(arm.process, signal.SIGCONT)
-    # Its probes, and its idle connections that have died meanwhile; where delays are looked at also what it puts off
-    # until it is idle.
-    time.sleep(0.6 if cell == "streams-300" else 0.15)
-    try:
-        return work(arm)
-    finally:
-        signal_all(arm.process, signal.SIGSTOP)
-
-
-def _cells(cells: Cells, *, quick: bool) -> dict[str, Work]:
-    chosen: dict[str, Work] = {
+def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
+    chosen: dict[str, Cell] = {
         "json-64": cells.json(64),
         "prompt-67k": cells.json(32, prompt_67k()),
-        "streams-100": cells.streams(100, 60, 20),
-        "streams-300": cells.streams(300, 80, 20),
+        "streams-100": cells.paced(100),
+        "streams-300": cells.paced(300),
     }
     if not quick:
         # What holds most comes first, so that as much comes after it in a second run as in the first.
         chosen = {"open-2000": cells.memory(2000)} | chosen
         chosen |= {
-            "json-1": cells.json(1),
-            "streams-flood": cells.streams(32, 200, 0),
+            # In one go: a request that is held up from turn to turn would be told as a delay.
+            "json-1": cells.json(1, turns=1, seconds=1),
+            "streams-flood": cells.flood(32, 200),
             "leave-answer": cells.leaving(after=0),
             "leave-wait": cells.leaving(after=0.2),
         }

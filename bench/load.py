@@ -1,6 +1,7 @@
 """Streams as a load: opens them, checks each to its end, and times every event.
 
-Run as a process of its own, told by one JSON object (`Plan`), tells by another.
+Run as a process of its own, told by a JSON list of `Plan`s, which it follows at the same time; tells by a list, in
+which a plan that went wrong has the words for it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,30 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, cast
 
 import httptools
 import uvloop
 
+from bench.mock import TURN
 from bench.processes import cpu_us, rss_kb
+
+# The streams of a plan that has turns begin within so many seconds.
+RAMP = 0.3
+# A gateway that has been at rest finds its code out of the caches: this much of its turn tells nothing of delays.
+_WAKING = 0.02
 
 _STAMP = re.compile(rb'"content": ?"(\d{6,})"')
 
 
 @dataclass
 class Plan:
-    """`streams` streams of `events` events; `window`, in seconds from the last one's start, is when it is measured.
+    """`streams` streams of `events` events.
 
+    `begin` is when they begin and `turns` when each of their turns to speak does, all by the monotonic clock: they are
+    measured in these alone, and in full where there are none.
     `hold` only opens the streams, waits for each one's first event and reads the memory of `pid` then.
     `leave` leaves each stream once it has an event, or, with a `delay`, before it has any.
     """
@@ -35,7 +45,8 @@ class Plan:
     body: str
     streams: int
     events: int
-    window: tuple[float, float] | None = None
+    begin: float = 0
+    turns: list[float] = field(default_factory=list)
     hold: bool = False
     leave: float | None = None
 
@@ -74,7 +85,7 @@ class Stream(asyncio.Protocol):
         self.events += len(stamps)
         load.events += len(stamps)
         if load.measures:
-            load.delays += [now - int(stamp) for stamp in stamps]
+            load.delays[-1] += [now - int(stamp) for stamp in stamps]
         if b"data: [DONE]" in data and not self.done.done():
             if self.events == load.plan.events:
                 self.done.set_result(None)
@@ -99,9 +110,9 @@ class Load:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.measures = plan.window is None
+        self.measures = not plan.turns
         self.events = 0
-        self.delays: list[int] = []
+        self.delays: list[list[int]] = [[]]
         self.first_tokens: list[int] = []
         body = plan.body.encode()
         self.request = (
@@ -130,26 +141,39 @@ class Load:
             streams = await self._open(plan.streams, 0)
             await asyncio.wait_for(asyncio.gather(*(stream.first for stream in streams)), 60)
             return {"kb_per_stream": (rss_kb(plan.pid) - before) / plan.streams}
-        cpu, begun = cpu_us(plan.pid), time.monotonic()
-        streams = await self._open(plan.streams, 0.3 if plan.window else 0)
-        events = self.events
-        if plan.window:
-            await asyncio.sleep(plan.window[0])
-            cpu, events, self.measures = cpu_us(plan.pid), self.events, True
-            await asyncio.sleep(plan.window[1] - plan.window[0])
-            cpu, events, self.measures = cpu_us(plan.pid) - cpu, self.events - events, False
+        await _until(plan.begin)
+        begun, cpu = time.monotonic(), -cpu_us(plan.pid)
+        streams = await self._open(plan.streams, RAMP if plan.turns else 0)
+        per_event = await self._in_turns()
         await asyncio.wait_for(asyncio.gather(*(stream.done for stream in streams)), 60)
         seconds = time.monotonic() - begun
-        if not plan.window:
-            cpu, events = cpu_us(plan.pid) - cpu, self.events
+        if not plan.turns:
+            per_event = [(cpu + cpu_us(plan.pid)) / self.events]
         return {
-            "cpu_us_per_event": cpu / events,
+            # One turn in which the machine stood still is one of several.
+            "cpu_us_per_event": median(per_event),
             "events_per_s": self.events / seconds,
-            "delay_p50_ms": _percentile(self.delays, 0.5),
-            "delay_p99_ms": _percentile(self.delays, 0.99),
+            "delay_p50_ms": median(_percentile(turn, 0.5) for turn in self.delays if turn),
+            "delay_p99_ms": median(_percentile(turn, 0.99) for turn in self.delays if turn),
             "first_token_p50_ms": _percentile(self.first_tokens, 0.5),
             "first_token_p99_ms": _percentile(self.first_tokens, 0.99),
         }
+
+    async def _in_turns(self) -> list[float]:
+        """The CPU that an event took in each turn, in microseconds."""
+        per_event = []
+        for turn in self.plan.turns:
+            await _until(turn)
+            # What was late in the last turn has come by now.
+            self.measures = False
+            events, cpu = self.events, cpu_us(self.plan.pid)
+            await _until(turn + _WAKING)
+            self.measures = True
+            self.delays.append([])
+            await _until(turn + TURN + 0.002)
+            if self.events > events:
+                per_event.append((cpu_us(self.plan.pid) - cpu) / (self.events - events))
+        return per_event
 
     async def _leave(self, after: float) -> list[int]:
         """When each stream was left, one after the other."""
@@ -167,6 +191,15 @@ class Load:
         return left
 
 
+async def _until(moment: float) -> None:
+    await asyncio.sleep(max(0, moment - time.monotonic()))
+
+
+async def _all(plans: list[Plan]) -> list[dict[str, Any]]:
+    done = await asyncio.gather(*(Load(plan).run() for plan in plans), return_exceptions=True)
+    return [{"failed": repr(one)} if isinstance(one, BaseException) else one for one in done]
+
+
 def _percentile(values: list[int], part: float) -> float:
     return sorted(values)[int(len(values) * part)] / 1e6
 
@@ -174,4 +207,4 @@ def _percentile(values: list[int], part: float) -> float:
 if __name__ == "__main__":
     # It lives for seconds, and a collection would be measured as a delay.
     gc.disable()
-    json.dump(uvloop.run(Load(Plan(**json.loads(sys.argv[1]))).run()), sys.stdout)
+    json.dump(uvloop.run(_all([Plan(**one) for one in json.loads(sys.argv[1])])), sys.stdout)

@@ -1,6 +1,7 @@
 """A fast upstream that behaves as vLLM on the wire, checks what it is sent and counts what it sees.
 
-How a stream goes stands before the user's text, as that survives every peer: `events:interval ms:delay ms`.
+How a stream goes stands before the user's text, as that survives every peer: `events:interval ms:delay ms`, and for
+one that speaks in turns with those of other gateways `:first turn ms:cycle ms`, by the monotonic clock.
 The text of each event is the monotonic clock, in nanoseconds, at the time of its writing.
 """
 
@@ -16,6 +17,8 @@ import orjson
 import uvloop
 
 MODEL = "demo"
+# How long the streams of one gateway speak until it is the next one's turn, in seconds.
+TURN = 0.2
 _FIELDS = b'"id":"chatcmpl-9aa45bfc53c2780e","object":"chat.completion.chunk","created":1795215799,"model":"demo"'
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ndate: Fri, 20 Nov 2026 23:03:18 GMT\r\nserver: uvicorn\r\n"
@@ -70,7 +73,7 @@ _FIXED = {
 
 
 class Counts:
-    """What the mock has seen; `aborts` are times of closed connections whose answer was not done."""
+    """What the mock has seen; `aborts` are times of closed connections whose answer was not done, until asked for."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -88,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._left = 0
         self._interval = 0.0
+        self._turn = self._cycle = 0.0
         self._timer: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -117,7 +121,11 @@ class Connection(asyncio.Protocol):
         if (fixed := _FIXED.get(self._url)) is not None:
             self._transport.write(fixed)
         elif self._url == b"/bench/counts":
-            self._transport.write(_whole(b"200 OK", orjson.dumps(self._counts.__dict__)))
+            counts = {"requests": self._counts.requests, "refused": self._counts.refused}
+            self._transport.write(_whole(b"200 OK", orjson.dumps(counts)))
+        elif self._url == b"/bench/aborts":
+            aborts, self._counts.aborts = self._counts.aborts, []
+            self._transport.write(_whole(b"200 OK", orjson.dumps(aborts)))
         else:
             self._answer(b"".join(self._body))
 
@@ -128,7 +136,7 @@ class Connection(asyncio.Protocol):
             assert call["model"] == MODEL
             plan = call["messages"][-1]["content"].partition(" ")[0]
             if call.get("stream"):
-                events, interval, delay = map(int, plan.split(":"))
+                events, interval, delay, *turns = map(int, plan.split(":"))
         except (AssertionError, LookupError, TypeError, ValueError):
             self._counts.refused += 1
             self._transport.write(_whole(b"400 Bad Request", b'{"error":{"message":"not the call that was made"}}'))
@@ -138,11 +146,15 @@ class Connection(asyncio.Protocol):
             return
         self._left = events
         self._interval = interval / 1000
+        self._turn, self._cycle = (one / 1000 for one in turns or (0, 0))
         self._timer = self._loop.call_later(delay / 1000, self._begin)
 
     def _begin(self) -> None:
         self._transport.write(_STREAM_HEAD + _ROLE)
         self._due = self._loop.time()
+        if self._turn:
+            # Not all of its streams at once.
+            self._due = self._turn + self._due % self._interval - self._interval
         self._go_on()
 
     def _go_on(self) -> None:
@@ -155,6 +167,9 @@ class Connection(asyncio.Protocol):
         self._transport.write(_event(stamp))
         if self._interval:
             self._due += self._interval
+            if self._turn and self._due >= self._turn + TURN:
+                self._due += self._cycle - TURN
+                self._turn += self._cycle
             self._timer = self._loop.call_at(self._due, self._go_on)
         else:
             self._timer = self._loop.call_soon(self._go_on)
