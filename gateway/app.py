@@ -87,7 +87,7 @@ class Ended:
         self._request_log.exchanges(ended)
 
 
-async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
+async def _look_again_and_again(data_path: DataPath, ended: Ended, sampler: Sampler | None) -> None:
     limits = data_path.limits
     seconds = min(_LOOK_AFTER, min(limits.first_token, limits.idle, limits.total, limits.body) / 10)
     peak = Peak()
@@ -107,6 +107,11 @@ async def _look_again_and_again(data_path: DataPath, ended: Ended) -> None:
             data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
         except Exception:
             _log.exception("requests that wait could not go on")
+        if sampler is not None:
+            try:
+                sampler.look()
+            except Exception:
+                _log.exception("a sample failed")
         peak.look(len(data_path.in_flight))
 
 
@@ -178,10 +183,11 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             cross_origin=bool(settings.cors_origins),
             traced=None if tracer is None else tracer.to_upstream,
         )
-        looking = asyncio.create_task(_look_again_and_again(data_path, ended))
         sampler = None if recent is None else Sampler(data_path, prober, recent)
-        sampling = contextlib.nullcontext() if sampler is None else sampler.sampling()
-        async with credentials.renewing(), prober.probing(), sampling:
+        # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
+        # requests, and hold their memory.
+        looking = asyncio.create_task(_look_again_and_again(data_path, ended, sampler))
+        async with credentials.renewing(), prober.probing():
             yield {
                 "data_path": data_path,
                 "prober": prober,
@@ -192,6 +198,8 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 "sampler": sampler,
             }
         looking.cancel()
+        if sampler is not None:
+            await sampler.close()
         await connections.close()
         ended.settle()
         if tracer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -119,20 +118,28 @@ class Sampler:
         self._requests, self._failed = _Rate(), _Rate()
         self._history = _History()
         self._watchers = 0
+        self._due = -math.inf
+        self._sampling: asyncio.Task[None] | None = None
         self._event = b""
         self._sampled = asyncio.Event()
 
-    @contextlib.asynccontextmanager
-    async def sampling(self) -> AsyncIterator[None]:
-        """Sample for as long as the context lasts."""
-        task = asyncio.create_task(self._sample_again_and_again())
-        try:
-            yield
-        finally:
-            tasks = [task, *self._asking.values()]
-            for one in tasks:
-                one.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def look(self) -> None:
+        """To be called again and again: takes a sample where one is due."""
+        now = self._path.time()
+        if now < self._due:
+            return
+        self._due = max(self._due + _EVERY, now)
+        if self._watchers and not self._ends:
+            self._sampling = asyncio.create_task(self._ask_and_sample())
+        else:
+            self._sample()
+
+    async def close(self) -> None:
+        """Take no more."""
+        tasks = [*self._asking.values(), *([self._sampling] if self._sampling else [])]
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def report(self) -> bytes:
         """How all is now, and was."""
@@ -154,23 +161,18 @@ class Sampler:
     def _ends(self) -> bool:
         return self._path.drain.ends_at < math.inf
 
-    async def _sample_again_and_again(self) -> None:
-        due = self._path.time()
-        while True:
-            try:
-                await self._sample()
-            except Exception:
-                # A bug of ours, which must not be the end of all samples.
-                _log.exception("a sample failed")
-            due = max(due + _EVERY, self._path.time())
-            await asyncio.sleep(due - self._path.time())
+    async def _ask_and_sample(self) -> None:
+        try:
+            await self._ask()
+            self._sample()
+        except Exception:
+            # A bug of ours, which must not be the end of all samples.
+            _log.exception("a sample failed")
 
-    async def _sample(self) -> None:
+    def _sample(self) -> None:
         now = self._path.time()
         self._requests.add(now, self._recent.requests)
         self._failed.add(now, self._recent.failed)
-        if self._watchers and not self._ends:
-            await self._ask()
         self._history.add(self._figures())
         if self._watchers:
             self._event = sse.encode(orjson.dumps(self._report()))

@@ -20,8 +20,11 @@ from gateway.upstreams import Upstream
 IDLE_FOR = 4.0
 # Most that an answer may send before its head is complete, or after that without any of its body.
 HEADER_BYTES = 64 * 1024
-# What a chunk begins with, by its whole length: an event of a usual size need not be parsed and framed anew.
-_CHUNK_HEADS = {len(b"%x\r\n" % size) + size + 2: b"%x\r\n" % size for size in range(1, 512)}
+# What a chunk begins with, how long that is, and the chunk's size, by its whole length: an event of a usual size need
+# not be parsed and framed anew.
+_CHUNKS = {
+    len(head) + size + 2: (head, len(head), size) for size, head in ((size, b"%x\r\n" % size) for size in range(1, 512))
+}
 _TOO_LARGE = f"its headers are larger than {HEADER_BYTES} bytes"
 
 
@@ -148,11 +151,13 @@ class UpstreamConnection(asyncio.Protocol):
             self.discard()
             return
         if self._between_chunks:
-            head = _CHUNK_HEADS.get(len(data))
-            # By slices, as startswith and endswith take longer; the blank line is an event's end.
-            if head is not None and data[: len(head)] == head and data[-4:] == b"\n\n\r\n":
-                exchange.upstream_chunk(data, len(data) - len(head) - 2)
-                return
+            known = _CHUNKS.get(len(data))
+            if known is not None:
+                head, start, size = known
+                # By slices, as startswith and endswith take longer; the blank line is an event's end.
+                if data[:start] == head and data[-4:] == b"\n\n\r\n":
+                    exchange.upstream_chunk(data, size)
+                    return
         self._parse(exchange, data)
 
     def _parse(self, exchange: Caller, data: bytes) -> None:

@@ -178,7 +178,8 @@ def test_a_stream_tells_of_each_sample(client: httpx.Client, fake: FakeVllm, oft
         client.post(CHAT, json={**CALL, "streaming": True})
         for one in told:
             assert "history" not in one
-            if one["now"]["requests_per_second"] and one["now"]["first_token_p50"] is not None:
+            now = one["now"]
+            if now["requests_per_second"] and None not in (now["first_token_p50"], now["tokens_per_second"]):
                 break
         assert one["now"]["first_token_p50"] <= one["now"]["first_token_p99"] < 5
         assert one["now"]["errors_per_second"] == 0
