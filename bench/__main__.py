@@ -37,13 +37,16 @@ ALL = [
     "starlette-httpx",
     "litellm",
 ]
-# Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
-ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 11, 4
+# Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy; then the gateway
+# alone has five again.
+ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 11, 3
+# Delays take many turns, which leave no time for others after the first round.
+DELAYS = "streams-300"
 OFTEN = {
     "json-64": {"nginx", "vllm-router", "gateway", "gateway-keyed", "gateway-simplified"},
     "prompt-67k": {"vllm-router", "gateway"},
     "streams-100": {"vllm-router", "gateway", "gateway-simplified"},
-    "streams-300": {"direct", "vllm-router", "gateway"},
+    DELAYS: {"direct", "vllm-router", "gateway"},
 }
 # The slow ones have one round, and not every cell.
 FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
@@ -110,7 +113,7 @@ def _run(
                     _add(samples, failures, cell, work(order))
         for name, megabytes in _at_rest(list(arms.values())).items():
             samples["after"][name]["rss_mb"] = [megabytes]
-        for number in range(2):
+        for number in range(1 if quick else ROUNDS):
             for cell, work in cells.items():
                 if _wanted("gateway", cell, number):
                     _add(samples, failures, f"{cell}, again", work([arms["gateway"]]))
@@ -132,7 +135,7 @@ def _wanted(arm: str, cell: str, number: int) -> bool:
         return number == 0 and cell in FOR_SLOW
     if arm == "gateway-keyed" and cell not in FOR_KEYED:
         return False
-    if number >= ROUNDS:
+    if number >= (1 if cell == DELAYS else ROUNDS):
         return arm in OFTEN.get(cell, ())
     return number == 0 or cell not in ONCE
 
@@ -152,7 +155,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
         "json-64": cells.json(64),
         "prompt-67k": cells.json(32, prompt_67k()),
         "streams-100": cells.paced(100),
-        "streams-300": cells.paced(300),
+        DELAYS: cells.paced(300, turns=5 if quick else 10),
     }
     if not quick:
         # What holds most comes first, so that as much comes after it in a second run as in the first.
