@@ -97,30 +97,23 @@ class Cells:
     def paced(self, count: int, turns: int = 5) -> Cell:
         """Streams of 50 events a second: all of them are open, and speak for an arm at a time."""
 
+        events = 1 + turns * round(TURN * 50)
+
         def cell(arms: list[Arm]) -> Outcomes:
             before = self._counts()
-            cycle = len(arms) * TURN
-            begin = time.monotonic() + 0.7  # for the load to start
-            first = begin + len(arms) * (RAMP + 0.1)
-            plans = []
-            for number, arm in enumerate(arms):
-                start = first + number * TURN
-                stream = f"{1 + turns * 10}:20:0:{start * 1000:.0f}:{cycle * 1000:.0f}"
-                plans.append(
-                    _plan(
-                        arm,
-                        stream,
-                        streams=count,
-                        events=1 + turns * 10,
-                        begin=begin + number * (RAMP + 0.1),
-                        turns=[start + turn * cycle for turn in range(turns)],
-                    )
-                )
             with contextlib.ExitStack() as stack:
                 for arm in arms:
                     stack.enter_context(awake(arm))
                 # Where delays are looked at, what a gateway puts off until it is idle is not to be among them.
                 time.sleep(0.6)
+                begin = time.monotonic() + 0.7  # for the load to start
+                first, cycle = begin + len(arms) * (RAMP + 0.1), len(arms) * TURN
+                plans = []
+                for number, arm in enumerate(arms):
+                    starts = [first + number * TURN + turn * cycle for turn in range(turns)]
+                    stream = f"{events}:20:0:{starts[0] * 1000:.0f}:{cycle * 1000:.0f}"
+                    own_begin = begin + number * (RAMP + 0.1)
+                    plans.append(_plan(arm, stream, streams=count, events=events, begin=own_begin, turns=starts))
                 found = self._load(plans)
             return self._checked(before, {arm.name: one for arm, one in zip(arms, found, strict=True)})
 
