@@ -13,8 +13,8 @@ from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
 from gateway.keys import CLIENT_KEY
+from gateway.listening import CannotListen
 from gateway.preflight import CannotStart
-from gateway.server import CannotListen
 from gateway.server import serve as run_server
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."

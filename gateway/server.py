@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.app import create_app
 from gateway.config import Settings, SettingsError, client_keys, is_loopback, load_certificate, own_tls
 from gateway.exchange import DataPath, Drain
+from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
 from gateway.protocol import LAST_CALL, Protocol, missing_in
@@ -29,15 +30,10 @@ _log = logging.getLogger(__name__)
 
 # Longer than the idle limit of the usual load balancers (60 s), so that none reuses a closing connection.
 _KEEP_ALIVE = 75
-_BACKLOG = 2048
-
-
-class CannotListen(Exception):
-    """The address cannot be listened on; the text says why and what to do."""
 
 
 def serve(settings: Settings, warnings: list[str]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises CannotListen."""
+    """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
     listeners = [listen(settings.host, settings.port)]
     if settings.health_port not in (None, settings.port):
         listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
@@ -192,7 +188,7 @@ class Server(uvicorn.Server):
         within = None if tls is None else self._settings.header_timeout
         for listener in sockets or ():
             server = await loop.create_server(
-                self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=within, backlog=_BACKLOG
+                self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=within, backlog=BACKLOG
             )
             self.servers.append(server)
         settle()
@@ -207,12 +203,7 @@ class Server(uvicorn.Server):
                 server.close()
             await asyncio.sleep(0)  # those that were accepted in this turn become connections
             for listener in last:
-                listener.setblocking(False)
-                while True:
-                    try:
-                        connection, _ = listener.accept()
-                    except OSError:
-                        break
+                for connection in accept_the_last(listener):
                     connecting.append(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
         # In TLS they shake hands first: one that does not, or does it wrong, is not to hold up or end the others.
         with contextlib.suppress(TimeoutError):
@@ -250,26 +241,3 @@ class Server(uvicorn.Server):
 
 def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(0)
-
-
-def listen(host: str, port: int, setting: str = "GATEWAY_PORT") -> socket.socket:
-    """A socket that listens: who connects before the server runs waits for it. Raises CannotListen.
-
-    `setting` is the name that changes the port.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise CannotListen(
-            f"Cannot listen on {host} port {port} ({error.strerror}): set GATEWAY_HOST and {setting} to an "
-            "address of this machine and a free port."
-        ) from None
-    return listener

@@ -18,8 +18,9 @@ import uvloop
 
 from gateway.app import create_app
 from gateway.config import Settings, names_of
+from gateway.listening import listen
 from gateway.logs import LineWriter
-from gateway.server import create_server, listen
+from gateway.server import create_server
 from tests.smuggling.cases import Case
 from tests.smuggling.upstream import Got, Upstream
 
