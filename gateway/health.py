@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
@@ -224,7 +225,8 @@ def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:
     """The models' ids, and the lengths of those that tell it."""
     try:
         models = answer.json()["data"] if answer.status_code == 200 else []
-        lengths = {str(model["id"]): model.get("max_model_len") for model in models}
+        # Interned, so that no probe makes new ones of what all else holds on to.
+        lengths = {sys.intern(str(model["id"])): model.get("max_model_len") for model in models}
         return tuple(lengths), {model: length for model, length in lengths.items() if isinstance(length, int)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return (), {}

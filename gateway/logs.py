@@ -12,6 +12,7 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import orjson
@@ -39,7 +40,7 @@ class LineWriter:
         self._lost = 0
         self._closing = False
         self._woken = False
-        self._wake = threading.Event()
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -52,19 +53,18 @@ class LineWriter:
         self._pending.append((lines, count))
         if not self._woken:
             self._woken = True
-            self._wake.set()
+            self._wake.put(None)
 
     def close(self) -> None:
         """Write what is left; wait at most 5 s for it."""
         self._closing = True
-        self._wake.set()
+        self._wake.put(None)
         self._thread.join(5)
 
     def _run(self) -> None:
         while not self._closing:
-            self._wake.wait()
+            self._wake.get()
             time.sleep(_TOGETHER)
-            self._wake.clear()
             self._woken = False
             self._flush()
         self._flush()
@@ -144,6 +144,8 @@ class RequestLog:
             lines = [self._exchange(exchange, ahead) for exchange in exchanges]
             if lines:
                 self._writer.write(b"\n".join(lines), len(lines))
+            # Made amid a thousand requests and kept when they are gone, it would keep a megabyte.
+            _second.cache_clear()
 
     def _exchange(self, exchange: Exchange, ahead: float) -> bytes:
         started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at

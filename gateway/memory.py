@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import ctypes
 import gc
 import sys
@@ -10,9 +11,11 @@ import sys
 # Fewer than so many in flight leave too little behind to be worth the look.
 _MANY = 32
 # Looks in a row that find them over: the connections of those that have just ended are still to be closed, and what
-# probes had made meanwhile, amid all that has gone, is made anew by the next.
-_QUIET = (4, 70)
-# uvloop keeps 250 of its handles for the next ones; so many are made for new ones to be among them.
+# probes had made meanwhile, amid all that has gone, is made anew by the next. Several times then, as what is made
+# again and again is mostly in use when it is looked for.
+_QUIET = (4, *range(60, 141, 8))
+# uvloop keeps 250 of its handles, and of its timers' handles, for the next ones; so many are made for new ones to be
+# among them.
 _HANDLES = 1000
 # New objects that outlive their making, until garbage is looked for; a request leaves hardly a cycle behind.
 _GARBAGE = 20_000
@@ -50,7 +53,7 @@ class Peak:
         self._quiet += 1
         if self._quiet in _QUIET:
             _give_back()
-        if self._quiet >= max(_QUIET):
+        if self._quiet == _QUIET[-1]:
             # Those that have come meanwhile are to be over, too.
             self._most, self._since, self._quiet = self._since, 0, 0
 
@@ -61,7 +64,11 @@ def _give_back() -> None:
     if sys.version_info < (3, 13):
         sys._clear_type_cache()
     loop = asyncio.get_running_loop()
-    loop.call_soon(_let_go, [loop.call_soon(_nothing) for _ in range(_HANDLES)])
+    context = contextvars.copy_context()  # one for all: Python keeps 255 of them
+    timers = [loop.call_later(1, _nothing, context=context) for _ in range(_HANDLES)]
+    for timer in timers:
+        timer.cancel()
+    loop.call_soon(_let_go, [loop.call_soon(_nothing, context=context) for _ in range(_HANDLES)])
 
 
 def _nothing() -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -64,7 +65,8 @@ class Metrics(Collector):
         models = self._pool.models
         for exchange in exchanges:
             # A client's word as a label only where it is one that we know, so that the series stay few.
-            self._count(exchange, exchange.model if exchange.model in models else None)
+            model = exchange.model
+            self._count(exchange, sys.intern(model) if model and model in models else None)
 
     def _count(self, exchange: Exchange, model: str | None) -> None:
         started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
