@@ -19,15 +19,6 @@ for name in list(os.environ):
         del os.environ[name]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real vLLM is started by one worker alone, and first, as it has the longest wait."""
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
-    for item in items:
-        if item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.xdist_group("vllm"))
-
-
 @pytest.fixture
 def fake() -> Iterator[FakeVllm]:
     with FakeVllm() as server:
