@@ -163,7 +163,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(_END)
             return
         self._left -= 1
-        stamp = b'{"index":0,"delta":{"content":"%d"},"logprobs":null,"finish_reason":null}' % time.monotonic_ns()
+        stamp = b'{"index":0,"delta":{"content":"%d"},"logprobs":null,"finish_reason":null}' % time.time_ns()
         self._transport.write(_event(stamp))
         if self._interval:
             self._due += self._interval
