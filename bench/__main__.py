@@ -126,8 +126,8 @@ def _add(samples: report.Samples, failures: list[str], cell: str, outcomes: Outc
         if isinstance(figures, Failed):
             failures.append(f"{arm}, {cell}: {figures}")
             continue
-        for figure, one in figures.items():
-            samples[cell][arm][figure].append(one)
+        for figure, turns in figures.items():
+            samples[cell][arm][figure] += turns
 
 
 def _wanted(arm: str, cell: str, number: int) -> bool:
@@ -191,7 +191,7 @@ def _write(samples: report.Samples, arms: list[str], failures: list[str]) -> Non
         json.dumps({"machine": machine, "failures": failures, "samples": samples}, indent=1) + "\n"
     )
     line = f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, {python}, nginx {_nginx_version()}"
-    text = f"# Results\n\n{line}; commit {commit.strip()}. Medians, and (least-most) over the rounds.\n\n"
+    text = f"# Results\n\n{line}; commit {commit.strip()}. Medians, and (the quartiles) of all turns.\n\n"
     text += "".join(f"Failed: {failure}\n\n" for failure in failures)
     text += report.table(samples, arms) + "\n" + report.bars_as_text(samples) + "\n![chart](chart.svg)\n"
     (RESULTS / "README.md").write_text(text)

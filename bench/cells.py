@@ -22,7 +22,7 @@ from bench.load import RAMP
 from bench.mock import MODEL, TURN
 from bench.processes import cpu_us, signal_all
 
-Figures = dict[str, float]
+Figures = dict[str, list[float]]
 # of each arm by its name
 Outcomes = dict[str, "Figures | Failed"]
 Cell = Callable[[list[Arm]], Outcomes]
@@ -140,7 +140,7 @@ class Cells:
                 return told
             aborts = self._ask("aborts")
             late = [min((abort - one for abort in aborts if abort > one), default=2.5e9) / 1e6 for one in told["left"]]
-            return {"closed_p50_ms": median(late), "closed_max_ms": max(late)}
+            return {"closed_p50_ms": [median(late)], "closed_max_ms": [max(late)]}
 
         return self._one_by_one(leave)
 
@@ -224,8 +224,7 @@ class _Wrk:
 
     def asked(self, requests: int) -> None:
         """So many came upstream in the last turn."""
-        if requests:
-            self._per_request.append(self._cpu_us / requests)
+        self._per_request.append(self._cpu_us / max(requests, 1))
 
     def outcome(self) -> Figures | Failed:
         self.kill()
@@ -237,10 +236,10 @@ class _Wrk:
         if result["errors"] or not result["requests"]:
             return Failed(str(result))
         return {
-            "cpu_us_per_request": median(self._per_request),
-            "requests_per_s": result["requests"] / self._seconds,
-            "p50_ms": result["p50_ms"],
-            "p99_ms": result["p99_ms"],
+            "cpu_us_per_request": self._per_request,
+            "requests_per_s": [result["requests"] / self._seconds],
+            "p50_ms": [result["p50_ms"]],
+            "p99_ms": [result["p99_ms"]],
         }
 
     def kill(self) -> None:

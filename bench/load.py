@@ -15,7 +15,6 @@ import struct
 import sys
 import time
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import httptools
@@ -138,7 +137,7 @@ class Load:
         self.plan = plan
         self.measures = not plan.turns
         self.events = 0
-        self.delays: list[list[int]] = [[]]
+        self.delays: list[list[int]] = [] if plan.turns else [[]]
         self.first_tokens: list[int] = []
         body = plan.body.encode()
         self.request = (
@@ -160,8 +159,8 @@ class Load:
             streams.append(Stream(self, connected))
         return streams
 
-    async def run(self) -> dict[str, Any]:
-        """What was measured: times in milliseconds, CPU in microseconds, memory in KB."""
+    async def run(self) -> dict[str, list[float]]:
+        """What was measured in each turn, or once: times in milliseconds, CPU in microseconds, memory in KB."""
         plan = self.plan
         if plan.leave is not None:
             return {"left": await self._leave(plan.leave)}
@@ -169,7 +168,7 @@ class Load:
             before = rss_kb(plan.pid)
             streams = await self._open(plan.streams, 0)
             await asyncio.wait_for(asyncio.gather(*(stream.first for stream in streams)), 60)
-            return {"kb_per_stream": (rss_kb(plan.pid) - before) / plan.streams}
+            return {"kb_per_stream": [(rss_kb(plan.pid) - before) / plan.streams]}
         await _until(plan.begin)
         begun, cpu = time.monotonic(), -cpu_us(plan.pid)
         streams = await self._open(plan.streams, RAMP if plan.turns else 0)
@@ -179,21 +178,13 @@ class Load:
         if not plan.turns:
             per_event = [(cpu + cpu_us(plan.pid)) / self.events]
         return {
-            # One turn in which the machine stood still is one of several.
-            "cpu_us_per_event": median(per_event),
-            "events_per_s": self.events / seconds,
-            "delay_p50_ms": self._delay(0.5),
-            "delay_p99_ms": self._delay(0.99),
-            "first_token_p50_ms": _percentile(self.first_tokens, 0.5) / 1e6,
-            "first_token_p99_ms": _percentile(self.first_tokens, 0.99) / 1e6,
+            "cpu_us_per_event": per_event,
+            "events_per_s": [self.events / seconds],
+            "delay_p50_ms": [_percentile(turn, 0.5) for turn in self.delays],
+            "delay_p99_ms": [_percentile(turn, 0.99) for turn in self.delays],
+            "first_token_p50_ms": [_percentile(self.first_tokens, 0.5)],
+            "first_token_p99_ms": [_percentile(self.first_tokens, 0.99)],
         }
-
-    def _delay(self, part: float) -> float:
-        """Milliseconds: a percentile of each turn, and of these the first quartile.
-
-        A shared machine halts for a millisecond many times a second: in most turns, and never to make them shorter.
-        """
-        return _percentile([_percentile(turn, part) for turn in self.delays if turn], 0.25) / 1e6
 
     async def _in_turns(self) -> list[float]:
         """The CPU that an event took in each turn, in microseconds."""
@@ -207,13 +198,12 @@ class Load:
             self.measures = True
             self.delays.append([])
             await _until(turn + TURN + 0.002)
-            if self.events > events:
-                per_event.append((cpu_us(self.plan.pid) - cpu) / (self.events - events))
+            per_event.append((cpu_us(self.plan.pid) - cpu) / max(self.events - events, 1))
         return per_event
 
-    async def _leave(self, after: float) -> list[int]:
+    async def _leave(self, after: float) -> list[float]:
         """When each stream was left, one after the other."""
-        left = []
+        left: list[float] = []
         for _ in range(self.plan.streams):
             (stream,) = await self._open(1, 0)
             if after:
@@ -235,8 +225,9 @@ async def _all(plans: list[Plan]) -> list[dict[str, Any]]:
     return [{"failed": repr(one)} if isinstance(one, BaseException) else one for one in done]
 
 
-def _percentile(values: list[int], part: float) -> int:
-    return sorted(values)[int(len(values) * part)]
+def _percentile(nanoseconds: list[int], part: float) -> float:
+    """Milliseconds. Of a turn in which nothing came, as long as it was."""
+    return sorted(nanoseconds)[int(len(nanoseconds) * part)] / 1e6 if nanoseconds else TURN * 1000
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from statistics import median
+from statistics import median, quantiles
 
-# cell -> arm -> figure -> one value a round
+# cell -> arm -> figure -> one value a turn
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 
 FIGURES = (
@@ -35,33 +35,40 @@ _TELLABLE = 0.01
 
 
 def value(samples: Samples, cell: str, arm: str, figure: str) -> float | None:
-    """The median over the rounds; None where it was not measured."""
-    rounds = _rounds(samples, cell, figure, arm)
-    return median(rounds) if rounds else None
+    """The median of the turns; None where it was not measured."""
+    turns = _turns(samples, cell, figure, arm)
+    return median(turns) if turns else None
 
 
-def _rounds(samples: Samples, cell: str, figure: str, arm: str) -> list[float]:
+def _turns(samples: Samples, cell: str, figure: str, arm: str) -> list[float]:
     return samples.get(cell, {}).get(arm, {}).get(figure, [])
 
 
 def table(samples: Samples, arms: list[str]) -> str:
-    """Markdown: medians, and in brackets the least and the most; of times also what an arm adds to `direct`."""
+    """Markdown: medians, and in brackets the quartiles; of times also what an arm adds to `direct`."""
     lines = ["| | " + " | ".join(arms) + " |", "|---|" + "--:|" * len(arms)]
     for cell, figure, text, unit in FIGURES:
         found = [samples.get(cell, {}).get(arm, {}).get(figure) for arm in arms]
         if not any(found):
             continue
-        shown = [f"{_short(median(rounds))}{_spread(rounds)}" if rounds else "-" for rounds in found]
+        shown = [f"{_short(median(turns))}{_spread(turns)}" if turns else "-" for turns in found]
         lines.append(f"| {text}, {unit} | " + " | ".join(shown) + " |")
         direct = value(samples, cell, "direct", figure)
         if unit == "ms" and direct is not None and not cell.startswith("leave"):
-            shown = [f"{median(rounds) - direct:+.3g}" if rounds else "-" for rounds in found]
+            shown = [f"{median(turns) - direct:+.3g}" if turns else "-" for turns in found]
             lines.append("| ... added | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(rounds: list[float]) -> str:
-    return f" ({min(rounds):.3g}-{max(rounds):.3g})" if len(rounds) > 1 else ""
+def _spread(turns: list[float]) -> str:
+    if len(turns) == 1:
+        return ""
+    first, _, third = _quartiles(turns)
+    return f" ({first:.3g}-{third:.3g})"
+
+
+def _quartiles(turns: list[float]) -> list[float]:
+    return quantiles(turns, n=4, method="inclusive") if len(turns) > 1 else turns * 3
 
 
 def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
@@ -74,16 +81,21 @@ def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
             found.append((name, is_, most, goal))
 
     def ratio(cell: str, figure: str, arm: str, peer: str) -> float | None:
-        """Of what was measured right after one another, round by round."""
-        rounds = list(zip(_rounds(samples, cell, figure, arm), _rounds(samples, cell, figure, peer), strict=False))
-        return median(one / other for one, other in rounds) if rounds else None
+        """Of what was measured right after one another, turn by turn."""
+        turns = list(zip(_turns(samples, cell, figure, arm), _turns(samples, cell, figure, peer), strict=False))
+        return median(one / other for one, other in turns) if turns else None
 
     def added(arm: str) -> float | None:
-        """The delay that an arm adds, in milliseconds."""
-        own, direct = (_rounds(samples, "streams-300", "delay_p99_ms", one) for one in (arm, "direct"))
-        rounds = [one - other for one, other in zip(own, direct, strict=False)]
+        """The delay that an arm adds, in milliseconds.
+
+        By the first quartile of the turns: a shared machine halts for a millisecond many times a second, in most turns,
+        and never to make them shorter.
+        """
+        own, direct = (_turns(samples, "streams-300", "delay_p99_ms", one) for one in (arm, "direct"))
+        if not own or not direct:
+            return None
         # No less than the load can tell: what is lost in the machine's noise counts as that, for a peer as for us.
-        return max(median(rounds), _TELLABLE) if rounds else None
+        return max(_quartiles(own)[0] - _quartiles(direct)[0], _TELLABLE)
 
     request, event = "cpu_us_per_request", "cpu_us_per_event"
     own, simplified, router = "gateway", "gateway-simplified", "vllm-router"
