@@ -224,7 +224,7 @@ class _Wrk:
 
     def asked(self, requests: int) -> None:
         """So many came upstream in the last turn."""
-        self._per_request.append(self._cpu_us / max(requests, 1))
+        self._per_request.append(self._cpu_us / requests if requests else 0)
 
     def outcome(self) -> Figures | Failed:
         self.kill()

@@ -198,7 +198,8 @@ class Load:
             self.measures = True
             self.delays.append([])
             await _until(turn + TURN + 0.002)
-            per_event.append((cpu_us(self.plan.pid) - cpu) / max(self.events - events, 1))
+            came = self.events - events
+            per_event.append((cpu_us(self.plan.pid) - cpu) / came if came else 0)
         return per_event
 
     async def _leave(self, after: float) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from statistics import median, quantiles
 
-# cell -> arm -> figure -> one value a turn
+# cell -> arm -> figure -> one value a turn; 0 where the machine stood still for all of it
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 
 FIGURES = (
@@ -83,7 +83,7 @@ def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
     def ratio(cell: str, figure: str, arm: str, peer: str) -> float | None:
         """Of what was measured right after one another, turn by turn."""
         turns = list(zip(_turns(samples, cell, figure, arm), _turns(samples, cell, figure, peer), strict=False))
-        return median(one / other for one, other in turns) if turns else None
+        return median(one / other for one, other in turns if one and other) if turns else None
 
     def added(arm: str) -> float | None:
         """The delay that an arm adds, in milliseconds.

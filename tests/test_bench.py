@@ -31,6 +31,13 @@ def test_a_bar_is_held_by_the_median_of_what_was_measured_side_by_side() -> None
     }
 
 
+def test_a_turn_in_which_the_machine_stood_still_is_left_out() -> None:
+    found = samples(gateway=50, router=100)
+    found["json-64"]["vllm-router"]["cpu_us_per_request"][0] = 0
+    found["json-64"]["gateway"]["cpu_us_per_request"][1] = 0
+    assert report.bars(found)[0][:2] == ("CPU per JSON request, of vllm-router's", 0.5)
+
+
 def test_a_bar_that_is_missed_is_said_to_be() -> None:
     assert "**misses**" not in report.bars_as_text(samples(gateway=50, router=100))
     assert report.bars_as_text(samples(gateway=70, router=100)).count("**misses**") == 1
