@@ -25,7 +25,7 @@ from bench.processes import cpu_us, rss_kb
 
 # The streams of a plan that has turns begin within so many seconds.
 RAMP = 0.3
-# A gateway that has been at rest finds its code out of the caches: this much of its turn tells nothing of delays.
+# A gateway that has been at rest finds its code out of the caches: this much of its turn tells nothing.
 _WAKING = 0.02
 
 # Of <asm-generic/socket.h>, which Python's socket does not name.
@@ -193,8 +193,8 @@ class Load:
             await _until(turn)
             # What was late in the last turn has come by now.
             self.measures = False
-            events, cpu = self.events, cpu_us(self.plan.pid)
             await _until(turn + _WAKING)
+            events, cpu = self.events, cpu_us(self.plan.pid)
             self.measures = True
             self.delays.append([])
             await _until(turn + TURN + 0.002)
