@@ -148,6 +148,7 @@ _RELAYED = 0  # piece by piece, as it comes
 _IN_EVENTS = 1  # in whole events
 _COLLECTED = 2  # rewritten at its end
 
+_LINE_FEED = ord("\n")
 _JSON = (b"content-type", b"application/json")
 _REPLY = AnswerHead(200, [_JSON])
 
@@ -665,7 +666,8 @@ class Exchange:
             self.upstream_body(chunk[-size - 2 : -2])
             return
         self._last_read_at = self._path.time()
-        self.events += chunk.count(b"\n\n")
+        # To count takes twice as long as to see that there is but one, as there mostly is: a single line.
+        self.events += chunk.count(b"\n\n") if _LINE_FEED in chunk[-size - 2 : -4] else 1
         self._before_last, self._last = self._last, chunk  # framed, but what is looked for in them is found
         self.bytes_out += size
         write(chunk)
