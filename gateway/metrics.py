@@ -63,31 +63,41 @@ class Metrics(Collector):
     def finished(self, exchanges: list[Exchange]) -> None:
         """Relayed requests have ended."""
         models = self._pool.models
+        requests, total, added, first_token, per_event = [], [], [], [], []
+        done_total, done_first_token = [], []
         for exchange in exchanges:
+            started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
+            path, status = exchange.route.path, exchange.status
             # A client's word as a label only where it is one that we know, so that the series stay few.
             model = exchange.model
-            self._count(exchange, sys.intern(model) if model and model in models else None)
-
-    def _count(self, exchange: Exchange, model: str | None) -> None:
-        started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
-        self._requests[exchange.route.path, exchange.form or "none", model or "unknown", exchange.status] += 1
-        self._outcomes[exchange.outcome] += 1
-        self._total.observe(ended - started)
-        if exchange.received_at is not None and exchange.sent_at is not None:
-            tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
-            self._added.observe(exchange.sent_at - exchange.received_at + tail)
-        first_token = None
-        if exchange.streaming and exchange.first_byte_at is not None:
-            first_token = exchange.first_byte_at - started
-            self._first_token.observe(first_token)
-            if exchange.events > 1:
-                self._per_event.observe((ended - exchange.first_byte_at) / (exchange.events - 1))
-        if exchange.status == 200 and exchange.outcome == "done" and exchange.route.body == "chat":
-            self.latencies.add(ended - started, first_token)
-        usage = exchange.usage
-        if usage is not None:
-            self._prompt_tokens += usage[0]
-            self._completion_tokens += usage[1]
+            model = sys.intern(model) if model and model in models else "unknown"
+            requests.append((path, exchange.form or "none", model, status))
+            took = ended - started
+            total.append(took)
+            if exchange.received_at is not None and exchange.sent_at is not None:
+                tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
+                added.append(exchange.sent_at - exchange.received_at + tail)
+            done = status == 200 and exchange.outcome == "done" and exchange.route.body == "chat"
+            if done:
+                done_total.append(took)
+            if exchange.streaming and exchange.first_byte_at is not None:
+                came = exchange.first_byte_at - started
+                first_token.append(came)
+                if done:
+                    done_first_token.append(came)
+                if exchange.events > 1:
+                    per_event.append((ended - exchange.first_byte_at) / (exchange.events - 1))
+            usage = exchange.usage
+            if usage is not None:
+                self._prompt_tokens += usage[0]
+                self._completion_tokens += usage[1]
+        self._requests.update(requests)
+        self._outcomes.update([exchange.outcome for exchange in exchanges])
+        self._total.observe(total)
+        self._added.observe(added)
+        self._first_token.observe(first_token)
+        self._per_event.observe(per_event)
+        self.latencies.add(done_total, done_first_token)
 
     def other(self, route: str, status: int) -> None:
         """A request that is not relayed has ended; `route` is a path of ours or `unknown`."""
@@ -164,9 +174,11 @@ class _Histogram:
         self._counts = array("Q", bytes(8 * (len(bounds) + 1)))
         self._sum = array("d", [0.0])
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum[0] += value
+    def observe(self, values: list[float]) -> None:
+        counts, bounds = self._counts, self._bounds
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self._sum[0] += sum(values)
 
     def family(self) -> Metric:
         names = [*map(str, self._bounds), "+Inf"]

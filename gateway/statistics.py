@@ -16,11 +16,10 @@ class Latencies:
         self._total = _Last()
         self._first_token = _Last()
 
-    def add(self, total: float, first_token: float | None) -> None:
-        """One more call, in seconds."""
+    def add(self, total: list[float], first_token: list[float]) -> None:
+        """More calls, in seconds."""
         self._total.add(total)
-        if first_token is not None:
-            self._first_token.add(first_token)
+        self._first_token.add(first_token)
 
     def report(self) -> dict[str, dict[str, float | None]]:
         """The body of `GET /v1/statistics`; None where no such call has ended yet."""
@@ -35,12 +34,13 @@ class _Last:
         self._values = array("d")
         self._at = 0
 
-    def add(self, value: float) -> None:
-        if len(self._values) < _LAST:
-            self._values.append(value)
-        else:
-            self._values[self._at] = value
-            self._at = (self._at + 1) % _LAST
+    def add(self, values: list[float]) -> None:
+        for value in values:
+            if len(self._values) < _LAST:
+                self._values.append(value)
+            else:
+                self._values[self._at] = value
+                self._at = (self._at + 1) % _LAST
 
     def figures(self, name: str) -> dict[str, float | None]:
         found = sorted(self._values)

@@ -27,7 +27,7 @@ def test_nothing_is_said_of_no_calls() -> None:
 def test_shares_are_of_calls_that_were_made() -> None:
     latencies = Latencies()
     for number in range(1, 101):
-        latencies.add(float(number), number / 10 if number % 2 else None)
+        latencies.add([float(number)], [number / 10] if number % 2 else [])
     assert latencies.report()["opea_service@llm"] == {
         "p50_latency": 50.0,
         "p99_latency": 99.0,
@@ -41,10 +41,8 @@ def test_shares_are_of_calls_that_were_made() -> None:
 @pytest.mark.parametrize("before", [1, 999, 1000, 1001, 2500])
 def test_only_the_last_thousand_count(before: int) -> None:
     latencies = Latencies()
-    for _ in range(before):
-        latencies.add(100.0, 50.0)
-    for _ in range(1000):
-        latencies.add(1.0, 0.5)
+    latencies.add([100.0] * before, [50.0] * before)
+    latencies.add([1.0] * 1000, [0.5] * 1000)
     figures = latencies.report()["opea_service@llm"]
     assert figures["average_latency"] == figures["p99_latency"] == 1.0
     assert figures["average_latency_first_token"] == 0.5
