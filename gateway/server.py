@@ -20,11 +20,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.app import create_app
 from gateway.config import Settings, SettingsError, client_keys, is_loopback, load_certificate, own_tls
 from gateway.exchange import DataPath, Drain
+from gateway.headers import lines
 from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
 from gateway.protocol import LAST_CALL, Protocol, missing_in
-from gateway.shortcut import Shortcut
+from gateway.shortcut import SharedState, Shortcut
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
+        self.server_state = self._shared = SharedState()
         self._settings = settings
         self._drain_delay = settings.drain_delay
         self._drain_timeout = settings.drain_timeout
@@ -156,7 +158,9 @@ class Server(uvicorn.Server):
             self._drain.began = True
             if time.monotonic() - self._signalled_at >= self._drain_delay:
                 self.should_exit = True
-        return await super().on_tick(counter)
+        stop = await super().on_tick(counter)
+        self._shared.default_lines = lines(self._shared.default_headers)
+        return stop
 
     @property
     def _data_path(self) -> DataPath:

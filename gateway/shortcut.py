@@ -15,11 +15,17 @@ from uvicorn.server import ServerState
 
 from gateway.errors import GatewayError
 from gateway.exchange import FAILED, Exchange
-from gateway.headers import AnswerHead, RequestHead, SameHead, fault_of, lines
+from gateway.headers import AnswerHead, RequestHead, SameHead, fault_of
 from gateway.protocol import Protocol
 from gateway.routes import Route
 
 _log = logging.getLogger(__name__)
+
+
+class SharedState(ServerState):
+    """uvicorn's, with the headers that every answer has as they are written; they are made anew once a second."""
+
+    default_lines = b""
 
 
 class Shortcut(Protocol):
@@ -31,6 +37,8 @@ class Shortcut(Protocol):
     newest request, which may wait behind the running one: that is kept here. Writes the same bytes
     as uvicorn's own cycle, the head together with what comes first.
     """
+
+    server_state: SharedState
 
     __slots__ = (
         "_chunked",
@@ -49,7 +57,7 @@ class Shortcut(Protocol):
     def __init__(
         self,
         config: Config,
-        server_state: ServerState,
+        server_state: SharedState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -224,7 +232,7 @@ class Shortcut(Protocol):
             more += "connection: close\r\n"
         if self._chunked:
             more += "transfer-encoding: chunked\r\n"
-        default = lines(self.server_state.default_headers)
+        default = self.server_state.default_lines
         return b"".join((STATUS_LINE[head.status], default, head.lines, more.encode(), b"\r\n"))
 
     def body(self, data: bytes) -> None:

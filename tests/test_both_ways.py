@@ -16,11 +16,10 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from gateway.headers import answer_head
 from gateway.protocol import Protocol, missing_in
-from gateway.shortcut import Shortcut
+from gateway.shortcut import SharedState, Shortcut
 from tests.fake_vllm import (
     CLOSE,
     DONE,
@@ -399,7 +398,7 @@ def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(
     clock: Any = _Loop()  # the part of an event loop that is asked for
     monkeypatch.setattr(data.transport, "connect", data.connect_now)
     config = uvicorn.Config(_app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=75)
-    connection = protocol(config, ServerState(), {"data_path": data.path}, _loop=clock)
+    connection = protocol(config, SharedState(), {"data_path": data.path}, _loop=clock)
     connection.connection_made(transport)
     for number in range(1, 201):
         connection.data_received(post())

@@ -14,13 +14,12 @@ from types import FrameType
 from typing import Any
 
 import uvloop
-from uvicorn.server import ServerState
 
 from gateway.app import create_app
 from gateway.config import Settings
 from gateway.logs import LineWriter
 from gateway.server import create_server
-from gateway.shortcut import Shortcut
+from gateway.shortcut import SharedState, Shortcut
 from gateway.transport import UpstreamConnection
 from gateway.upstreams import UpstreamPool
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
@@ -67,7 +66,7 @@ async def counted(*keys: str) -> tuple[int, float, int]:
         config.load()
         assert config.http_protocol_class is Shortcut
         loop = asyncio.get_running_loop()
-        connection = Shortcut(config, ServerState(), dict(state), _loop=loop)
+        connection = Shortcut(config, SharedState(), dict(state), _loop=loop)
         client = Sink()
         connection.connection_made(client)
         pool: UpstreamPool = state["data_path"].pool
