@@ -301,8 +301,8 @@ async def refused(request: Request, exception: Exception) -> Response:
 
 def _has_key(request: Request) -> bool:
     """Whether there are no keys, or one was brought."""
-    keys, secret = request.state.data_path.keys, request.scope["head"].secret
-    return keys is None or (secret is not None and keys.find(secret) is not None)
+    keys, digest = request.state.data_path.keys, request.scope["head"].key
+    return keys is None or (digest is not None and keys.find(digest) is not None)
 
 
 def guarded(handler: Handler) -> Handler:

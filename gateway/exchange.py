@@ -318,10 +318,10 @@ class Exchange:
 
     def _refusal_of(self, keys: Keys) -> GatewayError | None:
         """Why this client may not call now."""
-        secret = self._request.secret
-        if not secret:
+        digest = self._request.key
+        if digest is None:
             return Unauthorized(KEY_NEEDED)
-        key = self.key = keys.find(secret)
+        key = self.key = keys.find(digest)
         if key is None:
             return Unauthorized("The key that was sent is none of this gateway's.")
         if wait := key.take(self.started_at):

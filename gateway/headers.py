@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class RequestHead:
     is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
     says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
     in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here. `origin` says that a page in a browser asks. `secret` is the key that it brings, if any;
+    here. `origin` says that a page in a browser asks. `key` is the SHA-256 of the key that it brings, if any;
     `hosts` is all that stands for a host, `coding` the body's on its way, if it says one, `count` how
     many headers there are and `size` their bytes.
     """
@@ -94,12 +95,12 @@ class RequestHead:
         "encoding",
         "hosts",
         "json",
+        "key",
         "length",
         "lines",
         "lines_rewritten",
         "origin",
         "request_id",
-        "secret",
         "size",
     )
 
@@ -125,7 +126,8 @@ class RequestHead:
             dropped |= to_proxies
         bearer = known.get(b"authorization", b"")
         # Anthropic's clients send the other.
-        self.secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")
+        secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")
+        self.key = hashlib.sha256(secret).digest() if secret else None
         self.lines = self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
         if b"accept-encoding" in known:
             dropped |= {b"accept-encoding"}

@@ -62,9 +62,9 @@ class Keys:
         """By SHA-256."""
         self._by_digest = by_digest
 
-    def find(self, secret: bytes) -> Key | None:
-        """Whose key this is."""
-        return self._by_digest.get(hashlib.sha256(secret).digest())
+    def find(self, digest: bytes) -> Key | None:
+        """Whose key has this SHA-256."""
+        return self._by_digest.get(digest)
 
     def replace(self, by_digest: Mapping[bytes, Key]) -> None:
         """Have these from now on; names that stay are counted on."""

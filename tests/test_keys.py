@@ -242,11 +242,11 @@ def status(client: httpx.Client, secret: str) -> int:
 
 def test_names_that_stay_are_counted_on() -> None:
     keys = Keys(from_lines(f"few {digest(SECRET)} 2\n"))
-    before = keys.find(SECRET.encode())
+    before = keys.find(bytes.fromhex(digest(SECRET)))
     assert before is not None
     assert [before.take(0.0), before.take(0.0)] == [0.0, 0.0]
     keys.replace(from_lines(f"few {digest(OTHER)} 2\nnew {digest(SECRET)} 2\n"))
-    few, new = keys.find(OTHER.encode()), keys.find(SECRET.encode())
+    few, new = keys.find(bytes.fromhex(digest(OTHER))), keys.find(bytes.fromhex(digest(SECRET)))
     assert few is not None
     assert new is not None
     assert few.take(0.0) > 0
