@@ -249,5 +249,19 @@ def test_what_differs_in_more_than_its_length_or_is_not_whole_is_not_known_again
     assert same.body_at(b"POST /x HTTP/1.1\r\ncontent-length: 2\r\nhost: x\r\n\r\nhi") == 48
 
 
+def test_a_head_is_known_again_with_any_length_but_those_that_make_its_digits_more() -> None:
+    same = SameHead.of(message([b"Host: x", b"Content-Length: LENGTH", b"Accept: */*"], b"{}"))
+    assert same is not None
+    unknown = []
+    for length in range(1100):
+        data = message([b"Host: x", b"Content-Length: LENGTH", b"Accept: */*"], b"x" * length)
+        at = same.body_at(data)
+        if at:
+            assert data[at:] == b"x" * length
+        else:
+            unknown.append(length)
+    assert unknown == [9, 98, 99, 997, 998, 999]
+
+
 def test_a_long_head_is_not_remembered() -> None:
     assert SameHead.of(b"POST / HTTP/1.1\r\ncontent-length: 0\r\nx: " + b"x" * 5000 + b"\r\n\r\n") is None
