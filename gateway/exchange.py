@@ -347,16 +347,16 @@ class Exchange:
         if self._state is _RECEIVING:
             content = b"".join(self._pieces)
             self._pieces = []
-            self._pass_on(content)
+            self._pass_on(content, self._path.time())
 
     def request(self, content: bytes) -> None:
         """The whole request is there."""
         self.begin(len(content))
         if self._state is _RECEIVING:
-            self._pass_on(content)
+            self._pass_on(content, self.started_at)
 
-    def _pass_on(self, content: bytes) -> None:
-        now = self.received_at = self._path.time()
+    def _pass_on(self, content: bytes, now: float) -> None:
+        self.received_at = now
         try:
             self._content = self._to_upstream_body(content)
         except GatewayError as error:
