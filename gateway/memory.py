@@ -77,5 +77,6 @@ def _nothing() -> None: ...
 def _let_go(handles: list[asyncio.Handle]) -> None:
     # From the end: the newest are kept for the next ones, and the old are free.
     handles.clear()
+    gc.collect()  # Python keeps a hundred floats, now of those timers
     if _trim is not None:
         _trim(0)
