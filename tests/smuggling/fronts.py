@@ -22,7 +22,8 @@ from tests.gateway_process import free_port
 from tests.smuggling.cases import CASES, Case
 from tests.smuggling.lanes import Both, Way, answers, both, connect
 
-# Plain ones, as they are copied from manuals; a line of log for each request, with whom it was passed to.
+# Plain ones, as they are copied from manuals; a line of log for each request, with whom it was passed to. Of two
+# threads of HAProxy that write a line at once, one may lose it (haproxy/haproxy#1861).
 NGINX = """
 daemon off; master_process off;
 pid {folder}/nginx.pid;
@@ -44,6 +45,7 @@ http {{
 """
 HAPROXY = """
 global
+  nbthread 1
   log stdout format raw local0
 defaults
   mode http
