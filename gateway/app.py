@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.bounds import Bounds
-from gateway.config import Settings, asks_for_traces, client_keys, token_client, upstream_tls
+from gateway.config import asks_for_traces
 from gateway.credentials import FixedKey, Tokens
 from gateway.document import Document
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
@@ -32,7 +32,9 @@ from gateway.openapi import describe
 from gateway.recent import Recent
 from gateway.routes import ROUTES
 from gateway.sampler import Sampler
+from gateway.settings import Settings
 from gateway.transport import ConnectionPool
+from gateway.trust import client_keys, token_client, upstream_tls
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
 

@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from gateway import config
 from gateway.app import create_credentials, create_prober
-from gateway.config import Settings
+from gateway.settings import Settings, is_loopback, names_of
 from gateway.upstreams import Upstream, UpstreamPool
 
 # Docker and Podman each leave one of these in a container's root.
@@ -50,7 +49,7 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
             value = "(set, hidden)"
         elif isinstance(value, tuple):
             value = ",".join(value)
-        yield config.names_of(field)[0], "(not set)" if value in (None, "") else str(value)
+        yield names_of(field)[0], "(not set)" if value in (None, "") else str(value)
 
 
 async def _probed(settings: Settings) -> list[dict[str, Any]]:
@@ -67,4 +66,4 @@ def _because(upstream: dict[str, Any]) -> str:
 
 
 def _is_loopback(url: str) -> bool:
-    return config.is_loopback(urlsplit(url).hostname or "")
+    return is_loopback(urlsplit(url).hostname or "")

@@ -16,6 +16,7 @@ from gateway.keys import CLIENT_KEY
 from gateway.listening import CannotListen
 from gateway.preflight import CannotStart
 from gateway.server import serve as run_server
+from gateway.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
 
@@ -45,7 +46,7 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
     try:
         settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None, **given)
         run_server(settings, warnings)
-    except (config.SettingsError, CannotListen) as error:
+    except (SettingsError, CannotListen) as error:
         _stop(error)
 
 
@@ -65,11 +66,11 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
         environ = config.environment(env_file)
         # What is tried out on a laptop is not for its whole network.
         environ.setdefault("GATEWAY_HOST", "127.0.0.1")
-        model_server = config.build(config.ModelServerSettings, env_file, model=model, python=python)
-        warnings = config.differing(config.ModelServerSettings, env_file)
+        model_server = config.build(ModelServerSettings, env_file, model=model, python=python)
+        warnings = config.differing(ModelServerSettings, env_file)
         # Its warnings are told by the gateway itself, which is another process.
         settings, _ = config.load(env_file, host=environ["GATEWAY_HOST"])
-    except config.SettingsError as error:
+    except SettingsError as error:
         _stop(error)
     else:
         for warning in warnings:
@@ -93,7 +94,7 @@ def _key(_context: click.Context, _parameter: click.Parameter, value: str | None
 
 def _url(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     try:
-        return None if value is None else config.base_url(value)
+        return None if value is None else base_url(value)
     except ValueError:
         raise click.BadParameter("a gateway is named as http://host:9000, without a user or password.") from None
 
@@ -130,10 +131,10 @@ def chat(
 
     try:
         asked = client.read_prompt(prompt)
-        url = url or config.own_url(config.build(config.Settings, None))
+        url = url or own_url(config.build(Settings, None))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    except config.SettingsError as error:
+    except SettingsError as error:
         _stop(error)
     except KeyboardInterrupt:
         sys.exit(client.STOPPED)
@@ -189,7 +190,7 @@ def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
     """Show the settings, what is wrong and how the upstreams are; exit 0 if a call would succeed."""
     try:
         settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None)
-    except config.SettingsError as error:
+    except SettingsError as error:
         _stop(error, status=1)
     else:
         sys.exit(0 if run_check(settings, warnings, click.echo, in_container=runs_in_container()) else 1)
@@ -198,9 +199,9 @@ def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
 @main.command("settings")
 def list_settings() -> None:
     """List every setting, its default and its meaning."""
-    for kind, title in ((config.Settings, "The gateway:"), (config.ModelServerSettings, "The model server of `up`:")):
+    for kind, title in ((Settings, "The gateway:"), (ModelServerSettings, "The model server of `up`:")):
         click.echo(title)
-        for names, default, meaning in config.table(kind):
+        for names, default, meaning in table(kind):
             click.echo(f"  {names}{f' = {default}' if default else ''}\n      {meaning}")
 
 

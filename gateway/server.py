@@ -18,14 +18,15 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
-from gateway.config import Settings, SettingsError, client_keys, is_loopback, load_certificate, own_tls
 from gateway.exchange import DataPath, Drain
 from gateway.headers import lines
 from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
 from gateway.protocol import LAST_CALL, Protocol, missing_in
+from gateway.settings import Settings, SettingsError, is_loopback
 from gateway.shortcut import SharedState, Shortcut
+from gateway.trust import client_keys, load_certificate, own_tls
 
 _log = logging.getLogger(__name__)
 

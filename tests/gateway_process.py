@@ -21,10 +21,10 @@ import uvloop
 
 from gateway import app, logs
 from gateway.app import create_app
-from gateway.config import Settings, names_of
 from gateway.listening import listen
 from gateway.logs import LineWriter
 from gateway.server import Server, create_server
+from gateway.settings import Settings, names_of
 
 # Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
 logs._TOGETHER = 0.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.check import check
-from gateway.config import Settings
+from gateway.settings import Settings
 
 
 @pytest.mark.parametrize(

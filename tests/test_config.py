@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from gateway.config import ModelServerSettings, Settings, SettingsError, build, differing, load, names_of, table
+from gateway.config import build, differing, load
+from gateway.settings import ModelServerSettings, Settings, SettingsError, names_of, table
 
 KEY = "sk-4f7d0c9a2b6e81d35a"
 AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"

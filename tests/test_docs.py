@@ -6,8 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from gateway import config
 from gateway.routes import REFUSED, ROUTES
+from gateway.settings import ModelServerSettings, names_of, table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,17 +22,17 @@ LOCKED = [
 
 def test_the_table_of_settings_is_made_from_the_settings() -> None:
     rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
-    for names, default, meaning in config.table():
+    for names, default, meaning in table():
         shown = ", ".join(f"`{name}`" for name in names.split(", "))
         rows.append(f"| {shown} | {f'`{default}`' if default else ''} | {meaning} |")
-    table = "\n".join(rows)
+    made = "\n".join(rows)
 
-    assert table in README, f"put this into the README:\n{table}"
+    assert made in README, f"put this into the README:\n{made}"
 
 
 def test_the_readme_names_every_setting_of_the_model_server() -> None:
-    for field in config.ModelServerSettings.model_fields:
-        assert f"`{config.names_of(field, config.ModelServerSettings)[0]}`" in README
+    for field in ModelServerSettings.model_fields:
+        assert f"`{names_of(field, ModelServerSettings)[0]}`" in README
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
@@ -50,8 +50,8 @@ def test_the_tables_of_paths_are_made_from_the_list_of_routes() -> None:
         reasons.setdefault(why, []).append(f"`{path}`")
     refused = ["| Not relayed | Why |", "|---|---|"]
     refused += [f"| {', '.join(paths)} | {why} |" for why, paths in reasons.items()]
-    for table in ("\n".join(rows), "\n".join(refused)):
-        assert table in API, f"put this into docs/api.md:\n{table}"
+    for made in ("\n".join(rows), "\n".join(refused)):
+        assert made in API, f"put this into docs/api.md:\n{made}"
 
 
 def test_every_route_has_an_example() -> None:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.config import Settings, names_of
 from gateway.errors import (
     BadRequest,
     Draining,
@@ -35,6 +34,7 @@ from gateway.errors import (
     UpstreamUnreachable,
     UrlTooLong,
 )
+from gateway.settings import Settings, names_of
 from gateway.sse import Decoder
 
 TABLE: list[tuple[GatewayError, int, str, str, str]] = [

@@ -17,10 +17,10 @@ from pydantic import SecretStr
 
 from gateway import config
 from gateway.child import Child, last_lines
-from gateway.config import ModelServerSettings
 from gateway.models import Model, find_model
 from gateway.modelserver import Launch, ModelServer, launch
 from gateway.preflight import CannotStart
+from gateway.settings import ModelServerSettings
 from tests.gateway_process import free_port
 
 PYTHON = Path("/env/bin/python")

@@ -16,9 +16,9 @@ import pytest
 
 from gateway import config
 from gateway.app import create_tracer
-from gateway.config import Settings
 from gateway.routes import ROUTES
 from gateway.semconv import OPERATIONS
+from gateway.settings import Settings
 from tests.collector import Collector, Sent
 from tests.fake_vllm import (
     CLOSE,
@@ -456,7 +456,7 @@ def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_instal
 OFF = """
 import asyncio, sys
 from gateway.app import create_app
-from gateway.config import Settings
+from gateway.settings import Settings
 from gateway.server import create_server
 async def run():
     settings = Settings(GATEWAY_PORT=0)

@@ -16,9 +16,9 @@ from typing import Any
 import uvloop
 
 from gateway.app import create_app
-from gateway.config import Settings
 from gateway.logs import LineWriter
 from gateway.server import create_server
+from gateway.settings import Settings
 from gateway.shortcut import SharedState, Shortcut
 from gateway.transport import UpstreamConnection
 from gateway.upstreams import UpstreamPool

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from gateway import config
+from gateway.settings import Settings, names_of
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICES = sorted(folder.name for folder in (ROOT / "docker").iterdir())
@@ -120,7 +120,7 @@ def test_every_key_is_explained_and_no_secret_is_set(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_setting_of_the_gateway_can_be_given(device: str) -> None:
-    names = {name for field in config.Settings.model_fields for name in config.names_of(field)}
+    names = {name for field in Settings.model_fields for name in names_of(field)}
     # These are the stack's own: the ports inside are fixed, and published as the file says.
     names -= {"GATEWAY_HOST", "GATEWAY_PORT", "LLM_USVC_PORT", "LLM_MODEL_SERVER_ENDPOINT"}
     given = set(stack(device)["services"][GATEWAY]["environment"])
