@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import orjson
@@ -63,14 +63,12 @@ class _History:
     they are over.
     """
 
-    def __init__(self) -> None:
-        self._rows: dict[str, array[float]] = {}
+    def __init__(self, names: Iterable[str]) -> None:
+        self._rows = {name: array("d", bytes(8 * _KEPT)) for name in names}
         self._samples = 0
 
     def add(self, figures: dict[str, float | None]) -> None:
-        """One more sample, of the same names as the others; the oldest goes."""
-        if not self._rows:
-            self._rows = {name: array("d", bytes(8 * _KEPT)) for name in figures}
+        """One more sample, of these names; the oldest goes."""
         for name, figure in figures.items():
             self._rows[name][self._samples % _KEPT] = math.nan if figure is None else figure
         self._samples += 1
@@ -116,7 +114,7 @@ class Sampler:
         self._asking: dict[Upstream, asyncio.Task[None]] = {}
         self._asked_at = -math.inf
         self._requests, self._failed = _Rate(), _Rate()
-        self._history = _History()
+        self._history = _History(self._figures())
         self._watchers = 0
         self._due = -math.inf
         self._sampling: asyncio.Task[None] | None = None

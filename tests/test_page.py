@@ -19,7 +19,7 @@ import orjson
 import pytest
 
 import gateway
-from gateway import sampler
+from gateway import app, sampler
 from tests.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Step, response
 from tests.gateway_process import Gateway, free_port, running
 
@@ -145,6 +145,15 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
     assert {len(values) for values in told["history"].values()} == {len(told["history"]["queue"])}
 
 
+def test_a_gateway_that_has_just_begun_has_a_history_of_nothing(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeVllm
+) -> None:
+    monkeypatch.setattr(app, "_LOOK_AFTER", 60)  # it looks at nothing in time
+    with running(fake.url) as gateway, gateway.client() as client:
+        told = client.get("/v1/status").json()
+        assert told["history"] == {name: [] for name in told["now"]}
+
+
 BROKEN: list[tuple[list[Step], int, str]] = [
     ([response("400 Bad Request", b'{"error":{"message":"m"}}')], 400, "done"),
     ([RESET], 502, "upstream_error"),
@@ -175,12 +184,18 @@ def test_a_stream_tells_of_each_sample(client: httpx.Client, fake: FakeVllm, oft
         assert answer.headers["content-type"].startswith("text/event-stream")
         told = events(answer)
         assert "history" in next(told)
-        client.post(CHAT, json={**CALL, "streaming": True})
+        until = time.monotonic() + 20
+        # That a request came is seen in the next samples alone, and how fast a count grows in none of the first.
         for one in told:
             assert "history" not in one
-            now = one["now"]
-            if now["requests_per_second"] and None not in (now["first_token_p50"], now["tokens_per_second"]):
+            if one["now"]["tokens_per_second"] is not None:
                 break
+            assert time.monotonic() < until
+        client.post(CHAT, json={**CALL, "streaming": True})
+        for one in told:
+            if one["now"]["requests_per_second"]:
+                break
+            assert time.monotonic() < until
         assert one["now"]["first_token_p50"] <= one["now"]["first_token_p99"] < 5
         assert one["now"]["errors_per_second"] == 0
         assert one["now"]["tokens_per_second"] == 0  # the count that the upstream tells of stands still
