@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_every_entry_is_pinned_and_hashed(lock: Path) -> None:
 @pytest.mark.parametrize("lock", [*LOCKS, *FOLDER.glob("modelserver-*.in")], ids=lambda lock: lock.name)
 def test_no_lock_names_a_host_or_a_folder(lock: Path) -> None:
     assert not re.search(r"://|--(extra-)?index|--find-links|^/|\s/", lock.read_text(), re.MULTILINE)
+
+
+def test_each_lock_of_the_gateway_has_what_the_package_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    image, otel, dev = (entries(ROOT / "requirements" / f"{name}.lock") for name in ("image", "otel", "dev"))
+    # The larger ones have the smaller ones' very lines.
+    assert image.items() <= otel.items() <= dev.items()
+    for lock, wanted in ((image, []), (otel, extras["otel"]), (dev, extras["dev"])):
+        found = {re.split(r"[\[=]", entry)[0] for entry in lock}
+        assert {re.split(r"[\[=<>~ ]", need)[0] for need in [*project["dependencies"], *wanted]} <= found
 
 
 def test_nothing_is_installed_that_runs_a_script() -> None:
