@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -43,11 +44,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Ended requests are counted and logged so many at a time, or with each look at the time limits, which comes after
-# so many seconds: the same work in a row costs half of what it costs between two requests, but a longer row would
-# hold up other requests' events.
+# Ended requests are counted and logged so many at a time, or after so many seconds: the same work in a row costs half
+# of what it costs between two requests, but a longer row would hold up other requests' events.
 _SETTLED_TOGETHER = 16
 _LOOK_AFTER = 0.1
+# The time limits are looked at after so many, or after a tenth of the shortest: to look at thousands of calls holds up
+# their events, too.
+_LIMITS_AFTER = 1.0
 
 
 class State(TypedDict):
@@ -80,6 +83,8 @@ class Ended:
 
     def settle(self) -> None:
         """Count, trace and log those that wait."""
+        if not self._waiting:
+            return
         ended, self._waiting = self._waiting, []
         self._metrics.finished(ended)
         if self._tracer is not None:
@@ -91,16 +96,19 @@ class Ended:
 
 async def _look_again_and_again(data_path: DataPath, ended: Ended, sampler: Sampler | None) -> None:
     limits = data_path.limits
-    seconds = min(_LOOK_AFTER, min(limits.first_token, limits.idle, limits.total, limits.body) / 10)
+    tenth = min(limits.first_token, limits.idle, limits.total, limits.body) / 10
+    seconds = min(_LOOK_AFTER, tenth)
+    every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue / 10) / seconds))
     peak = Peak()
-    while True:
+    for look in itertools.count():
         await asyncio.sleep(seconds)
         # What fails here is a bug of ours, and must not be the end of all time limits.
-        for exchange in data_path.due():
-            try:
-                exchange.look_at_limits()
-            except Exception:
-                _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
+        if look % every == 0 or data_path.drain.began:
+            for exchange in data_path.due():
+                try:
+                    exchange.look_at_limits()
+                except Exception:
+                    _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
         try:
             ended.settle()
         except Exception:

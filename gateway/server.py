@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import socket
@@ -111,6 +112,7 @@ class Server(uvicorn.Server):
         self._drain_timeout = settings.drain_timeout
         self._signalled_at: float | None = None
         self._hung_up = False
+        self._looked_at: list[asyncio.Protocol] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one is not to be argued with."""
@@ -153,8 +155,7 @@ class Server(uvicorn.Server):
         """Ten times a second."""
         if self._hung_up:
             self._reread()
-        if counter % 10 == 0:
-            self._look()
+        self._look(counter)
         if self._signalled_at is not None:
             self._drain.began = True
             if time.monotonic() - self._signalled_at >= self._drain_delay:
@@ -172,10 +173,13 @@ class Server(uvicorn.Server):
     def _drain(self) -> Drain:
         return self._data_path.drain
 
-    def _look(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol):
+    def _look(self, counter: int) -> None:
+        """At every tenth connection, so that each has its turn once a second: all at once would hold up events."""
+        now, open_ = asyncio.get_running_loop().time(), self.server_state.connections
+        if counter % 10 == 0:
+            self._looked_at = list(open_)
+        for connection in self._looked_at[counter % 10 :: 10]:
+            if isinstance(connection, Protocol) and connection in open_:
                 try:
                     connection.look(now)
                 except Exception:
@@ -183,9 +187,9 @@ class Server(uvicorn.Server):
                     _log.exception("the look at a connection failed")
 
     async def _look_again_and_again(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            self._look()
+        for counter in itertools.count():
+            await asyncio.sleep(0.1)
+            self._look(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])  # which gives a handshake a minute

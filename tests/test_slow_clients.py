@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import select
 import socket
 import time
+from collections import Counter
 
 import httpx
 import pytest
 
+from gateway.app import create_app
+from gateway.protocol import Protocol
+from gateway.server import create_server
+from gateway.settings import Settings
 from tests import fake_vllm, gateway_process, load
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import running
@@ -182,3 +188,31 @@ def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: Fak
         assert client.get("/metrics").text.count("gateway_in_flight 30.0") == 1
     # What two reads brought, and what is not written yet of them.
     assert (after - before) / readers < 1.5, "MB for each"
+
+
+def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth_at_a_time() -> None:
+    looks: list[tuple[int, int]] = []
+
+    class Looked(Protocol):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def look(self, now: float) -> None:
+            looks.append((counter, self.number))
+
+    settings = Settings()
+    server = create_server(settings, create_app(settings, None))
+    connections = [Looked(number) for number in range(25)]
+    server.server_state.connections = {*connections}
+
+    async def look() -> None:
+        server._look(counter)
+
+    for counter in range(20):
+        if counter == 10:  # what has closed meanwhile is looked at no more
+            server.server_state.connections = {*connections[:5]}
+        asyncio.run(look())
+
+    numbers = [number for _, number in looks]
+    assert Counter(numbers) == {number: 2 if number < 5 else 1 for number in range(25)}
+    assert max(Counter(at for at, _ in looks).values()) == 3
