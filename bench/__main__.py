@@ -39,7 +39,7 @@ ALL = [
 ]
 # Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy; then the gateway
 # alone has five again.
-ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 9, 3
+ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 7, 3
 # Delays take many turns, which leave no time for others after the first round.
 DELAYS = "streams-300"
 OFTEN = {
@@ -155,7 +155,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
         "json-64": cells.json(64),
         "prompt-67k": cells.json(32, prompt_67k()),
         "streams-100": cells.paced(100),
-        DELAYS: cells.paced(300, turns=5 if quick else 8),
+        DELAYS: cells.paced(300, turns=8 if quick else 16),
     }
     if not quick:
         # What holds most comes first, so that as much comes after it in a second run as in the first.

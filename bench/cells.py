@@ -97,7 +97,7 @@ class Cells:
             load.kill()
 
     def paced(self, count: int, turns: int = 5) -> Cell:
-        """Streams of 50 events a second: all of them are open, and speak for an arm at a time."""
+        """Streams of 50 events a second: all of them are open, and speak for an arm at a time; others stand still."""
 
         events = 1 + turns * round(TURN * 50)
 
@@ -116,6 +116,7 @@ class Cells:
                     stream = f"{events}:20:0:{starts[0] * 1000:.0f}:{cycle * 1000:.0f}"
                     own_begin = begin + number * (RAMP + 0.1)
                     plans.append(_plan(arm, stream, streams=count, events=events, begin=own_begin, turns=starts))
+                    plans[-1]["stands_still"] = arm.name != "direct"
                 found = self._load(plans)
             return self._checked(before, {arm.name: one for arm, one in zip(arms, found, strict=True)})
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import sys
@@ -42,6 +44,7 @@ class Plan:
     `begin` is when they begin and `turns` when each of their turns to speak does, all by the monotonic clock: they are
     measured in these alone, and in full where there are none.
     `hold` only opens the streams, waits for each one's first event and reads the memory of `pid` then.
+    `stands_still` has the process group of `pid` stopped between its turns.
     `leave` leaves each stream once it has an event, or, with a `delay`, before it has any.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     events: int
     begin: float = 0
     turns: list[float] = field(default_factory=list)
+    stands_still: bool = False
     hold: bool = False
     leave: float | None = None
 
@@ -191,6 +195,8 @@ class Load:
         per_event = []
         for turn in self.plan.turns:
             await _until(turn)
+            if self.plan.stands_still:
+                os.killpg(self.plan.pid, signal.SIGCONT)
             # What was late in the last turn has come by now.
             self.measures = False
             await _until(turn + _WAKING)
@@ -200,6 +206,8 @@ class Load:
             await _until(turn + TURN + 0.002)
             came = self.events - events
             per_event.append((cpu_us(self.plan.pid) - cpu) / came if came else 0)
+            if self.plan.stands_still and turn != self.plan.turns[-1]:
+                os.killpg(self.plan.pid, signal.SIGSTOP)
         return per_event
 
     async def _leave(self, after: float) -> list[float]:

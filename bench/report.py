@@ -80,31 +80,27 @@ def bars(samples: Samples) -> list[tuple[str, float, float, float]]:
         if is_ is not None:
             found.append((name, is_, most, goal))
 
-    def ratio(cell: str, figure: str, arm: str, peer: str) -> float | None:
+    def of(arms: list[float], peers: list[float]) -> float | None:
         """Of what was measured right after one another, turn by turn."""
-        turns = list(zip(_turns(samples, cell, figure, arm), _turns(samples, cell, figure, peer), strict=False))
+        turns = list(zip(arms, peers, strict=False))
         return median(one / other for one, other in turns if one and other) if turns else None
 
-    def added(arm: str) -> float | None:
-        """The delay that an arm adds, in milliseconds.
+    def ratio(cell: str, figure: str, arm: str, peer: str) -> float | None:
+        return of(_turns(samples, cell, figure, arm), _turns(samples, cell, figure, peer))
 
-        By the first quartile of the turns: a shared machine halts for a millisecond many times a second, in most turns,
-        and never to make them shorter.
-        """
-        own, direct = (_turns(samples, "streams-300", "delay_p99_ms", one) for one in (arm, "direct"))
-        if not own or not direct:
-            return None
+    def added(arm: str) -> list[float]:
+        """What an arm adds to the delay, in milliseconds a turn."""
+        direct = value(samples, "streams-300", "direct", "delay_p99_ms") or 0
         # No less than the load can tell: what is lost in the machine's noise counts as that, for a peer as for us.
-        return max(_quartiles(own)[0] - _quartiles(direct)[0], _TELLABLE)
+        return [max(turn - direct, _TELLABLE) for turn in _turns(samples, "streams-300", "delay_p99_ms", arm)]
 
     request, event = "cpu_us_per_request", "cpu_us_per_event"
     own, simplified, router = "gateway", "gateway-simplified", "vllm-router"
-    ours, routers = added(own), added(router)
     after, again = (value(samples, when, own, "rss_mb") for when in ("after", "again"))
     bar("CPU per JSON request, of vllm-router's", 0.6, 0.5, ratio("json-64", request, own, router))
     bar("CPU per event at 100 streams, of vllm-router's", 0.95, 0.85, ratio("streams-100", event, own, router))
     bar("CPU per 67 KB request, of vllm-router's", 0.6, 0.4, ratio("prompt-67k", request, own, router))
-    bar("added event delay p99 at 300 streams, of vllm-router's", 1.0, 0.7, ours and routers and ours / routers)
+    bar("added event delay p99 at 300 streams, of vllm-router's", 1.0, 0.7, of(added(own), added(router)))
     bar("memory per open stream, KB", 25, 10, value(samples, "open-2000", own, "kb_per_stream"))
     bar("memory idle, MB", 60, 45, value(samples, "idle", own, "rss_mb"))
     bar("memory after the run, MB", 60, 45, after)
