@@ -129,9 +129,21 @@ class _Deaf:
     def feed_data(data: bytes) -> None: ...
 
 
+class SharedState(ServerState):
+    """uvicorn's, with what its connections share beyond that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The headers that every answer has as they are written; they are made anew once a second.
+        self.default_lines = b""
+        # The connections once more, in ten parts that are looked at in turn.
+        self.tenths: list[set[Protocol]] = [set() for _ in range(10)]
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
 
+    server_state: SharedState
     cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
@@ -145,13 +157,14 @@ class Protocol(HttpToolsProtocol):
         "_refused",
         "_running",
         "_stuck_since",
+        "_tenth",
         "_unsent",
     )
 
     def __init__(
         self,
         config: Config,
-        server_state: ServerState,
+        server_state: SharedState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -174,6 +187,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self.flow = _Flow(self.transport)
         self._awaited_since = self.loop.time()
+        self._tenth = min(self.server_state.tenths, key=len)
+        self._tenth.add(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -345,6 +360,7 @@ class Protocol(HttpToolsProtocol):
             self._running.message_event.set()
             for call in self._running.scope["state"]["leaving"]:
                 call()
+        self._tenth.discard(self)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:

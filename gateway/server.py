@@ -24,9 +24,9 @@ from gateway.headers import lines
 from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.logs import LineWriter, configure
 from gateway.memory import settle
-from gateway.protocol import LAST_CALL, Protocol, missing_in
+from gateway.protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.settings import Settings, SettingsError, is_loopback
-from gateway.shortcut import SharedState, Shortcut
+from gateway.shortcut import Shortcut
 from gateway.trust import client_keys, load_certificate, own_tls
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,6 @@ class Server(uvicorn.Server):
         self._drain_timeout = settings.drain_timeout
         self._signalled_at: float | None = None
         self._hung_up = False
-        self._looked_at: list[asyncio.Protocol] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one is not to be argued with."""
@@ -174,17 +173,14 @@ class Server(uvicorn.Server):
         return self._data_path.drain
 
     def _look(self, counter: int) -> None:
-        """At every tenth connection, so that each has its turn once a second: all at once would hold up events."""
-        now, open_ = asyncio.get_running_loop().time(), self.server_state.connections
-        if counter % 10 == 0:
-            self._looked_at = list(open_)
-        for connection in self._looked_at[counter % 10 :: 10]:
-            if isinstance(connection, Protocol) and connection in open_:
-                try:
-                    connection.look(now)
-                except Exception:
-                    # A bug of ours, which must not be the end of the server.
-                    _log.exception("the look at a connection failed")
+        """At a tenth of the connections, so that each has its turn once a second: all at once would hold up events."""
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._shared.tenths[counter % 10]):
+            try:
+                connection.look(now)
+            except Exception:
+                # A bug of ours, which must not be the end of the server.
+                _log.exception("the look at a connection failed")
 
     async def _look_again_and_again(self) -> None:
         for counter in itertools.count():

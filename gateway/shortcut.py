@@ -11,21 +11,14 @@ from typing import Any
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from gateway.errors import GatewayError
 from gateway.exchange import FAILED, Exchange
 from gateway.headers import AnswerHead, RequestHead, SameHead, fault_of
-from gateway.protocol import Protocol
+from gateway.protocol import Protocol, SharedState
 from gateway.routes import Route
 
 _log = logging.getLogger(__name__)
-
-
-class SharedState(ServerState):
-    """uvicorn's, with the headers that every answer has as they are written; they are made anew once a second."""
-
-    default_lines = b""
 
 
 class Shortcut(Protocol):
@@ -37,8 +30,6 @@ class Shortcut(Protocol):
     newest request, which may wait behind the running one: that is kept here. Writes the same bytes
     as uvicorn's own cycle, the head together with what comes first.
     """
-
-    server_state: SharedState
 
     __slots__ = (
         "_chunked",

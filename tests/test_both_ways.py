@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.headers import answer_head
-from gateway.protocol import Protocol, missing_in
-from gateway.shortcut import SharedState, Shortcut
+from gateway.protocol import Protocol, SharedState, missing_in
+from gateway.shortcut import Shortcut
 from tests.fake_vllm import (
     CLOSE,
     DONE,

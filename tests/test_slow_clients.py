@@ -191,28 +191,41 @@ def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: Fak
 
 
 def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth_at_a_time() -> None:
-    looks: list[tuple[int, int]] = []
+    looks: list[tuple[int, Protocol]] = []
+    counter = 0
 
     class Looked(Protocol):
-        def __init__(self, number: int) -> None:
-            self.number = number
-
         def look(self, now: float) -> None:
-            looks.append((counter, self.number))
+            looks.append((counter, self))
 
     settings = Settings()
     server = create_server(settings, create_app(settings, None))
-    connections = [Looked(number) for number in range(25)]
-    server.server_state.connections = {*connections}
+    server.config.load()
 
-    async def look() -> None:
-        server._look(counter)
+    def accepted() -> Protocol:
+        return Looked(server.config, server._shared, {})
 
-    for counter in range(20):
-        if counter == 10:  # what has closed meanwhile is looked at no more
-            server.server_state.connections = {*connections[:5]}
-        asyncio.run(look())
+    async def look_again_and_again() -> list[Protocol]:
+        nonlocal counter
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as clients:
+            connections = []
+            for _ in range(25):
+                client, accepting = socket.socketpair()
+                clients.enter_context(client)
+                connections.append((await loop.connect_accepted_socket(accepted, accepting))[1])
+            for counter in range(20):
+                if counter == 10:
+                    # What has closed meanwhile is looked at no more, and not kept.
+                    for connection in connections[5:]:
+                        connection.transport.close()
+                    await asyncio.sleep(0)
+                    assert sum(map(len, server._shared.tenths)) == 5
+                server._look(counter)
+        return connections
 
-    numbers = [number for _, number in looks]
-    assert Counter(numbers) == {number: 2 if number < 5 else 1 for number in range(25)}
+    connections = asyncio.run(look_again_and_again())
+
+    seen = Counter(connection for _, connection in looks)
+    assert seen == {connection: 2 if n < 5 else 1 for n, connection in enumerate(connections)}
     assert max(Counter(at for at, _ in looks).values()) == 3
