@@ -77,7 +77,7 @@ class LineWriter:
             lost, self._lost = self._lost, 0
             lines.append(b'{"level":"WARNING","message":"%d log lines were lost: their reader is too slow"}' % lost)
         if lines:
-            self._write(b"\n".join(lines) + b"\n")
+            self._write(b"\n".join([*lines, b""]))
 
     def _write(self, data: bytes) -> None:
         # A full disk or a closed pipe must not end the process: the gateway serves on without its log.

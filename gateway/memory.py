@@ -22,6 +22,17 @@ _GARBAGE = 20_000
 
 # glibc's; others give back by themselves.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+_ARENA_MAX = -8  # malloc.h's M_ARENA_MAX
+
+
+def share_heap() -> None:
+    """Have threads, which glibc gives a heap each, take theirs from the first; to be called before there are any.
+
+    `malloc_trim` leaves what is free at another's end, as after a batch of log lines: megabytes.
+    """
+    if _mallopt is not None:
+        _mallopt(_ARENA_MAX, 1)
 
 
 def settle() -> None:

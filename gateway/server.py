@@ -23,7 +23,7 @@ from gateway.exchange import DataPath, Drain
 from gateway.headers import lines
 from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.logs import LineWriter, configure
-from gateway.memory import settle
+from gateway.memory import settle, share_heap
 from gateway.protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.settings import Settings, SettingsError, is_loopback
 from gateway.shortcut import Shortcut
@@ -37,6 +37,7 @@ _KEEP_ALIVE = 75
 
 def serve(settings: Settings, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
+    share_heap()
     listeners = [listen(settings.host, settings.port)]
     if settings.health_port not in (None, settings.port):
         listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
