@@ -37,9 +37,11 @@ ALL = [
     "starlette-httpx",
     "litellm",
 ]
-# Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy; then the gateway
-# alone has five again.
+# Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
 ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 7, 3
+# Then the gateway alone has two again, for its memory, which is looked at three times, with a burst before each.
+AGAIN_ROUNDS, RESTS = 2, 3
+BURST = "open-2000"
 # Delays take many turns, which leave no time for others after the first round.
 DELAYS = "streams-300"
 OFTEN = {
@@ -53,7 +55,7 @@ FOR_SLOW = {"json-1", "json-64", "prompt-67k", "leave-answer", "leave-wait"}
 # A key is looked at once a request, whatever that asks for.
 FOR_KEYED = {"json-64"}
 # What a process has once grown to it keeps, so that only its first streams tell what they take.
-ONCE = {"open-2000"}
+ONCE = {BURST}
 
 
 @click.command()
@@ -111,13 +113,18 @@ def _run(
                     first = number % max(len(order), 1)
                     order = [*order[first:], *order[:first]]
                     _add(samples, failures, cell, work(order))
+        own = arms["gateway"]
         for name, megabytes in _at_rest(list(arms.values())).items():
             samples["after"][name]["rss_mb"] = [megabytes]
-        for number in range(1 if quick else ROUNDS):
+        if not quick:
+            _rest_again(samples, failures, "after", own, cells[BURST])
+        for number in range(1 if quick else AGAIN_ROUNDS):
             for cell, work in cells.items():
-                if _wanted("gateway", cell, number):
-                    _add(samples, failures, f"{cell}, again", work([arms["gateway"]]))
-        samples["again"]["gateway"]["rss_mb"] = [_at_rest([arms["gateway"]])["gateway"]]
+                if _wanted(own.name, cell, number):
+                    _add(samples, failures, f"{cell}, again", work([own]))
+        samples["again"][own.name]["rss_mb"] = [_at_rest([own])[own.name]]
+        if not quick:
+            _rest_again(samples, failures, "again", own, cells[BURST])
     return samples, failures
 
 
@@ -150,6 +157,12 @@ def _at_rest(arms: list[Arm]) -> dict[str, float]:
     return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
 
 
+def _rest_again(samples: report.Samples, failures: list[str], when: str, arm: Arm, burst: Cell) -> None:
+    for _ in range(RESTS - 1):
+        _add(samples, failures, f"{BURST}, {when}", burst([arm]))
+        samples[when][arm.name]["rss_mb"].append(_at_rest([arm])[arm.name])
+
+
 def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
     chosen: dict[str, Cell] = {
         "json-64": cells.json(64),
@@ -159,7 +172,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
     }
     if not quick:
         # What holds most comes first, so that as much comes after it in a second run as in the first.
-        chosen = {"open-2000": cells.memory(2000)} | chosen
+        chosen = {BURST: cells.memory(2000)} | chosen
         chosen |= {
             # In one go: a request that is held up from turn to turn would be told as a delay.
             "json-1": cells.json(1, turns=1, seconds=1),

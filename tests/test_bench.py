@@ -38,6 +38,12 @@ def test_a_turn_in_which_the_machine_stood_still_is_left_out() -> None:
     assert report.bars(found)[0][:2] == ("CPU per JSON request, of vllm-router's", 0.5)
 
 
+@pytest.mark.parametrize(("again", "grown"), [([57, 54, 58], 1.0), ([55.5, 57, 56], 55.5 / 54)])
+def test_memory_has_grown_when_the_least_that_is_held_has(again: list[float], grown: float) -> None:
+    found: report.Samples = {"after": {"gateway": {"rss_mb": [54, 56, 55]}}, "again": {"gateway": {"rss_mb": again}}}
+    assert [is_ for _, is_, *_ in report.bars(found)] == [55, pytest.approx(grown)]
+
+
 def test_a_bar_that_is_missed_is_said_to_be() -> None:
     assert "**misses**" not in report.bars_as_text(samples(gateway=50, router=100))
     assert report.bars_as_text(samples(gateway=70, router=100)).count("**misses**") == 1
