@@ -39,8 +39,8 @@ ALL = [
 ]
 # Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
 ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 7, 3
-# Then the gateway alone has two again, for its memory, which is looked at three times, with a burst before each.
-AGAIN_ROUNDS, RESTS = 2, 3
+# Then the gateway alone has two again, to see whether its memory grows; before them and after them it has ten bursts.
+AGAIN_ROUNDS, BURSTS = 2, 10
 BURST = "open-2000"
 # Delays take many turns, which leave no time for others after the first round.
 DELAYS = "streams-300"
@@ -113,19 +113,24 @@ def _run(
                     first = number % max(len(order), 1)
                     order = [*order[first:], *order[:first]]
                     _add(samples, failures, cell, work(order))
-        own = arms["gateway"]
-        for name, megabytes in _at_rest(list(arms.values())).items():
+        for name, megabytes in _at_rest(list(arms.values()), 16).items():
             samples["after"][name]["rss_mb"] = [megabytes]
-        if not quick:
-            _rest_again(samples, failures, "after", own, cells[BURST])
-        for number in range(1 if quick else AGAIN_ROUNDS):
+        if quick:
+            return samples, failures
+        own = arms["gateway"]
+        _bursts(samples, failures, "bursts", own, cells[BURST])
+        for number in range(AGAIN_ROUNDS):
             for cell, work in cells.items():
                 if _wanted(own.name, cell, number):
                     _add(samples, failures, f"{cell}, again", work([own]))
-        samples["again"][own.name]["rss_mb"] = [_at_rest([own])[own.name]]
-        if not quick:
-            _rest_again(samples, failures, "again", own, cells[BURST])
+        _bursts(samples, failures, "bursts, again", own, cells[BURST])
     return samples, failures
+
+
+def _bursts(samples: report.Samples, failures: list[str], when: str, arm: Arm, burst: Cell) -> None:
+    for _ in range(BURSTS):
+        _add(samples, failures, f"{BURST}, {when}", burst([arm]))
+        samples[when][arm.name]["rss_mb"].append(_at_rest([arm], 3)[arm.name])
 
 
 def _add(samples: report.Samples, failures: list[str], cell: str, outcomes: Outcomes) -> None:
@@ -147,20 +152,14 @@ def _wanted(arm: str, cell: str, number: int) -> bool:
     return number == 0 or cell not in ONCE
 
 
-def _at_rest(arms: list[Arm]) -> dict[str, float]:
-    """The arms' memory in MB, once their idle connections are over and they have had time to tidy up."""
+def _at_rest(arms: list[Arm], seconds: float) -> dict[str, float]:
+    """The arms' memory in MB, once they have had so long to tidy up: 16 s are enough for connections to end, too."""
     for arm in arms:
         signal_all(arm.process, signal.SIGCONT)
-    time.sleep(16)
+    time.sleep(seconds)
     for arm in arms:
         signal_all(arm.process, signal.SIGSTOP)
     return {arm.name: rss_kb(arm.pid) / 1024 for arm in arms}
-
-
-def _rest_again(samples: report.Samples, failures: list[str], when: str, arm: Arm, burst: Cell) -> None:
-    for _ in range(RESTS - 1):
-        _add(samples, failures, f"{BURST}, {when}", burst([arm]))
-        samples[when][arm.name]["rss_mb"].append(_at_rest([arm])[arm.name])
 
 
 def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
