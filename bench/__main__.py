@@ -38,7 +38,7 @@ ALL = [
     "litellm",
 ]
 # Five rounds of everything, and then some more of what bars are set for, as a shared machine is noisy.
-ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 7, 3
+ROUNDS, OFTEN_ROUNDS, QUICK_ROUNDS = 5, 7, 4
 # Then the gateway alone has two again, to see whether its memory grows; before them and after them it has ten bursts.
 AGAIN_ROUNDS, BURSTS = 2, 10
 BURST = "open-2000"
