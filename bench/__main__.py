@@ -168,7 +168,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
         DELAYS: cells.paced(300, turns=8 if quick else 16),
     }
     if not quick:
-        # What holds most comes first, so that as much comes after it in a second run as in the first.
+        # First, on processes that have held nothing yet.
         chosen = {BURST: cells.memory(2000)} | chosen
         chosen |= {
             # In one go: a request that is held up from turn to turn would be told as a delay.
