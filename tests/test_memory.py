@@ -100,7 +100,7 @@ def test_new_handles_are_kept_in_the_place_of_old_ones(
 
 
 def test_threads_take_their_memory_from_the_one_heap_that_is_given_back(fake: FakeVllm) -> None:
-    # Lines are written by a thread of the log's own, hosts looked up by another.
+    # Its first lines were written by a thread of the log's own.
     with load.gateway([fake.url]) as (process, port):
         httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
         time.sleep(0.3)
