@@ -286,9 +286,9 @@ def test_pictures_for_the_readme(opened: Open, front: Gateway) -> None:
     endless(window)
     window.asks(QUESTION)
     watch.page.wait_for_timeout(3000)
+    # Chromium draws what is behind another page when it finds the time: up to 25 s late, when the answer has ended.
+    watch.page.bring_to_front()
     watch.page.screenshot(path=DOCS / "page-watch.png")
-    window.page.get_by_role("button", name="Stop").click()
-    window.is_done()
 
 
 def test_a_killed_upstream_is_shown_within_three_seconds(window: Window, vllm: Vllm) -> None:
