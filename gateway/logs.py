@@ -145,7 +145,7 @@ class RequestLog:
             if lines:
                 self._writer.write(b"\n".join(lines), len(lines))
             # Made amid a thousand requests and kept when they are gone, it would keep a megabyte.
-            _iso.cache_clear()
+            _second.cache_clear()
 
     def _exchange(self, exchange: Exchange, ahead: float) -> bytes:
         started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
@@ -212,7 +212,12 @@ def _in_microseconds(seconds: float) -> float:
     return int(seconds * 1e6) / 1e6
 
 
-@lru_cache(maxsize=16)
 def _iso(milliseconds: int) -> str:
-    # Where so many lines are written that their cost matters, most begin in the same few milliseconds.
-    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec='milliseconds')[:-6]}Z"
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{_second(seconds)}.{rest:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    # Where so many lines are written that their cost matters, most begin in the same second.
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]

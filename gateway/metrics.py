@@ -41,8 +41,8 @@ class Metrics(Collector):
         self._registry.register(self)
         # Memory, CPU time and descriptors, of this process itself.
         ProcessCollector(registry=self._registry)
-        self._requests: Counter[tuple[str, str, str, int]] = Counter()
-        self._outcomes: Counter[str] = Counter()
+        # By route, form, model, status and outcome.
+        self._requests: Counter[tuple[str, str, str, int, str]] = Counter()
         self.latencies = Latencies()
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -67,17 +67,17 @@ class Metrics(Collector):
         done_total, done_first_token = [], []
         for exchange in exchanges:
             started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
-            path, status = exchange.route.path, exchange.status
+            path, status, outcome = exchange.route.path, exchange.status, exchange.outcome
             # A client's word as a label only where it is one that we know, so that the series stay few.
             model = exchange.model
             model = sys.intern(model) if model and model in models else "unknown"
-            requests.append((path, exchange.form or "none", model, status))
+            requests.append((path, exchange.form or "none", model, status, outcome))
             took = ended - started
             total.append(took)
             if exchange.received_at is not None and exchange.sent_at is not None:
                 tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
                 added.append(exchange.sent_at - exchange.received_at + tail)
-            done = status == 200 and exchange.outcome == "done" and exchange.route.body == "chat"
+            done = status == 200 and outcome == "done" and exchange.route.body == "chat"
             if done:
                 done_total.append(took)
             if exchange.streaming and exchange.first_byte_at is not None:
@@ -92,7 +92,6 @@ class Metrics(Collector):
                 self._prompt_tokens += usage[0]
                 self._completion_tokens += usage[1]
         self._requests.update(requests)
-        self._outcomes.update([exchange.outcome for exchange in exchanges])
         self._total.observe(total)
         self._added.observe(added)
         self._first_token.observe(first_token)
@@ -100,8 +99,8 @@ class Metrics(Collector):
         self.latencies.add(done_total, done_first_token)
 
     def other(self, route: str, status: int) -> None:
-        """A request that is not relayed has ended; `route` is a path of ours or `unknown`."""
-        self._requests[route, "none", "none", status] += 1
+        """A request that is not relayed has ended; `route` is a path of ours or `unknown`. It has no outcome."""
+        self._requests[route, "none", "none", status, ""] += 1
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
@@ -114,14 +113,20 @@ class Metrics(Collector):
             "Requests that have ended, by the status that was sent (499: the client had left before).",
             labels=("route", "form", "model", "status"),
         )
-        for (route, form, model, status), count in self._requests.items():
-            requests.add_metric((route, form, model, str(status)), count)
+        by_status: Counter[tuple[str, str, str, str]] = Counter()
+        by_outcome: Counter[str] = Counter()
+        for (route, form, model, status, outcome), count in self._requests.items():
+            by_status[route, form, model, str(status)] += count
+            if outcome:
+                by_outcome[outcome] += count
+        for labels, count in by_status.items():
+            requests.add_metric(labels, count)
         outcomes = CounterMetricFamily(
             "gateway_outcomes",
             "Relayed requests that have ended, by how: each time limit has its own.",
             labels=("outcome",),
         )
-        for outcome, count in self._outcomes.items():
+        for outcome, count in by_outcome.items():
             outcomes.add_metric((outcome,), count)
         tokens = CounterMetricFamily("gateway_tokens", "Tokens that vLLM has reported.", labels=("kind",))
         tokens.add_metric(("prompt",), self._prompt_tokens)

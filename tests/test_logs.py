@@ -9,12 +9,13 @@ import select
 import shlex
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.logs import Format, LineWriter, RequestLog, configure
+from gateway.logs import Format, LineWriter, RequestLog, _iso, configure
 from tests.recorders import Conversation
 
 FORMATS = pytest.mark.parametrize("form", ["json", "text"])
@@ -156,6 +157,13 @@ def ended(model: str = "demo") -> Conversation:
     talk.clock.advance(0.5)
     talk.exchange.upstream_end()
     return talk
+
+
+@given(st.integers(min_value=0, max_value=4_000_000_000_000))
+def test_a_time_is_in_utc_and_has_milliseconds(milliseconds: int) -> None:
+    told = _iso(milliseconds)
+    assert len(told) == len("2026-11-23T08:08:08.123Z")
+    assert datetime.fromisoformat(told) == datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
 
 
 def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:

@@ -57,10 +57,13 @@ def test_a_model_that_writes_of_usage_is_not_mistaken_for_vllm(written: str, mor
 @given(st.integers(min_value=0, max_value=2**40), st.integers(min_value=0, max_value=2**40))
 @settings(deadline=None, max_examples=50)
 def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
-    said = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
-    assert usage_in(json.dumps(said).encode()) == (prompt, completion)
+    said = {"usage": {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}}
+    for separators in ((",", ":"), (", ", ": ")):
+        assert usage_in(json.dumps(said, separators=separators).encode()) == (prompt, completion)
 
 
 def test_a_number_of_absurd_length_does_not_raise() -> None:
     # Python refuses to read an integer of more than 4,300 digits.
-    assert usage_in(b'{"usage":{"prompt_tokens":' + b"1" * 5000 + b',"completion_tokens":2}}') is None
+    for name, found in ((b"prompt", None), (b"total", (31, 0))):
+        text = REPORTED.replace(name + b'_tokens":', name + b'_tokens":' + b"1" * 5000)
+        assert usage_in(b"{" + text + b"}") == found
