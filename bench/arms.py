@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm
 MOCK_PORT = 18008
 # These take seconds for what the others do in one.
 SLOW = {"starlette-httpx", "litellm"}
+# Those with an environment of their own, by its lock.
+_PEERS = {name: HERE / "requirements" / f"{name}.lock" for name in ("vllm-router", "litellm")}
 
 _KEY = "sk-of-the-benchmark-1234567890"
 
@@ -140,7 +143,8 @@ def running(
     names: list[str], folder: Path, cores: tuple[int, int]
 ) -> Iterator[tuple[dict[str, Arm], subprocess.Popen[bytes]]]:
     """The mock on the first core and the arms on the second, all answering."""
-    ours = environment("gateway", REPOSITORY / "requirements" / "image.lock", python(), compiled=True)
+    installed = _install([name for name in names if name in _PEERS])
+    ours = installed["gateway"]
     mock = [str(ours / "python"), "-m", "bench.mock", str(MOCK_PORT)]
     started: list[subprocess.Popen[bytes]] = []
     path = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -151,7 +155,7 @@ def running(
         arms = {}
         for number, name in enumerate(names):
             port, log = MOCK_PORT + 1 + number, folder / f"{name}.log"
-            command, extra, health = _command(name, port, folder, ours)
+            command, extra, health = _command(name, port, folder, installed)
             process = processes.start(command, cores[1], log, {**path, **extra})
             started.append(process)
             _wait(port, health, process, log)
@@ -163,7 +167,15 @@ def running(
             processes.stop(process)
 
 
-def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str], dict[str, str], str]:
+def _install(peers: list[str]) -> dict[str, Path]:
+    """The programs of our environment, `gateway`, and of these peers'; at the same time, as pip mostly waits."""
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(environment, "gateway", REPOSITORY / "requirements" / "image.lock", python(), compiled=True)
+        made = {name: pool.submit(environment, name, _PEERS[name], sys.executable) for name in peers}
+        return {name: one.result() for name, one in {"gateway": ours, **made}.items()}
+
+
+def _command(name: str, port: int, folder: Path, installed: dict[str, Path]) -> tuple[list[str], dict[str, str], str]:
     """What starts an arm, what it adds to the environment, and the path that answers once it is up."""
     upstream = f"http://127.0.0.1:{MOCK_PORT}"
     if name == "nginx":
@@ -171,11 +183,11 @@ def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str],
         config.write_text(_NGINX.format(folder=folder, port=port, mock=MOCK_PORT))
         return [shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(config), "-p", str(folder)], {}, "/health"
     if name == "vllm-router":
-        tool = environment(name, HERE / "requirements" / "vllm-router.lock", sys.executable) / "vllm-router"
+        tool = installed[name] / "vllm-router"
         options = ["--worker-urls", upstream, "--policy", "round_robin", "--prometheus-port", str(port + 100)]
         return [str(tool), "--host", "127.0.0.1", "--port", str(port), *options], {}, "/health"
     if name == "litellm":
-        tool = environment(name, HERE / "requirements" / "litellm.lock", sys.executable) / "litellm"
+        tool = installed[name] / "litellm"
         config = folder / "litellm.yaml"
         config.write_text(_LITELLM.format(mock=MOCK_PORT))
         extra = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "PYTHONPATH": ""}
@@ -184,7 +196,7 @@ def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str],
         options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
         return [str(tool), *options, "--telemetry", "False"], extra, "/health/liveliness"
     if name == "starlette-httpx":
-        return [str(ours / "python"), "-m", "bench.proxy", upstream, str(port)], {}, "/health"
+        return [str(installed["gateway"] / "python"), "-m", "bench.proxy", upstream, str(port)], {}, "/health"
     settings = {
         "GATEWAY_UPSTREAMS": upstream,
         "GATEWAY_HOST": "127.0.0.1",
@@ -192,7 +204,7 @@ def _command(name: str, port: int, folder: Path, ours: Path) -> tuple[list[str],
         "GATEWAY_SHORTCUT": "off" if name == "gateway-asgi" else "on",
         "GATEWAY_API_KEYS": _KEY if name == "gateway-keyed" else "",
     }
-    return [str(ours / "python"), "-m", "gateway", "serve"], settings, "/v1/health_check"
+    return [str(installed["gateway"] / "python"), "-m", "gateway", "serve"], settings, "/v1/health_check"
 
 
 def _wait(port: int, path: str, process: subprocess.Popen[bytes], log: Path) -> None:
