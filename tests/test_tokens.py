@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 from gateway import credentials
 from tests import gateway_process
 from tests.fake_vllm import EVENTS, Hold, completion, response
-from tests.gateway_process import free_port, running
+from tests.gateway_process import Gateway, free_port, running
 from tests.token_server import CLIENT, REFUSED, SECRET, GuardedVllm, TokenServer, asked_by
 
 CHAT = "/v1/chat/completions"
@@ -53,6 +54,15 @@ def soon(ready: Callable[[], bool]) -> None:
         assert time.monotonic() < until, "it never came about"
 
 
+@contextmanager
+def serving(guarded: GuardedVllm, tokens: TokenServer, **settings: float) -> Iterator[Gateway]:
+    """A gateway that has its first token, however slow the machine: of itself it waits a second for it at most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(credentials, "_EAGER", 10)
+        with running(guarded.url, probe_interval=60, **tokens.settings, **settings) as gateway:
+            yield gateway
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_and_probes_show_the_token_and_no_client_does(
     tokens: TokenServer, guarded: GuardedVllm, call: str
@@ -74,7 +84,7 @@ def test_a_call_whose_token_is_refused_gets_its_answer_with_a_new_one(
     tokens: TokenServer, guarded: GuardedVllm, call: str
 ) -> None:
     body, content = CALLS[call]
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         answer = client.post(CHAT, json=body)
         (line,) = gateway.log(1)
@@ -87,7 +97,7 @@ def test_a_call_whose_token_is_refused_gets_its_answer_with_a_new_one(
 
 def test_many_calls_whose_token_is_refused_ask_for_one_new_one(tokens: TokenServer, guarded: GuardedVllm) -> None:
     hold = Hold()
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         tokens.queue([hold, tokens.token()])
         with ThreadPoolExecutor(20) as many:
@@ -104,7 +114,7 @@ def test_many_calls_whose_token_is_refused_ask_for_one_new_one(tokens: TokenServ
 
 
 def test_a_probe_has_a_refused_token_renewed(tokens: TokenServer, guarded: GuardedVllm) -> None:
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         assert client.get("/v1/health_check").status_code == 200
         assert client.post(CHAT, json=WHOLE).status_code == 200
@@ -115,7 +125,7 @@ def test_a_probe_has_a_refused_token_renewed(tokens: TokenServer, guarded: Guard
 def test_an_upstream_that_refuses_every_token_is_a_502_and_does_no_harm_to_the_token_server(
     tokens: TokenServer, guarded: GuardedVllm
 ) -> None:
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = set()
         answers = [client.post(CHAT, json=WHOLE) for _ in range(30)]
         state = client.get("/v1/health_check")
@@ -165,7 +175,7 @@ def test_a_token_server_that_says_nothing_holds_up_no_start(tokens: TokenServer,
 
 
 def test_a_call_that_waits_for_a_token_is_told_when_none_comes(tokens: TokenServer, guarded: GuardedVllm) -> None:
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         tokens.queue([response("500 Internal Server Error", b"")])
         answer = client.post(CHAT, json=WHOLE)
@@ -178,7 +188,7 @@ def test_a_call_that_waits_for_a_token_is_told_when_none_comes(tokens: TokenServ
 
 def test_who_leaves_while_a_token_is_awaited_leaves_no_trace(tokens: TokenServer, guarded: GuardedVllm) -> None:
     hold = Hold()
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         tokens.queue([hold, tokens.token()])
         with pytest.raises(httpx.ReadTimeout):
@@ -196,8 +206,7 @@ def test_who_leaves_while_a_token_is_awaited_leaves_no_trace(tokens: TokenServer
 
 def test_the_end_of_the_gateway_does_not_wait_for_a_token(tokens: TokenServer, guarded: GuardedVllm) -> None:
     hold = Hold()
-    settings = {**tokens.settings, "drain_timeout": 0.2}
-    with running(guarded.url, probe_interval=60, **settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens, drain_timeout=0.2) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         tokens.queue([hold])
         with ThreadPoolExecutor(1) as one:
@@ -211,7 +220,7 @@ def test_the_end_of_the_gateway_does_not_wait_for_a_token(tokens: TokenServer, g
 
 def test_an_upload_whose_token_is_refused_is_to_be_sent_again(tokens: TokenServer, guarded: GuardedVllm) -> None:
     path, file = "/v1/audio/transcriptions", {"file": b"sound" * 1000}
-    with running(guarded.url, probe_interval=60, **tokens.settings) as gateway, gateway.client() as client:
+    with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
         refused = client.post(path, files=file)
         tokens.wait_for_request(2)
