@@ -8,8 +8,6 @@ import re
 # this text is not mistaken for vLLM.
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
-# As vLLM writes it of chats and completions: read in one go.
-_USUAL = re.compile(rb'"usage":{"prompt_tokens":(\d{1,18}),"total_tokens":\d{1,18},"completion_tokens":(\d{1,18})[,}]')
 # Enough for the counts, which come before the details.
 _LONG = 300
 
@@ -25,7 +23,5 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
 
     A call that completes nothing, as an embedding does, may leave out the second.
     """
-    if usual := _USUAL.match(text):
-        return int(usual[1]), int(usual[2])
     prompt, completion = _PROMPT.search(text), _COMPLETION.search(text)
     return (int(prompt[1]), int(completion[1]) if completion else 0) if prompt else None
