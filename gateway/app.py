@@ -23,7 +23,6 @@ from gateway.config import asks_for_traces
 from gateway.credentials import FixedKey, Tokens
 from gateway.document import Document
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
-from gateway.headers import HeadLimits
 from gateway.health import Prober
 from gateway.keys import Keys
 from gateway.logs import LineWriter, RequestLog
@@ -31,13 +30,14 @@ from gateway.memory import Peak
 from gateway.metrics import Metrics
 from gateway.openapi import describe
 from gateway.recent import Recent
-from gateway.routes import ROUTES
 from gateway.sampler import Sampler
 from gateway.settings import Settings
 from gateway.transport import ConnectionPool
 from gateway.trust import client_keys, token_client, upstream_tls
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
+from gateway.wire.heads import HeadLimits
+from gateway.wire.routes import ROUTES
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracer

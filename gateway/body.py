@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 
 # The field whose value the parser stopped in: the last `"name":` before that point.
 _FIELD_BEFORE = re.compile(r'"([A-Za-z0-9_]{1,64})"\s*:\s*"?[^",:{}\[\]]*$')

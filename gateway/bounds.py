@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 
 # What the parser itself takes.
 DEEPEST = 1024

@@ -19,8 +19,8 @@ import click
 import httpx
 import orjson
 
-from gateway import sse
 from gateway.keys import CLIENT_KEY
+from gateway.wire import sse
 
 Json = dict[str, Any]
 

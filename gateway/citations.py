@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 
 Json = dict[str, Any]
 

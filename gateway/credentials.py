@@ -18,8 +18,8 @@ from urllib.parse import quote_plus
 import httpx
 import orjson
 
-from gateway.errors import GatewayError, NoneReady, UpstreamUnauthorized
 from gateway.reasons import reason
+from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 
 _log = logging.getLogger(__name__)
 

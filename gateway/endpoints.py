@@ -19,12 +19,12 @@ from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.document import Document
-from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
 from gateway.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
-from gateway.headers import AnswerHead, RequestHead, fault_of
-from gateway.routes import RESPONSE_ID, Route
-from gateway.sse import Ends
 from gateway.upload import Upload
+from gateway.wire.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
+from gateway.wire.heads import AnswerHead, RequestHead, fault_of
+from gateway.wire.routes import RESPONSE_ID, Route
+from gateway.wire.sse import Ends
 
 _log = logging.getLogger(__name__)
 

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, ClassVar, Literal
 
-from gateway import media, prompted, releases, simplified, sse
+from gateway import media, prompted, releases, simplified
 from gateway.body import LONG_BODY, to_object, without_long_strings
 from gateway.bounds import Bounds
-from gateway.errors import (
+from gateway.flattened import Flattened
+from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
+from gateway.keys import Key, Keys
+from gateway.upstreams import Upstream, UpstreamPool
+from gateway.usage import usage_in, usage_text
+from gateway.waiting import Waiting
+from gateway.wire import sse
+from gateway.wire.errors import (
     BadRequest,
     Draining,
     GatewayError,
@@ -37,14 +44,8 @@ from gateway.errors import (
     UpstreamUnauthorized,
     UpstreamUnreachable,
 )
-from gateway.flattened import Flattened
-from gateway.headers import AnswerHead, HeadLimits, RequestHead
-from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
-from gateway.keys import Key, Keys
-from gateway.routes import Route
-from gateway.upstreams import Upstream, UpstreamPool
-from gateway.usage import usage_in, usage_text
-from gateway.waiting import Waiting
+from gateway.wire.heads import AnswerHead, HeadLimits, RequestHead
+from gateway.wire.routes import Route
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
 HELD_EVENT = 64 * 1024

@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from gateway.errors import BadRequest, UpstreamBroken
 from gateway.simplified import Simplified, TextStream
+from gateway.wire.errors import BadRequest, UpstreamBroken
 
 # As LangChain writes a chat as a string.
 _ROLES = {"system": "System", "user": "Human", "assistant": "AI"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from gateway.errors import GatewayError
-from gateway.headers import AnswerHead
 from gateway.upstreams import Upstream
+from gateway.wire.errors import GatewayError
+from gateway.wire.heads import AnswerHead
 
 
 class Client(Protocol):

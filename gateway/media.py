@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 
 # Of the plainest form alone: what two parsers may read in two ways is refused.
 _PLAIN = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from gateway.errors import Style
-from gateway.routes import RESPONSE_ID, Route
+from gateway.wire.errors import Style
+from gateway.wire.routes import RESPONSE_ID, Route
 
 Json = dict[str, Any]
 

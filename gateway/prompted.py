@@ -15,10 +15,10 @@ from typing import Any
 
 import orjson
 
-from gateway import sse
-from gateway.errors import BadRequest, UpstreamBroken
-from gateway.headers import AnswerHead
 from gateway.simplified import TextStream, kind_of
+from gateway.wire import sse
+from gateway.wire.errors import BadRequest, UpstreamBroken
+from gateway.wire.heads import AnswerHead
 
 Json = dict[str, Any]
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway import sse
-from gateway.errors import Style
 from gateway.flattened import Flattened
 from gateway.simplified import Simplified, TextStream
+from gateway.wire import sse
+from gateway.wire.errors import Style
 
 Release = Literal["erag-1.4", "erag-2.1"]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import orjson
 
-from gateway import sse, vllmload
+from gateway import vllmload
 from gateway.exchange import DataPath
 from gateway.health import Prober
 from gateway.recent import Recent
 from gateway.upstreams import Upstream
 from gateway.vllmload import VllmLoad
+from gateway.wire import sse
 
 _log = logging.getLogger(__name__)
 

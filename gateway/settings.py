@@ -12,10 +12,10 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gateway.bounds import DEEPEST
-from gateway.errors import Style
 from gateway.keys import from_secrets
 from gateway.releases import STYLES, Release
-from gateway.routes import NAMES
+from gateway.wire.errors import Style
+from gateway.wire.routes import NAMES
 
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
 _KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")

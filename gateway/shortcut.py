@@ -12,11 +12,11 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.errors import GatewayError
 from gateway.exchange import FAILED, Exchange
-from gateway.headers import AnswerHead, RequestHead, SameHead, fault_of
 from gateway.protocol import Protocol, SharedState
-from gateway.routes import Route
+from gateway.wire.errors import GatewayError
+from gateway.wire.heads import AnswerHead, RequestHead, SameHead, fault_of
+from gateway.wire.routes import Route
 
 _log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, cast, get_args
 
 import orjson
 
-from gateway import sse
 from gateway.citations import cited
-from gateway.errors import BadRequest, Style, UpstreamBroken
-from gateway.headers import AnswerHead
+from gateway.wire import sse
+from gateway.wire.errors import BadRequest, Style, UpstreamBroken
+from gateway.wire.heads import AnswerHead
 
 Json = dict[str, Any]
 

@@ -11,10 +11,10 @@ from typing import cast
 
 import httptools
 
-from gateway.headers import AnswerHead, Header, SameHead, answer_head
 from gateway.interfaces import Caller
 from gateway.reasons import reason
 from gateway.upstreams import Upstream
+from gateway.wire.heads import AnswerHead, Header, SameHead, answer_head
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
 IDLE_FOR = 4.0

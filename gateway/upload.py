@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
 from gateway.exchange import DataPath, Exchange
-from gateway.headers import AnswerHead, RequestHead
 from gateway.interfaces import Client, Connection
-from gateway.routes import Route
 from gateway.upstreams import Upstream
+from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
+from gateway.wire.heads import AnswerHead, RequestHead
+from gateway.wire.routes import Route
 
 # What is held of a body while there is no connection yet, before the client is paused.
 HELD = 64 * 1024

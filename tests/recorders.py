@@ -11,14 +11,14 @@ import orjson
 
 from gateway.bounds import Bounds
 from gateway.credentials import FixedKey
-from gateway.errors import GatewayError
 from gateway.exchange import DataPath, Drain, Exchange, Limits
-from gateway.headers import AnswerHead, Header, HeadLimits, RequestHead, answer_head
 from gateway.interfaces import Caller
-from gateway.routes import ROUTES, Route
 from gateway.upload import Upload
 from gateway.upstreams import Upstream, UpstreamPool
 from gateway.waiting import Waiting
+from gateway.wire.errors import GatewayError
+from gateway.wire.heads import AnswerHead, Header, HeadLimits, RequestHead, answer_head
+from gateway.wire.routes import ROUTES, Route
 
 _BY_PATH = {route.path: route for route in ROUTES}
 CHAT, COMPLETIONS, MODELS = (_BY_PATH[f"/v1/{path}"] for path in ("chat/completions", "completions", "models"))

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.prompted import from_ask, from_generate
-from gateway.routes import ROUTES, Route
 from gateway.simplified import from_body, is_simplified
+from gateway.wire.routes import ROUTES, Route
 from tests.recorders import Conversation
 
 POSTED = [route for route in ROUTES if route.body not in ("none", "upload")]

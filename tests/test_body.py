@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.body import to_object, without_long_strings
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 
 JSON = st.recursive(
     st.none()

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.headers import answer_head
 from gateway.protocol import Protocol, SharedState, missing_in
 from gateway.shortcut import Shortcut
+from gateway.wire.heads import answer_head
 from tests.fake_vllm import (
     CLOSE,
     DONE,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.bounds import Bounds
-from gateway.errors import BadRequest
+from gateway.wire.errors import BadRequest
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import running
 

@@ -20,7 +20,7 @@ import orjson
 import pytest
 
 from gateway.releases import STYLES
-from gateway.routes import ROUTES, Route
+from gateway.wire.routes import ROUTES, Route
 from tests.recorders import Conversation
 
 FILES = sorted((Path(__file__).parent / "corpus").glob("*.txt"))

@@ -15,7 +15,7 @@ import pytest
 
 from gateway import credentials as module
 from gateway.credentials import TokenClient, Tokens
-from gateway.errors import GatewayError, NoneReady, UpstreamUnauthorized
+from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 from tests.fake_vllm import Hold, Step, response
 from tests.gateway_process import free_port
 from tests.token_server import CLIENT, SECRET, TokenServer, asked_by

@@ -6,8 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from gateway.routes import REFUSED, ROUTES
 from gateway.settings import ModelServerSettings, names_of, table
+from gateway.wire.routes import REFUSED, ROUTES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

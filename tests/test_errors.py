@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import (
+from gateway.settings import Settings, names_of
+from gateway.wire.errors import (
     BadRequest,
     Draining,
     GatewayError,
@@ -34,8 +35,7 @@ from gateway.errors import (
     UpstreamUnreachable,
     UrlTooLong,
 )
-from gateway.settings import Settings, names_of
-from gateway.sse import Decoder
+from gateway.wire.sse import Decoder
 
 TABLE: list[tuple[GatewayError, int, str, str, str]] = [
     (GatewayError("x"), 500, "server_error", "internal_error", "done"),
@@ -69,7 +69,7 @@ TABLE: list[tuple[GatewayError, int, str, str, str]] = [
 def tree(root: type[GatewayError]) -> Iterator[type[GatewayError]]:
     yield root
     for kind in root.__subclasses__():
-        if kind.__module__ == "gateway.errors":
+        if kind.__module__ == "gateway.wire.errors":
             yield from tree(kind)
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from gateway import exchange as exchange_module
 from gateway.credentials import FixedKey
-from gateway.errors import Style
 from gateway.exchange import HELD_EVENT, Exchange
-from gateway.headers import AnswerHead, Header, RequestHead, answer_head
-from gateway.sse import Decoder
+from gateway.wire.errors import Style
+from gateway.wire.heads import AnswerHead, Header, RequestHead, answer_head
+from gateway.wire.sse import Decoder
 from tests.fake_vllm import DONE, EVENTS, USAGE, completion, event
 from tests.recorders import CHAT, COMPLETIONS, LIMITS, MODELS, ClientRecorder, Conversation
 

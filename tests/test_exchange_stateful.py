@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.errors import NoneReady
 from gateway.exchange import STALE_WITHIN, Limits
-from gateway.headers import Header
-from gateway.routes import Route
+from gateway.wire.errors import NoneReady
+from gateway.wire.heads import Header
+from gateway.wire.routes import Route
 from tests.fake_vllm import DONE, EVENTS, completion
 from tests.recorders import (
     CHAT,

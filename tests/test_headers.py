@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.headers import Header, RequestHead, SameHead, answer_head, by_name, sane_request_id
+from gateway.wire.heads import Header, RequestHead, SameHead, answer_head, by_name, sane_request_id
 
 
 def to_upstream(headers: list[Header]) -> list[Header]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gateway.credentials import FixedKey
-from gateway.errors import NoneReady
-from gateway.headers import answer_head
+from gateway.wire.errors import NoneReady
+from gateway.wire.heads import answer_head
 from tests.fake_vllm import completion
 from tests.recorders import TRANSCRIPTIONS, Conversation, CredentialsRecorder
 from tests.test_exchange import JSON, OPENAI_STREAM, OPENAI_WHOLE, sent_off, whole_answer

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from gateway.openapi import describe
-from gateway.routes import NAMES, REFUSED, ROUTES, Route
+from gateway.wire.routes import NAMES, REFUSED, ROUTES, Route
 from tests.fake_vllm import CLOSE, RESET, STREAM_END, STREAM_HEAD, FakeVllm, Hold, Step, chunk, response
 from tests.gateway_process import running
 from tests.recorders import MESSAGES, RESPONSES, Conversation

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import BadRequest, Style
 from gateway.simplified import Simplified, from_body, is_simplified
+from gateway.wire.errors import BadRequest, Style
 
 Body = dict[str, Any]
 Role = Literal["system", "merge"]

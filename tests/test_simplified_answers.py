@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import BadRequest, Style, UpstreamBroken
 from gateway.simplified import Simplified, TextStream, from_body
-from gateway.sse import DONE, Decoder, encode
+from gateway.wire.errors import BadRequest, Style, UpstreamBroken
+from gateway.wire.sse import DONE, Decoder, encode
 
 ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}
 PIECES = st.lists(st.text() | st.text("'\"\\\n\r\t\x00\x1b\x85\u2028\ufeff\U0001f600\u0301{}", max_size=6), max_size=4)

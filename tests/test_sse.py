@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.sse import (
+from gateway.wire.sse import (
     DONE,
     Decoder,
     Ends,

@@ -16,9 +16,9 @@ import pytest
 
 from gateway import config
 from gateway.app import create_tracer
-from gateway.routes import ROUTES
 from gateway.semconv import OPERATIONS
 from gateway.settings import Settings
+from gateway.wire.routes import ROUTES
 from tests.collector import Collector, Sent
 from tests.fake_vllm import (
     CLOSE,

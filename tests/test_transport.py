@@ -18,10 +18,10 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.headers import AnswerHead, Header, answer_head
 from gateway.interfaces import Connection
 from gateway.transport import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.upstreams import Upstream
+from gateway.wire.heads import AnswerHead, Header, answer_head
 
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: upstream\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"

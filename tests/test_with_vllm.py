@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.environment import ensure_demo_model, ensure_environment
-from gateway.routes import REFUSED, ROUTES
+from gateway.wire.routes import REFUSED, ROUTES
 from tests.gateway_process import running
 from tests.stack import MODEL, Stack
 from tests.tee import Tee

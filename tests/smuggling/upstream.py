@@ -9,7 +9,7 @@ from typing import cast
 
 import orjson
 
-from gateway.routes import ROUTES
+from gateway.wire.routes import ROUTES
 from tests.fake_vllm import probe_answers, response
 
 # What a relayed request looks like, byte by byte; written without the gateway's own lists of headers.

@@ -6,7 +6,7 @@ from typing import Literal
 
 import orjson
 
-from gateway.sse import Ends
+from gateway.wire.sse import Ends
 
 Style = Literal["openai", "repr", "answer_part"]
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from gateway.errors import BadRequest, GatewayError, HeadTooLarge, UnsupportedEncoding, UrlTooLong
+from gateway.wire.errors import BadRequest, GatewayError, HeadTooLarge, UnsupportedEncoding, UrlTooLong
 
 Header = tuple[bytes, bytes]
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.sse import Ends
+from gateway.wire.sse import Ends
 
 
 @dataclass(frozen=True, slots=True)
