@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
-from gateway.bounds import Bounds
 from gateway.config import asks_for_traces
 from gateway.credentials import FixedKey, Tokens
+from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.health import Prober

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, ClassVar, Literal
 
-from gateway import media, prompted, releases, simplified
-from gateway.body import LONG_BODY, to_object, without_long_strings
-from gateway.bounds import Bounds
-from gateway.flattened import Flattened
+from gateway.dialects import erag, media_urls, prompts, simplified
+from gateway.dialects.body_limits import Bounds
+from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
+from gateway.dialects.langchain import Flattened
 from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
 from gateway.keys import Key, Keys
 from gateway.upstreams import Upstream, UpstreamPool
@@ -119,7 +119,7 @@ class DataPath:
     system_role: Literal["system", "merge"]
     whole: bool
     flattens: bool
-    release: releases.Release | None
+    release: erag.Release | None
     credentials: Credentials
     cross_origin: bool
     traced: Callable[[Exchange, bytes], bytes] | None
@@ -410,15 +410,15 @@ class Exchange:
             return content
         path = self._path
         if kind == "generate":
-            return self._translate(prompted.from_generate(body, whole=path.whole), kind)
+            return self._translate(prompts.from_generate(body, whole=path.whole), kind)
         if kind == "ask":
-            return self._translate(prompted.from_ask(body, self._most_tokens), kind)
+            return self._translate(prompts.from_ask(body, self._most_tokens), kind)
         request = simplified.from_body(
             body, path.style, path.system_role, whole=path.whole, most_tokens=path.bounds.tokens
         )
         translation: simplified.Simplified | Flattened = Flattened(request) if path.flattens else request
         if path.release:
-            return self._translate(releases.Released(translation, path.release), "simplified")
+            return self._translate(erag.Released(translation, path.release), "simplified")
         return self._translate(translation, "simplified")
 
     def _goes_as_it_came(self, body: dict[str, Any]) -> bool:
@@ -428,7 +428,7 @@ class Exchange:
         if kind in ("generate", "ask"):
             return False
         if kind == "chat":
-            media.check_chat(body, self._path.media_domains)
+            media_urls.check_chat(body, self._path.media_domains)
             if simplified.is_simplified(body):
                 return False
             if not isinstance(body.get("messages"), list):
@@ -438,7 +438,7 @@ class Exchange:
                     param="messages",
                 )
         else:
-            media.check_any(body, self._path.media_domains)
+            media_urls.check_any(body, self._path.media_domains)
         self.form = "openai"
         self.streaming = body.get("stream") is True
         model = body.get("model")
@@ -807,7 +807,7 @@ class Exchange:
                 return
         elif head.status >= 400 and self._tells_as_released():
             rest = [header for header in head.headers if header[0] != b"content-type"]
-            head, content = AnswerHead(head.status, [_JSON, *rest]), releases.to_error(content)
+            head, content = AnswerHead(head.status, [_JSON, *rest]), erag.to_error(content)
         self.bytes_out = len(content)
         if self.key is not None:
             head = self._with_limits(head, self.key)
@@ -943,7 +943,7 @@ class Exchange:
         client = self._client
         if not self._started:
             if self._tells_as_released():
-                content = releases.detail(error.message)
+                content = erag.detail(error.message)
             else:
                 content = error.envelope(self.request_id, self.route.ends)
             self.status = error.status

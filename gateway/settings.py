@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from gateway.bounds import DEEPEST
+from gateway.dialects.body_limits import DEEPEST
+from gateway.dialects.erag import STYLES, Release
 from gateway.keys import from_secrets
-from gateway.releases import STYLES, Release
 from gateway.wire.errors import Style
 from gateway.wire.routes import NAMES
 

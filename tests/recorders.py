@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from gateway.bounds import Bounds
 from gateway.credentials import FixedKey
+from gateway.dialects.body_limits import Bounds
 from gateway.exchange import DataPath, Drain, Exchange, Limits
 from gateway.interfaces import Caller
 from gateway.upload import Upload

@@ -10,8 +10,8 @@ import orjson
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.prompted import from_ask, from_generate
-from gateway.simplified import from_body, is_simplified
+from gateway.dialects.prompts import from_ask, from_generate
+from gateway.dialects.simplified import from_body, is_simplified
 from gateway.wire.routes import ROUTES, Route
 from tests.recorders import Conversation
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.body import to_object, without_long_strings
+from gateway.dialects.json_body import to_object, without_long_strings
 from gateway.wire.errors import BadRequest
 
 JSON = st.recursive(

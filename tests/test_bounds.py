@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.bounds import Bounds
+from gateway.dialects.body_limits import Bounds
 from gateway.wire.errors import BadRequest
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import running

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.releases import STYLES
+from gateway.dialects.erag import STYLES
 from gateway.wire.routes import ROUTES, Route
 from tests.recorders import Conversation
 

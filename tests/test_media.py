@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.media import check_any, check_chat
+from gateway.dialects.media_urls import check_any, check_chat
 from gateway.wire.errors import BadRequest
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import running

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.prompted import GenerateStream, from_ask, from_generate
+from gateway.dialects.prompts import GenerateStream, from_ask, from_generate
 from gateway.wire.errors import BadRequest, UpstreamBroken
 from gateway.wire.sse import DONE, encode
 from tests.fake_vllm import CLOSE, STREAM_END, STREAM_HEAD, FakeVllm, Hold, Step, response

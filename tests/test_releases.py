@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.releases import to_error
+from gateway.dialects.erag import to_error
 from tests.fake_vllm import EVENTS, FakeVllm, response, stream
 from tests.gateway_process import running
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.simplified import Simplified, from_body, is_simplified
+from gateway.dialects.simplified import Simplified, from_body, is_simplified
 from gateway.wire.errors import BadRequest, Style
 
 Body = dict[str, Any]

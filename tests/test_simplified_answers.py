@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.simplified import Simplified, TextStream, from_body
+from gateway.dialects.simplified import Simplified, TextStream, from_body
 from gateway.wire.errors import BadRequest, Style, UpstreamBroken
 from gateway.wire.sse import DONE, Decoder, encode
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 
 import orjson
 
-from gateway.citations import cited
+from gateway.dialects.citations import cited
 from gateway.wire import sse
 from gateway.wire.errors import BadRequest, Style, UpstreamBroken
 from gateway.wire.heads import AnswerHead

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from gateway.simplified import TextStream, kind_of
+from gateway.dialects.simplified import TextStream, kind_of
 from gateway.wire import sse
 from gateway.wire.errors import BadRequest, UpstreamBroken
 from gateway.wire.heads import AnswerHead

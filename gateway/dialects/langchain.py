@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from gateway.simplified import Simplified, TextStream
+from gateway.dialects.simplified import Simplified, TextStream
 from gateway.wire.errors import BadRequest, UpstreamBroken
 
 # As LangChain writes a chat as a string.

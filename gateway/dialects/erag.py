@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.flattened import Flattened
-from gateway.simplified import Simplified, TextStream
+from gateway.dialects.langchain import Flattened
+from gateway.dialects.simplified import Simplified, TextStream
 from gateway.wire import sse
 from gateway.wire.errors import Style
 
