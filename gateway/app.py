@@ -24,18 +24,18 @@ from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
 from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.health import Prober
-from gateway.keys import Keys
 from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
 from gateway.metrics import Metrics
 from gateway.openapi import describe
+from gateway.pool.admission_queue import Waiting
+from gateway.pool.keys import Keys
+from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.recent import Recent
 from gateway.sampler import Sampler
 from gateway.settings import Settings
 from gateway.transport import ConnectionPool
 from gateway.trust import client_keys, token_client, upstream_tls
-from gateway.upstreams import Upstream, UpstreamPool
-from gateway.waiting import Waiting
 from gateway.wire.heads import HeadLimits
 from gateway.wire.routes import ROUTES
 

@@ -12,8 +12,8 @@ import click
 from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
-from gateway.keys import CLIENT_KEY
 from gateway.listening import CannotListen
+from gateway.pool.keys import CLIENT_KEY
 from gateway.preflight import CannotStart
 from gateway.server import serve as run_server
 from gateway.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table

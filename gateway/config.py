@@ -13,7 +13,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from gateway.keys import CLIENT_KEY
+from gateway.pool.keys import CLIENT_KEY
 from gateway.settings import EnvironmentSettings, Settings, SettingsError, names_of, usable
 from gateway.trust import client_keys, doubts_about_tokens, own_tls, token_client, upstream_tls
 

@@ -20,10 +20,10 @@ from gateway.dialects.body_limits import Bounds
 from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
 from gateway.dialects.langchain import Flattened
 from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
-from gateway.keys import Key, Keys
-from gateway.upstreams import Upstream, UpstreamPool
+from gateway.pool.admission_queue import Waiting
+from gateway.pool.keys import Key, Keys
+from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.usage import usage_in, usage_text
-from gateway.waiting import Waiting
 from gateway.wire import sse
 from gateway.wire.errors import (
     BadRequest,

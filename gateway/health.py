@@ -13,8 +13,8 @@ from typing import Any, Literal
 import httpx
 
 from gateway.credentials import FixedKey, Tokens
+from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
 from gateway.reasons import REFUSED, reason
-from gateway.upstreams import State, Upstream, UpstreamPool
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import orjson
 from gateway import vllmload
 from gateway.exchange import DataPath
 from gateway.health import Prober
+from gateway.pool.upstream_pool import Upstream
 from gateway.recent import Recent
-from gateway.upstreams import Upstream
 from gateway.vllmload import VllmLoad
 from gateway.wire import sse
 

@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
-from gateway.keys import from_secrets
+from gateway.pool.keys import from_secrets
 from gateway.wire.errors import Style
 from gateway.wire.routes import NAMES
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from gateway.credentials import TokenClient
-from gateway.keys import BadKeys, Key, from_lines, from_secrets
+from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.settings import Settings, SettingsError, is_loopback, names_of
 
 _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")

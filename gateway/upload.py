@@ -6,7 +6,7 @@ from typing import Protocol
 
 from gateway.exchange import DataPath, Exchange
 from gateway.interfaces import Client, Connection
-from gateway.upstreams import Upstream
+from gateway.pool.upstream_pool import Upstream
 from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
 from gateway.wire.heads import AnswerHead, RequestHead
 from gateway.wire.routes import Route

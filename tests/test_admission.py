@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from gateway import upstreams
+from gateway.pool import upstream_pool
 from tests.fake_vllm import FakeVllm, Hold, Step, response
 from tests.gateway_process import Gateway, running
 
@@ -200,8 +200,8 @@ def test_a_slow_upstream_is_not_felt_where_another_can_answer(fake: FakeVllm) ->
 def test_one_that_is_healthy_but_fails_its_calls_is_taken_out_and_comes_back_by_itself(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(upstreams, "TRIAL_AFTER", 0.5)
-    caplog.set_level("INFO", "gateway.upstreams")
+    monkeypatch.setattr(upstream_pool, "TRIAL_AFTER", 0.5)
+    caplog.set_level("INFO", "gateway.pool.upstream_pool")
     fake.queue(*[[response("500 Internal Server Error", b"broken")]] * 4)
     with FakeVllm() as other, running(fake.url, other.url) as gateway, gateway.client() as client:
 

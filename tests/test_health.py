@@ -13,7 +13,7 @@ import respx
 
 from gateway.credentials import FixedKey
 from gateway.health import Prober
-from gateway.upstreams import Upstream, UpstreamPool
+from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from tests.fake_vllm import FakeVllm, Hold, response
 from tests.gateway_process import running
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import load
-from gateway.keys import BadKeys, Key, Keys, from_lines, from_secrets
+from gateway.pool.keys import BadKeys, Key, Keys, from_lines, from_secrets
 from gateway.settings import SettingsError
 from tests.fake_vllm import FakeVllm, response
 from tests.gateway_process import Gateway, free_port, running

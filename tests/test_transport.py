@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.interfaces import Connection
+from gateway.pool.upstream_pool import Upstream
 from gateway.transport import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
-from gateway.upstreams import Upstream
 from gateway.wire.heads import AnswerHead, Header, answer_head
 
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: upstream\r\n\r\n"

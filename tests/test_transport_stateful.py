@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.interfaces import Connection
+from gateway.pool.upstream_pool import Upstream
 from gateway.transport import IDLE_FOR, ConnectionPool, UpstreamConnection
-from gateway.upstreams import Upstream
 from tests.test_transport import ANSWERS, REQUEST, Answer, Caller, well_formed
 
 # Without those that a parser may end sooner or later than another.

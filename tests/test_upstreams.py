@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.upstreams import State, Upstream, UpstreamPool
+from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
 
 STATES: list[State] = ["serving", "loading", "down"]
 

@@ -17,12 +17,12 @@ import uvloop
 
 from gateway.app import create_app
 from gateway.logs import LineWriter
+from gateway.pool.upstream_pool import UpstreamPool
 from gateway.protocol import SharedState
 from gateway.server import create_server
 from gateway.settings import Settings
 from gateway.shortcut import Shortcut
 from gateway.transport import UpstreamConnection
-from gateway.upstreams import UpstreamPool
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.sink import Sink
 

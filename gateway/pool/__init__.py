@@ -1,0 +1,1 @@
+"""Which upstream, when, and for whom: the pool, the queue and the keys; pure."""
