@@ -22,7 +22,6 @@ from gateway.config import asks_for_traces
 from gateway.credentials import FixedKey, Tokens
 from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
-from gateway.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.health import Prober
 from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
@@ -32,6 +31,7 @@ from gateway.pool.admission_queue import Waiting
 from gateway.pool.keys import Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.recent import Recent
+from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.sampler import Sampler
 from gateway.settings import Settings
 from gateway.transport import ConnectionPool

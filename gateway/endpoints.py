@@ -19,8 +19,8 @@ from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.document import Document
-from gateway.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
-from gateway.upload import Upload
+from gateway.relay.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
+from gateway.relay.upload import Upload
 from gateway.wire.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized
 from gateway.wire.heads import AnswerHead, RequestHead, fault_of
 from gateway.wire.routes import RESPONSE_ID, Route

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.exchange import Exchange
+from gateway.relay.exchange import Exchange
 
 Format = Literal["json", "text"]
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.exchange import DataPath, new_request_id
+from gateway.relay.exchange import DataPath, new_request_id
 from gateway.wire.errors import BadRequest, Draining, GatewayError, HeadTimeout, HeadTooLarge
 from gateway.wire.heads import lines, too_large
 

@@ -8,7 +8,7 @@ from array import array
 from collections import deque
 from typing import Any
 
-from gateway.exchange import Exchange
+from gateway.relay.exchange import Exchange
 
 # First tokens are kept of so many answers, failures of so many requests.
 _FIRST_TOKENS = 1000

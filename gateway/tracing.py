@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from gateway import semconv
-from gateway.exchange import CLIENT_LEFT, Exchange
+from gateway.relay.exchange import CLIENT_LEFT, Exchange
 
 _log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import cast
 
 import httptools
 
-from gateway.interfaces import Caller
 from gateway.pool.upstream_pool import Upstream
 from gateway.reasons import reason
+from gateway.relay.interfaces import Caller
 from gateway.wire.heads import AnswerHead, Header, SameHead, answer_head
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.exchange import STALE_WITHIN, Limits
+from gateway.relay.exchange import STALE_WITHIN, Limits
 from gateway.wire.errors import NoneReady
 from gateway.wire.heads import Header
 from gateway.wire.routes import Route

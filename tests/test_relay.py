@@ -376,7 +376,10 @@ def test_64_clients_at_once(gateway: Gateway, fake: FakeVllm) -> None:
 
 @pytest.mark.parametrize(
     ("broken", "method", "path"),
-    [("gateway.exchange.simplified.from_body", "POST", CHAT), ("gateway.metrics.Metrics.text", "GET", "/metrics")],
+    [
+        ("gateway.relay.exchange.simplified.from_body", "POST", CHAT),
+        ("gateway.metrics.Metrics.text", "GET", "/metrics"),
+    ],
 )
 def test_a_bug_of_ours_is_answered_and_logged(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, broken: str, method: str, path: str

@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 
-from gateway.exchange import Exchange
 from gateway.recent import Recent
+from gateway.relay.exchange import Exchange
 from gateway.sampler import _Rate
 from gateway.vllmload import VllmLoad, read
 from tests.fake_vllm import METRICS

@@ -18,8 +18,8 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.interfaces import Connection
 from gateway.pool.upstream_pool import Upstream
+from gateway.relay.interfaces import Connection
 from gateway.transport import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.wire.heads import AnswerHead, Header, answer_head
 

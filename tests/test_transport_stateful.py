@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.interfaces import Connection
 from gateway.pool.upstream_pool import Upstream
+from gateway.relay.interfaces import Connection
 from gateway.transport import IDLE_FOR, ConnectionPool, UpstreamConnection
 from tests.test_transport import ANSWERS, REQUEST, Answer, Caller, well_formed
 

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gateway.credentials import FixedKey
 from gateway.endpoints import _AsgiClient
-from gateway.upload import HELD
+from gateway.relay.upload import HELD
 from gateway.wire.heads import Header
 from tests.fake_vllm import DONE, FakeVllm, response
 from tests.gateway_process import Gateway, running

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import usage
+from gateway.relay import usage
 
 
 def usage_in(tail: bytes) -> tuple[int, int] | None:

@@ -19,11 +19,11 @@ from gateway.dialects import erag, media_urls, prompts, simplified
 from gateway.dialects.body_limits import Bounds
 from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
 from gateway.dialects.langchain import Flattened
-from gateway.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
 from gateway.pool.admission_queue import Waiting
 from gateway.pool.keys import Key, Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.usage import usage_in, usage_text
+from gateway.relay.interfaces import Client, Connection, Credentials, Trace, TranslatedStream, Translation, Transport
+from gateway.relay.usage import usage_in, usage_text
 from gateway.wire import sse
 from gateway.wire.errors import (
     BadRequest,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.exchange import DataPath, Exchange
-from gateway.interfaces import Client, Connection
 from gateway.pool.upstream_pool import Upstream
+from gateway.relay.exchange import DataPath, Exchange
+from gateway.relay.interfaces import Client, Connection
 from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
 from gateway.wire.heads import AnswerHead, RequestHead
 from gateway.wire.routes import Route

@@ -1,0 +1,1 @@
+"""One call's life, from its head to its last byte, without I/O."""
