@@ -23,9 +23,9 @@ from gateway.credentials import FixedKey, Tokens
 from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
 from gateway.health import Prober
-from gateway.logs import LineWriter, RequestLog
 from gateway.memory import Peak
-from gateway.metrics import Metrics
+from gateway.observability.logs import LineWriter, RequestLog
+from gateway.observability.metrics import Metrics
 from gateway.openapi import describe
 from gateway.pool.admission_queue import Waiting
 from gateway.pool.keys import Keys
@@ -40,7 +40,7 @@ from gateway.wire.heads import HeadLimits
 from gateway.wire.routes import ROUTES
 
 if TYPE_CHECKING:
-    from gateway.tracing import Tracer
+    from gateway.observability.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def create_tracer(settings: Settings) -> Tracer | None:
         return None
     try:
         # Here, as it takes megabytes that nobody else need have.
-        from gateway.tracing import Tracer
+        from gateway.observability.tracing import Tracer
     except ImportError as error:
         _log.warning("requests are not traced, as OTEL_… asks: pip install 'vllm-gateway[otel]' (%s)", error)
         return None

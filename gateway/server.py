@@ -20,8 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
 from gateway.listening import BACKLOG, accept_the_last, listen
-from gateway.logs import LineWriter, configure
 from gateway.memory import settle, share_heap
+from gateway.observability.logs import LineWriter, configure
 from gateway.protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.relay.exchange import DataPath, Drain
 from gateway.settings import Settings, SettingsError, is_loopback

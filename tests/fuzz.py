@@ -21,7 +21,7 @@ from collections.abc import Callable
 import click
 import uvloop
 
-from gateway.logs import LineWriter
+from gateway.observability.logs import LineWriter
 from tests.smuggling.cases import CASES
 from tests.smuggling.grammar import BODY, request
 from tests.smuggling.lanes import LAST, Seen, Way, answers

@@ -19,10 +19,11 @@ import httpx
 import uvicorn
 import uvloop
 
-from gateway import app, logs
+from gateway import app
 from gateway.app import create_app
 from gateway.listening import listen
-from gateway.logs import LineWriter
+from gateway.observability import logs
+from gateway.observability.logs import LineWriter
 from gateway.server import Server, create_server
 from gateway.settings import Settings, names_of
 

@@ -36,7 +36,7 @@ PURE = {"wire", "dialects", "pool", "relay"}
 READS_CONFIG = {"app", "check", "cli", "commands", "modelserver", "server", "up"}
 IO = {"asyncio", "httptools", "httpx", "os", "prometheus_client", "socket", "ssl", "starlette", "threading", "time"}
 IO |= {"uvicorn", "uvloop"}
-TRACING = ["tracing"]
+TRACING = ["observability.tracing"]
 CHANGES = {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popleft", "popitem"}
 CHANGES |= {"remove", "setdefault", "update"}
 

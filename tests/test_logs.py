@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.logs import Format, LineWriter, RequestLog, _iso, configure
+from gateway.observability.logs import Format, LineWriter, RequestLog, _iso, configure
 from tests.recorders import Conversation
 
 FORMATS = pytest.mark.parametrize("form", ["json", "text"])

@@ -378,7 +378,7 @@ def test_64_clients_at_once(gateway: Gateway, fake: FakeVllm) -> None:
     ("broken", "method", "path"),
     [
         ("gateway.relay.exchange.simplified.from_body", "POST", CHAT),
-        ("gateway.metrics.Metrics.text", "GET", "/metrics"),
+        ("gateway.observability.metrics.Metrics.text", "GET", "/metrics"),
     ],
 )
 def test_a_bug_of_ours_is_answered_and_logged(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from gateway.statistics import Latencies
+from gateway.observability.latencies import Latencies
 from tests.fake_vllm import FakeVllm
 
 CALL = {"messages": {"user": "hi"}}

@@ -16,7 +16,7 @@ import pytest
 
 from gateway import config
 from gateway.app import create_tracer
-from gateway.semconv import OPERATIONS
+from gateway.observability.semconv import OPERATIONS
 from gateway.settings import Settings
 from gateway.wire.routes import ROUTES
 from tests.collector import Collector, Sent
@@ -67,7 +67,7 @@ def ask(gateway: Gateway, body: Any, path: str = CHAT, **headers: str) -> int:
 
 
 def said_by_tracing(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "gateway.tracing"]
+    return [record.getMessage() for record in caplog.records if record.name == "gateway.observability.tracing"]
 
 
 def tree(collector: Collector, received: Received) -> tuple[Sent, Sent]:
@@ -445,7 +445,7 @@ def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_instal
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ask_for_traces(monkeypatch, "http://127.0.0.1:4318")
-    monkeypatch.delitem(sys.modules, "gateway.tracing", raising=False)
+    monkeypatch.delitem(sys.modules, "gateway.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     assert create_tracer(Settings()) is None
     (record,) = caplog.records

@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 
 from gateway.app import create_app
-from gateway.logs import LineWriter
+from gateway.observability.logs import LineWriter
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.protocol import SharedState
 from gateway.server import create_server

@@ -18,7 +18,7 @@ import uvloop
 
 from gateway.app import create_app
 from gateway.listening import listen
-from gateway.logs import LineWriter
+from gateway.observability.logs import LineWriter
 from gateway.server import create_server
 from gateway.settings import Settings, names_of
 from tests.smuggling.cases import Case

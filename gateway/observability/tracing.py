@@ -18,7 +18,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, format_span_id, form
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from gateway import semconv
+from gateway.observability import semconv
 from gateway.relay.exchange import CLIENT_LEFT, Exchange
 
 _log = logging.getLogger(__name__)
