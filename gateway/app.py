@@ -19,10 +19,8 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
 from gateway.config import asks_for_traces
-from gateway.credentials import FixedKey, Tokens
 from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
-from gateway.health import Prober
 from gateway.memory import Peak
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
@@ -34,8 +32,10 @@ from gateway.recent import Recent
 from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.sampler import Sampler
 from gateway.settings import Settings
-from gateway.transport import ConnectionPool
 from gateway.trust import client_keys, token_client, upstream_tls
+from gateway.upstream.connections import ConnectionPool
+from gateway.upstream.credentials import FixedKey, Tokens
+from gateway.upstream.prober import Prober
 from gateway.wire.heads import HeadLimits
 from gateway.wire.routes import ROUTES
 

@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 
 from gateway import vllmload
-from gateway.health import Prober
 from gateway.pool.upstream_pool import Upstream
 from gateway.recent import Recent
 from gateway.relay.exchange import DataPath
+from gateway.upstream.prober import Prober
 from gateway.vllmload import VllmLoad
 from gateway.wire import sse
 

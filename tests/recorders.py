@@ -9,13 +9,13 @@ from typing import Any
 
 import orjson
 
-from gateway.credentials import FixedKey
 from gateway.dialects.body_limits import Bounds
 from gateway.pool.admission_queue import Waiting
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.exchange import DataPath, Drain, Exchange, Limits
 from gateway.relay.interfaces import Caller
 from gateway.relay.upload import Upload
+from gateway.upstream.credentials import FixedKey
 from gateway.wire.errors import GatewayError
 from gateway.wire.heads import AnswerHead, Header, HeadLimits, RequestHead, answer_head
 from gateway.wire.routes import ROUTES, Route

@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway import credentials as module
-from gateway.credentials import TokenClient, Tokens
+from gateway.upstream import credentials as module
+from gateway.upstream.credentials import TokenClient, Tokens
 from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 from tests.fake_vllm import Hold, Step, response
 from tests.gateway_process import free_port

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.credentials import FixedKey
 from gateway.relay import exchange as exchange_module
 from gateway.relay.exchange import HELD_EVENT, Exchange
+from gateway.upstream.credentials import FixedKey
 from gateway.wire.errors import Style
 from gateway.wire.heads import AnswerHead, Header, RequestHead, answer_head
 from gateway.wire.sse import Decoder

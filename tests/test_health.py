@@ -11,9 +11,9 @@ import httpx
 import pytest
 import respx
 
-from gateway.credentials import FixedKey
-from gateway.health import Prober
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.upstream.credentials import FixedKey
+from gateway.upstream.prober import Prober
 from tests.fake_vllm import FakeVllm, Hold, response
 from tests.gateway_process import running
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.credentials import FixedKey
+from gateway.upstream.credentials import FixedKey
 from gateway.wire.errors import NoneReady
 from gateway.wire.heads import answer_head
 from tests.fake_vllm import completion

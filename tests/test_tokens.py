@@ -15,7 +15,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway import credentials
+from gateway.upstream import credentials
 from tests import gateway_process
 from tests.fake_vllm import EVENTS, Hold, completion, response
 from tests.gateway_process import Gateway, free_port, running

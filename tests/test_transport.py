@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
-from gateway.transport import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
+from gateway.upstream.connections import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.wire.heads import AnswerHead, Header, answer_head
 
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: upstream\r\n\r\n"

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
-from gateway.transport import IDLE_FOR, ConnectionPool, UpstreamConnection
+from gateway.upstream.connections import IDLE_FOR, ConnectionPool, UpstreamConnection
 from tests.test_transport import ANSWERS, REQUEST, Answer, Caller, well_formed
 
 # Without those that a parser may end sooner or later than another.

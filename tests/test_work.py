@@ -22,7 +22,7 @@ from gateway.protocol import SharedState
 from gateway.server import create_server
 from gateway.settings import Settings
 from gateway.shortcut import Shortcut
-from gateway.transport import UpstreamConnection
+from gateway.upstream.connections import UpstreamConnection
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.sink import Sink
 

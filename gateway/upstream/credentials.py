@@ -18,7 +18,7 @@ from urllib.parse import quote_plus
 import httpx
 import orjson
 
-from gateway.reasons import reason
+from gateway.upstream.connect_errors import reason
 from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 
 _log = logging.getLogger(__name__)

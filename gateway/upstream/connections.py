@@ -12,8 +12,8 @@ from typing import cast
 import httptools
 
 from gateway.pool.upstream_pool import Upstream
-from gateway.reasons import reason
 from gateway.relay.interfaces import Caller
+from gateway.upstream.connect_errors import reason
 from gateway.wire.heads import AnswerHead, Header, SameHead, answer_head
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import httpx
 
-from gateway.credentials import FixedKey, Tokens
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
-from gateway.reasons import REFUSED, reason
+from gateway.upstream.connect_errors import REFUSED, reason
+from gateway.upstream.credentials import FixedKey, Tokens
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Towards vLLM: connections, probes and credentials."""
