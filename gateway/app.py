@@ -18,7 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway import endpoints
-from gateway.config import asks_for_traces
+from gateway.config.load import asks_for_traces
+from gateway.config.settings import Settings
+from gateway.config.trust import client_keys, token_client, upstream_tls
 from gateway.dialects.body_limits import Bounds
 from gateway.document import Document
 from gateway.memory import Peak
@@ -31,8 +33,6 @@ from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.recent import Recent
 from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.sampler import Sampler
-from gateway.settings import Settings
-from gateway.trust import client_keys, token_client, upstream_tls
 from gateway.upstream.connections import ConnectionPool
 from gateway.upstream.credentials import FixedKey, Tokens
 from gateway.upstream.prober import Prober

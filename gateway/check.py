@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from gateway.app import create_credentials, create_prober
+from gateway.config.settings import Settings, is_loopback, names_of
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.settings import Settings, is_loopback, names_of
 
 # Docker and Podman each leave one of these in a container's root.
 _CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))

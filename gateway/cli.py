@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from gateway import config
 from gateway.check import check as run_check
 from gateway.check import runs_in_container
+from gateway.config.load import build, differing, environment, load
+from gateway.config.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 from gateway.listening import CannotListen
 from gateway.pool.keys import CLIENT_KEY
 from gateway.preflight import CannotStart
 from gateway.server import serve as run_server
-from gateway.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
 
@@ -44,7 +44,7 @@ def main() -> None:
 def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> None:
     """Serve, in front of a vLLM that already runs."""
     try:
-        settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None, **given)
+        settings, warnings = load(env_file, upstreams=",".join(upstreams) or None, **given)
         run_server(settings, warnings)
     except (SettingsError, CannotListen) as error:
         _stop(error)
@@ -63,13 +63,13 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
     from gateway.up import up as run_both
 
     try:
-        environ = config.environment(env_file)
+        environ = environment(env_file)
         # What is tried out on a laptop is not for its whole network.
         environ.setdefault("GATEWAY_HOST", "127.0.0.1")
-        model_server = config.build(ModelServerSettings, env_file, model=model, python=python)
-        warnings = config.differing(ModelServerSettings, env_file)
+        model_server = build(ModelServerSettings, env_file, model=model, python=python)
+        warnings = differing(ModelServerSettings, env_file)
         # Its warnings are told by the gateway itself, which is another process.
-        settings, _ = config.load(env_file, host=environ["GATEWAY_HOST"])
+        settings, _ = load(env_file, host=environ["GATEWAY_HOST"])
     except SettingsError as error:
         _stop(error)
     else:
@@ -131,7 +131,7 @@ def chat(
 
     try:
         asked = client.read_prompt(prompt)
-        url = url or own_url(config.build(Settings, None))
+        url = url or own_url(build(Settings, None))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except SettingsError as error:
@@ -150,7 +150,7 @@ def demo_model(folder: Path) -> None:
     from gateway.environment import write_demo_model
 
     try:
-        write_demo_model(folder, config.environment())
+        write_demo_model(folder, environment())
     except CannotStart as error:
         _stop(error, status=1)
 
@@ -178,7 +178,7 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 
     try:
         wanted = fp8.Quantizing(folder=folder, **given)
-        fp8.quantize(wanted, config.environment(), Path(python) if python else None)
+        fp8.quantize(wanted, environment(), Path(python) if python else None)
     except CannotStart as error:
         _stop(error, status=1)
 
@@ -189,7 +189,7 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
     """Show the settings, what is wrong and how the upstreams are; exit 0 if a call would succeed."""
     try:
-        settings, warnings = config.load(env_file, upstreams=",".join(upstreams) or None)
+        settings, warnings = load(env_file, upstreams=",".join(upstreams) or None)
     except SettingsError as error:
         _stop(error, status=1)
     else:

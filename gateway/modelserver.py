@@ -12,8 +12,8 @@ import httpx
 
 from gateway import vllmargs
 from gateway.child import Child, last_lines
+from gateway.config.settings import ModelServerSettings, names_of
 from gateway.preflight import CannotStart
-from gateway.settings import ModelServerSettings, names_of
 
 DEMO_NAME = "demo-model"
 

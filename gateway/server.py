@@ -19,14 +19,14 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.app import create_app
+from gateway.config.settings import Settings, SettingsError, is_loopback
+from gateway.config.trust import client_keys, load_certificate, own_tls
 from gateway.listening import BACKLOG, accept_the_last, listen
 from gateway.memory import settle, share_heap
 from gateway.observability.logs import LineWriter, configure
 from gateway.protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.relay.exchange import DataPath, Drain
-from gateway.settings import Settings, SettingsError, is_loopback
 from gateway.shortcut import Shortcut
-from gateway.trust import client_keys, load_certificate, own_tls
 from gateway.wire.heads import lines
 
 _log = logging.getLogger(__name__)

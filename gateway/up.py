@@ -19,10 +19,10 @@ import httpx
 
 from gateway import environment, models, preflight, vllmapp, vllmargs
 from gateway.child import Child, last_lines
+from gateway.config.settings import ModelServerSettings, Settings, own_url
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
 from gateway.preflight import GIB, CannotStart
 from gateway.progress import Display
-from gateway.settings import ModelServerSettings, Settings, own_url
 
 _TICK = 0.2
 # Seconds that a start takes on two cores; only the progress display believes it.

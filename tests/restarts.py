@@ -23,9 +23,9 @@ import orjson
 import pytest
 
 from gateway import environment
-from gateway.config import build
+from gateway.config.load import build
+from gateway.config.settings import ModelServerSettings
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
-from gateway.settings import ModelServerSettings
 from tests.gateway_process import free_port
 from tests.load import NO_FAULTS, Load, Upstream, gateway
 

@@ -19,7 +19,7 @@ import orjson
 import pytest
 
 from gateway.cli import main
-from gateway.config import load
+from gateway.config.load import load
 from tests.fake_vllm import DONE, EVENTS, STREAM_HEAD, FakeVllm, Hold, Step, chunk, event, response, stream
 from tests.gateway_process import AUTHORITY, Gateway, free_port, running
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.check import check
-from gateway.settings import Settings
+from gateway.config.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from gateway.config import build, differing, load
-from gateway.settings import ModelServerSettings, Settings, SettingsError, names_of, table
+from gateway.config.load import build, differing, load
+from gateway.config.settings import ModelServerSettings, Settings, SettingsError, names_of, table
 
 KEY = "sk-4f7d0c9a2b6e81d35a"
 AUTHORITY = Path(__file__).parent / "certs" / "authority.pem"

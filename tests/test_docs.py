@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from gateway.settings import ModelServerSettings, names_of, table
+from gateway.config.settings import ModelServerSettings, names_of, table
 from gateway.wire.routes import REFUSED, ROUTES
 
 ROOT = Path(__file__).parent.parent

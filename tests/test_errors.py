@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.settings import Settings, names_of
+from gateway.config.settings import Settings, names_of
 from gateway.wire.errors import (
     BadRequest,
     Draining,

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.config import load
+from gateway.config.load import load
+from gateway.config.settings import SettingsError
 from gateway.pool.keys import BadKeys, Key, Keys, from_lines, from_secrets
-from gateway.settings import SettingsError
 from tests.fake_vllm import FakeVllm, response
 from tests.gateway_process import Gateway, free_port, running
 from tests.test_routes import OLDER

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.config import load
-from gateway.settings import SettingsError
+from gateway.config.load import load
+from gateway.config.settings import SettingsError
 from tests.fake_vllm import FakeVllm
 from tests.gateway_process import free_port, running
 

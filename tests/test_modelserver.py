@@ -15,12 +15,12 @@ import pytest
 import respx
 from pydantic import SecretStr
 
-from gateway import config
 from gateway.child import Child, last_lines
+from gateway.config.load import build
+from gateway.config.settings import ModelServerSettings
 from gateway.models import Model, find_model
 from gateway.modelserver import Launch, ModelServer, launch
 from gateway.preflight import CannotStart
-from gateway.settings import ModelServerSettings
 from tests.gateway_process import free_port
 
 PYTHON = Path("/env/bin/python")
@@ -41,7 +41,7 @@ server.serve_forever()
 
 
 def settings(**given: object) -> ModelServerSettings:
-    return config.build(ModelServerSettings, None, **given)
+    return build(ModelServerSettings, None, **given)
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:

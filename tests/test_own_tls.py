@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.config import load
+from gateway.config.load import load
+from gateway.config.settings import SettingsError
 from gateway.server import Server
-from gateway.settings import SettingsError
 from tests.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import AUTHORITY, free_port, running
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from gateway import config
 from gateway.app import create_tracer
+from gateway.config.load import asks_for_traces, load
+from gateway.config.settings import Settings
 from gateway.observability.semconv import OPERATIONS
-from gateway.settings import Settings
 from gateway.wire.routes import ROUTES
 from tests.collector import Collector, Sent
 from tests.fake_vllm import (
@@ -427,18 +427,18 @@ def test_traces_are_asked_for_by_the_standard_variables(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert config.asks_for_traces() == expected
+    assert asks_for_traces() == expected
 
 
 def test_who_asks_for_another_protocol_is_told_which_is_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    assert config.load()[1] == []
+    assert load()[1] == []
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
-    (warning,) = config.load()[1]
+    (warning,) = load()[1]
     assert "OTEL_EXPORTER_OTLP_PROTOCOL is grpc" in warning
     assert "http/protobuf" in warning
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-    assert config.load()[1] == []
+    assert load()[1] == []
 
 
 def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_install(
@@ -456,7 +456,7 @@ def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_instal
 OFF = """
 import asyncio, sys
 from gateway.app import create_app
-from gateway.settings import Settings
+from gateway.config.settings import Settings
 from gateway.server import create_server
 async def run():
     settings = Settings(GATEWAY_PORT=0)

@@ -40,10 +40,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 RUN = """
 import sys
-from gateway import config
-from gateway.settings import ModelServerSettings
+from gateway.config.load import build, environment, load
+from gateway.config.settings import ModelServerSettings
 from gateway.up import up
-sys.exit(up(config.build(ModelServerSettings, None), config.load()[0], config.environment()))
+sys.exit(up(build(ModelServerSettings, None), load()[0], environment()))
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway import vllmargs
-from gateway.settings import ModelServerSettings, names_of
+from gateway.config.settings import ModelServerSettings, names_of
 
 
 @pytest.mark.parametrize(

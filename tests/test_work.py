@@ -16,11 +16,11 @@ from typing import Any
 import uvloop
 
 from gateway.app import create_app
+from gateway.config.settings import Settings
 from gateway.observability.logs import LineWriter
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.protocol import SharedState
 from gateway.server import create_server
-from gateway.settings import Settings
 from gateway.shortcut import Shortcut
 from gateway.upstream.connections import UpstreamConnection
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from gateway.settings import Settings, names_of
+from gateway.config.settings import Settings, names_of
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICES = sorted(folder.name for folder in (ROOT / "docker").iterdir())

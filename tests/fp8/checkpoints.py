@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from gateway import environment
-from gateway.config import build
+from gateway.config.load import build
+from gateway.config.settings import ModelServerSettings
 from gateway.modelserver import DEMO_NAME, ModelServer, launch
-from gateway.settings import ModelServerSettings
 from tests.fp8.conftest import DATASETS, Kit
 from tests.gateway_process import free_port, running
 

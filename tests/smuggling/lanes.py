@@ -17,10 +17,10 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from gateway.app import create_app
+from gateway.config.settings import Settings, names_of
 from gateway.listening import listen
 from gateway.observability.logs import LineWriter
 from gateway.server import create_server
-from gateway.settings import Settings, names_of
 from tests.smuggling.cases import Case
 from tests.smuggling.upstream import Got, Upstream
 

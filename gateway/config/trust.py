@@ -6,8 +6,8 @@ import ssl
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from gateway.config.settings import Settings, SettingsError, is_loopback, names_of
 from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
-from gateway.settings import Settings, SettingsError, is_loopback, names_of
 from gateway.upstream.credentials import TokenClient
 
 _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")
