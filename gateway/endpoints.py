@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.document import Document
+from gateway.page.document import Document
 from gateway.relay.exchange import FAILED, KEY_NEEDED, Exchange, new_request_id
 from gateway.relay.upload import Upload
 from gateway.wire.errors import GatewayError, MethodNotAllowed, NotFound, Unauthorized

@@ -19,7 +19,8 @@ import orjson
 import pytest
 
 import gateway
-from gateway import app, sampler
+from gateway import app
+from gateway.page import sampler
 from tests.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Step, response
 from tests.gateway_process import Gateway, free_port, running
 
@@ -28,7 +29,7 @@ STREAM = "/v1/status/stream"
 SECRET = "sk-4f7d0c9a2b6e81d35a"
 OTHER = "sk-other-1234567890abc"
 CALL: dict[str, Any] = {"messages": {"user": "a prompt"}, "streaming": False}
-PAGE = Path(gateway.__file__).parent / "page"
+PAGE = Path(gateway.__file__).parent / "page" / "static"
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import cast
 
 import pytest
 
-from gateway.recent import Recent
+from gateway.page.recent_requests import Recent
+from gateway.page.sampler import _Rate
+from gateway.page.vllm_metrics import VllmLoad, read
 from gateway.relay.exchange import Exchange
-from gateway.sampler import _Rate
-from gateway.vllmload import VllmLoad, read
 from tests.fake_vllm import METRICS
 
 TWO_ENGINES = METRICS + METRICS.replace(b'engine="0"', b'engine="1"').replace(b"0.25", b"0.5")

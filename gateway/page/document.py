@@ -6,7 +6,7 @@ from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent / "static"
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script src="page.js"></script>'
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import orjson
 
-from gateway import vllmload
+from gateway.page import vllm_metrics
+from gateway.page.recent_requests import Recent
+from gateway.page.vllm_metrics import VllmLoad
 from gateway.pool.upstream_pool import Upstream
-from gateway.recent import Recent
 from gateway.relay.exchange import DataPath
 from gateway.upstream.prober import Prober
-from gateway.vllmload import VllmLoad
 from gateway.wire import sse
 
 _log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Sampler:
     async def _hear(self, upstream: Upstream) -> None:
         told = self._told[upstream]
         try:
-            told.load = vllmload.read(await self._prober.metrics(upstream))
+            told.load = vllm_metrics.read(await self._prober.metrics(upstream))
         finally:
             del self._asking[upstream]
         told.at = self._path.time()
