@@ -14,8 +14,8 @@ from gateway.check import runs_in_container
 from gateway.config.load import build, differing, environment, load
 from gateway.config.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 from gateway.listening import CannotListen
+from gateway.modelserver.preflight import CannotStart
 from gateway.pool.keys import CLIENT_KEY
-from gateway.preflight import CannotStart
 from gateway.server import serve as run_server
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
@@ -147,7 +147,7 @@ def chat(
 @click.argument("folder", type=click.Path(path_type=Path))
 def demo_model(folder: Path) -> None:
     """Write the demo model to FOLDER, readable by all."""
-    from gateway.environment import write_demo_model
+    from gateway.modelserver.install import write_demo_model
 
     try:
         write_demo_model(folder, environment())
@@ -174,11 +174,11 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 
     Without a dataset it is FP8_DYNAMIC, which the CPU serves, too. llm-compressor is installed once.
     """
-    from gateway import fp8
+    from gateway.modelserver import quantizing
 
     try:
-        wanted = fp8.Quantizing(folder=folder, **given)
-        fp8.quantize(wanted, environment(), Path(python) if python else None)
+        wanted = quantizing.Quantizing(folder=folder, **given)
+        quantizing.quantize(wanted, environment(), Path(python) if python else None)
     except CannotStart as error:
         _stop(error, status=1)
 

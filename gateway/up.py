@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway import environment, models, preflight, vllmapp, vllmargs
-from gateway.child import Child, last_lines
 from gateway.config.settings import ModelServerSettings, Settings, own_url
-from gateway.modelserver import DEMO_NAME, ModelServer, launch
-from gateway.preflight import GIB, CannotStart
-from gateway.progress import Display
+from gateway.modelserver import install, model_source, preflight, vllm_app, vllm_args
+from gateway.modelserver.child_process import Child, last_lines
+from gateway.modelserver.preflight import GIB, CannotStart
+from gateway.modelserver.progress import Display
+from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 
 _TICK = 0.2
 # Seconds that a start takes on two cores; only the progress display believes it.
@@ -94,7 +94,7 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     _check(settings, gateway)
     app = _read_app(settings)
     served = _prepare(settings, settings.model or app.model, environ, display)
-    log = environment.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
+    log = install.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
     command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
     with ModelServer(command, settings.port, log) as server:
         _wait_for(server, served, display)
@@ -123,10 +123,10 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
         preflight.check_memory(meminfo.read_text(), _MEMORY + (settings.cpu_kvcache_space or 1) * GIB)
 
 
-def _read_app(settings: ModelServerSettings) -> vllmapp.App:
+def _read_app(settings: ModelServerSettings) -> vllm_app.App:
     try:
-        return vllmapp.read(settings.app_config)
-    except vllmargs.Wrong as error:
+        return vllm_app.read(settings.app_config)
+    except vllm_args.Wrong as error:
         raise CannotStart(str(error)) from None
 
 
@@ -134,16 +134,16 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     """The model is looked for before the environment is installed, which takes minutes."""
     demo = model in (None, DEMO_NAME)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    found = None if demo or model is None else models.find_model(model, environ, token)
+    found = None if demo or model is None else model_source.find_model(model, environ, token)
     python = settings.python
     if python is None:
-        python = environment.ensure_environment(environ, display)
+        python = install.ensure_environment(environ, display)
     else:
         # Without its ./, which a Path loses, a file of this folder would be looked for in PATH.
         python = python.absolute() if python.exists() else python
         _check_has_vllm(python)
     if found is None:
-        folder = environment.ensure_demo_model(environ, python, display)
+        folder = install.ensure_demo_model(environ, python, display)
         return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)
     return Served(python, found.name, settings.served_name or found.name, demo=False, local=found.local)
 

@@ -22,10 +22,10 @@ import httpx
 import orjson
 import pytest
 
-from gateway import environment
 from gateway.config.load import build
 from gateway.config.settings import ModelServerSettings
-from gateway.modelserver import DEMO_NAME, ModelServer, launch
+from gateway.modelserver import install
+from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 from tests.gateway_process import free_port
 from tests.load import NO_FAULTS, Load, Upstream, gateway
 
@@ -123,8 +123,8 @@ class Vllm:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "vllm.log"
-        python = environment.ensure_environment(os.environ)
-        model = environment.ensure_demo_model(os.environ, python)
+        python = install.ensure_environment(os.environ)
+        model = install.ensure_demo_model(os.environ, python)
         settings = build(ModelServerSettings, None, port=self.port)
         self._command = launch(settings, python, str(model), os.environ, demo=True, local=True)
 

@@ -14,7 +14,11 @@ README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 EXAMPLES = (ROOT / "examples" / "README.md").read_text()
 LOCKED = [
-    *(*ROOT.glob("requirements/*"), *ROOT.glob("gateway/*.lock"), *ROOT.glob("tests/clients/schemathesis.*")),
+    *(
+        *ROOT.glob("requirements/*"),
+        *ROOT.glob("gateway/modelserver/locks/*.lock"),
+        *ROOT.glob("tests/clients/schemathesis.*"),
+    ),
     *ROOT.glob("tests/browser/browser.*"),
     *(*ROOT.glob("bench/requirements/*"), *ROOT.glob("examples/requirements.*")),
 ]

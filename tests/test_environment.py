@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gateway import environment
-from gateway.preflight import CannotStart
-from gateway.progress import Display
+from gateway.modelserver import install
+from gateway.modelserver.preflight import CannotStart
+from gateway.modelserver.progress import Display
 
 
 def quiet() -> Display:
@@ -29,7 +29,7 @@ def at(folder: Path) -> dict[str, str]:
 
 
 def installed(base: Path) -> Path:
-    folder = environment.environment_folder(environment.cache_folder(at(base)))
+    folder = install.environment_folder(install.cache_folder(at(base)))
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
@@ -46,14 +46,14 @@ def stand_in(base: Path, script: str) -> Path:
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path: Path) -> None:
-    assert environment.cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "vllm-gateway"
-    assert environment.cache_folder({}) == Path.home() / ".cache" / "vllm-gateway"
-    assert environment.cache_folder({"XDG_CACHE_HOME": "relative"}) == Path.home() / ".cache" / "vllm-gateway"
+    assert install.cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "vllm-gateway"
+    assert install.cache_folder({}) == Path.home() / ".cache" / "vllm-gateway"
+    assert install.cache_folder({"XDG_CACHE_HOME": "relative"}) == Path.home() / ".cache" / "vllm-gateway"
 
 
 def test_an_installed_environment_is_used_again(tmp_path: Path) -> None:
     python = installed(tmp_path)
-    assert environment.ensure_environment(at(tmp_path), quiet()) == python
+    assert install.ensure_environment(at(tmp_path), quiet()) == python
 
 
 def test_an_interrupted_install_is_made_anew_and_a_failed_one_is_told(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_interrupted_install_is_made_anew_and_a_failed_one_is_told(tmp_path: 
     # No index: pip's own failure, without any network.
     environ = at(tmp_path) | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     with pytest.raises(CannotStart, match=r"cannot be installed: .* All that was said is in .*install\.log"):
-        environment.ensure_environment(environ, quiet())
+        install.ensure_environment(environ, quiet())
     assert not left.exists()
     assert not (folder / "complete.json").exists()
 
@@ -84,7 +84,7 @@ def test_another_install_is_waited_for(tmp_path: Path) -> None:
 
         said = Told()
         thread = threading.Thread(
-            target=lambda: found.append(environment.ensure_environment(at(tmp_path), Display(Console(file=said))))
+            target=lambda: found.append(install.ensure_environment(at(tmp_path), Display(Console(file=said))))
         )
         thread.start()
         assert waiting.wait(10)
@@ -95,10 +95,10 @@ def test_another_install_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_demo_model_is_built_once_and_an_older_one_removed(tmp_path: Path) -> None:
     build = stand_in(tmp_path, 'mkdir -p "$3" && echo "{}" > "$3/demo-model.json" && echo x >> "$3/count"')
-    older = environment.cache_folder(at(tmp_path)) / "demo-model-older"
+    older = install.cache_folder(at(tmp_path)) / "demo-model-older"
     older.mkdir(parents=True)
-    folder = environment.ensure_demo_model(at(tmp_path), build, quiet())
-    assert environment.ensure_demo_model(at(tmp_path), build, quiet()) == folder
+    folder = install.ensure_demo_model(at(tmp_path), build, quiet())
+    assert install.ensure_demo_model(at(tmp_path), build, quiet()) == folder
     assert (folder / "count").read_text() == "x\n"
     assert not older.exists()
 
@@ -106,13 +106,13 @@ def test_a_demo_model_is_built_once_and_an_older_one_removed(tmp_path: Path) -> 
 def test_a_demo_model_that_cannot_be_built_is_told_with_the_last_line(tmp_path: Path) -> None:
     build = stand_in(tmp_path, 'echo "step 1 of 2 loss 1.0"; echo "no memory"; exit 3')
     with pytest.raises(CannotStart, match=r"The demo model cannot be built: no memory\. .*demo-model\.log"):
-        environment.ensure_demo_model(at(tmp_path), build, quiet())
+        install.ensure_demo_model(at(tmp_path), build, quiet())
 
 
 def test_a_build_that_was_killed_is_told_with_the_signal(tmp_path: Path) -> None:
     build = stand_in(tmp_path, "kill -9 $$")
     with pytest.raises(CannotStart, match="The demo model cannot be built: it was ended by SIGKILL"):
-        environment.ensure_demo_model(at(tmp_path), build, quiet())
+        install.ensure_demo_model(at(tmp_path), build, quiet())
 
 
 def test_a_demo_model_is_written_to_a_new_folder_alone(tmp_path: Path) -> None:
@@ -120,19 +120,19 @@ def test_a_demo_model_is_written_to_a_new_folder_alone(tmp_path: Path) -> None:
         tmp_path, 'mkdir -p "$3" && echo "{}" > "$3/demo-model.json"; chmod 755 "$3"; chmod 644 "$3/demo-model.json"'
     )
     target = tmp_path / "target"
-    environment.write_demo_model(target, at(tmp_path), python=build, display=quiet())
+    install.write_demo_model(target, at(tmp_path), python=build, display=quiet())
     assert json.loads((target / "demo-model.json").read_text()) == {}
     assert (target / "demo-model.json").stat().st_mode & 0o777 == 0o644
     assert target.stat().st_mode & 0o777 == 0o755
     with pytest.raises(CannotStart, match="exists and is not an empty folder"):
-        environment.write_demo_model(target, at(tmp_path), python=build, display=quiet())
+        install.write_demo_model(target, at(tmp_path), python=build, display=quiet())
 
 
 def test_pips_progress_is_read_from_its_lines_and_its_folder(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.write_text("a==1 --hash=x\nb==1 --hash=x\nc==1 ; sys_platform == 'win32' --hash=x\n")
     seen: list[float] = []
-    watch = environment._PipProgress(lock, tmp_path, lambda share, note="": seen.append(share))
+    watch = install._PipProgress(lock, tmp_path, lambda share, note="": seen.append(share))
     lines = ["Ignoring c: markers", "Collecting a==1", "  Downloading a.whl (1 MB)", "noise", "Collecting b==1"]
     for line in [*lines, "Installing collected packages: a, b"]:
         watch(line)
@@ -144,7 +144,7 @@ def test_pips_progress_is_read_from_its_lines_and_its_folder(tmp_path: Path) -> 
 
 
 def test_the_demo_model_script_needs_nothing_to_tell_its_usage() -> None:
-    script = Path(environment.__file__).with_name("demomodel.py")
+    script = Path(install.__file__).parent / "scripts/demo_model.py"
     done = subprocess.run([sys.executable, "-P", script], check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "usage: demomodel.py FOLDER"
+    assert done.stderr.strip() == "usage: demo_model.py FOLDER"

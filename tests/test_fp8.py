@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import environment, fp8
-from gateway.preflight import CannotStart
+from gateway.modelserver import install, quantizing
+from gateway.modelserver.preflight import CannotStart
 from tests.test_environment import at, quiet, stand_in
 
 # A Python with torch whose pip makes the folder after --target, and says so.
@@ -20,8 +20,8 @@ WITH_TORCH = """case "$*" in
 esac"""
 
 
-def wanted(folder: Path, dataset: Path | None = None, revision: str | None = None) -> fp8.Quantizing:
-    return fp8.Quantizing("org/model", folder, dataset, 5, 64, revision)
+def wanted(folder: Path, dataset: Path | None = None, revision: str | None = None) -> quantizing.Quantizing:
+    return quantizing.Quantizing("org/model", folder, dataset, 5, 64, revision)
 
 
 @pytest.fixture
@@ -31,33 +31,35 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_llm_compressor_is_installed_once_beside_a_python(tmp_path: Path, python: Path) -> None:
-    cache = environment.cache_folder(at(tmp_path))
+    cache = install.cache_folder(at(tmp_path))
     (cache / "quantize-older").mkdir(parents=True)
-    packages = fp8.ensure_llm_compressor(at(tmp_path), python, quiet())
-    assert fp8.ensure_llm_compressor(at(tmp_path), python, quiet()) == packages
+    packages = quantizing.ensure_llm_compressor(at(tmp_path), python, quiet())
+    assert quantizing.ensure_llm_compressor(at(tmp_path), python, quiet()) == packages
     assert sorted(entry.name for entry in packages.iterdir()) == ["complete.json", "llmcompressor"]
     assert not (cache / "quantize-older").exists()
     (said,) = (tmp_path / "pip.log").read_text().splitlines()
     assert "--no-deps --require-hashes" in said
-    assert said.endswith(f"--requirement {Path(fp8.__file__).with_name('quantize.lock')} --target {packages}")
+    assert said.endswith(
+        f"--requirement {Path(quantizing.__file__).parent / 'locks/quantize.lock'} --target {packages}"
+    )
 
 
 def test_another_python_or_an_interrupted_install_is_installed_for(
     tmp_path: Path, python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages = fp8.ensure_llm_compressor(at(tmp_path), python, quiet())
+    packages = quantizing.ensure_llm_compressor(at(tmp_path), python, quiet())
     (packages / "complete.json").unlink()
     (packages / "half").touch()
-    assert fp8.ensure_llm_compressor(at(tmp_path), python, quiet()) == packages
+    assert quantizing.ensure_llm_compressor(at(tmp_path), python, quiet()) == packages
     assert not (packages / "half").exists()
     monkeypatch.setenv("TAG", "cpython-312")
-    assert fp8.ensure_llm_compressor(at(tmp_path), python, quiet()) != packages
+    assert quantizing.ensure_llm_compressor(at(tmp_path), python, quiet()) != packages
 
 
 def test_an_install_that_fails_is_told(tmp_path: Path) -> None:
     python = stand_in(tmp_path, 'case "$*" in *torch*) echo cpython-311 ;; *) echo "ERROR: no space"; exit 1 ;; esac')
     with pytest.raises(CannotStart, match=r"It cannot be installed: no space\. .*quantize\.log"):
-        fp8.ensure_llm_compressor(at(tmp_path), python, quiet())
+        quantizing.ensure_llm_compressor(at(tmp_path), python, quiet())
 
 
 @pytest.mark.parametrize(
@@ -67,14 +69,14 @@ def test_an_install_that_fails_is_told(tmp_path: Path) -> None:
 def test_a_python_that_will_not_do_is_told(tmp_path: Path, script: str | None, expected: str) -> None:
     python = stand_in(tmp_path, script) if script else tmp_path / "none"
     with pytest.raises(CannotStart, match=expected):
-        fp8.ensure_llm_compressor(at(tmp_path), python, quiet())
+        quantizing.ensure_llm_compressor(at(tmp_path), python, quiet())
 
 
 def test_what_is_started_has_its_packages_and_nothing_of_our_python(tmp_path: Path) -> None:
     environ = {"PYTHONHOME": "/ours", "PATH": "/bin", "HUGGING_FACE_HUB_TOKEN": "hf_x"}
     python, packages = Path("/its/python"), Path("/packages")
-    argv, variables = fp8.command(wanted(tmp_path / "made"), python, packages, environ)
-    script = Path(fp8.__file__).with_name("quantize.py")
+    argv, variables = quantizing.command(wanted(tmp_path / "made"), python, packages, environ)
+    script = Path(quantizing.__file__).parent / "scripts/quantize.py"
     assert argv == ["/its/python", "-P", str(script), "org/model", str(tmp_path / "made")]
     assert variables == {
         "PATH": "/bin",
@@ -82,7 +84,7 @@ def test_what_is_started_has_its_packages_and_nothing_of_our_python(tmp_path: Pa
         "HUGGING_FACE_HUB_TOKEN": "hf_x",
         "HF_TOKEN": "hf_x",
     }
-    argv, _ = fp8.command(wanted(tmp_path / "made", Path("d.csv"), "v2"), python, packages, environ)
+    argv, _ = quantizing.command(wanted(tmp_path / "made", Path("d.csv"), "v2"), python, packages, environ)
     assert argv[5:] == ["--dataset", "d.csv", "--samples", "5", "--length", "64", "--revision", "v2"]
 
 
@@ -96,8 +98,8 @@ def test_the_command_becomes_the_program(tmp_path: Path, python: Path) -> None:
     done = quantize(tmp_path, "org/model", str(tmp_path / "made"), "--vllm-python", str(python))
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
-    packages = fp8.ensure_llm_compressor(at(tmp_path), python, quiet())
-    script = Path(fp8.__file__).with_name("quantize.py")
+    packages = quantizing.ensure_llm_compressor(at(tmp_path), python, quiet())
+    script = Path(quantizing.__file__).parent / "scripts/quantize.py"
     assert last == f"{packages} hf_x none -P {script} org/model {tmp_path / 'made'}"
 
 
@@ -114,7 +116,7 @@ def test_what_is_wrong_is_said_before_anything_is_installed(tmp_path: Path, pyth
 
 
 def test_the_lock_has_neither_torch_nor_what_torch_brings() -> None:
-    lock = Path(fp8.__file__).with_name("quantize.lock").read_text()
+    lock = (Path(quantizing.__file__).parent / "locks/quantize.lock").read_text()
     names = {line.partition("==")[0] for line in lock.splitlines() if "==" in line}
     assert "llmcompressor" in names
     assert not {name for name in names if name.startswith(("torch", "triton", "nvidia-cu", "cuda"))}

@@ -10,16 +10,16 @@ import pytest
 
 import gateway
 
-FOLDER = Path(gateway.__file__).parent
-ROOT = FOLDER.parent
+ROOT = Path(gateway.__file__).parent.parent
+FOLDER = ROOT / "gateway/modelserver/locks"
 LOCKS = sorted(FOLDER.glob("modelserver-*.lock"))
-ALL = sorted({*ROOT.glob("*/*.lock"), *ROOT.glob("*/*/*.lock")})
+ALL = sorted({*ROOT.glob("*/*.lock"), *ROOT.glob("*/*/*.lock"), *FOLDER.glob("*.lock")})
 # What installs from them.
 INSTALLERS = [
     "Makefile",
     "compose/Dockerfile",
     "compose/quantize.Dockerfile",
-    "gateway/environment.py",
+    "gateway/modelserver/install.py",
     "bench/arms.py",
 ]
 NAMES = ["modelserver-cpu-cuda-libs.lock", "modelserver-cpu.lock", "modelserver-torch-cpu.lock"]

@@ -15,12 +15,12 @@ import pytest
 import respx
 from pydantic import SecretStr
 
-from gateway.child import Child, last_lines
 from gateway.config.load import build
 from gateway.config.settings import ModelServerSettings
-from gateway.models import Model, find_model
-from gateway.modelserver import Launch, ModelServer, launch
-from gateway.preflight import CannotStart
+from gateway.modelserver.child_process import Child, last_lines
+from gateway.modelserver.model_source import Model, find_model
+from gateway.modelserver.preflight import CannotStart
+from gateway.modelserver.vllm_process import Launch, ModelServer, launch
 from tests.gateway_process import free_port
 
 PYTHON = Path("/env/bin/python")
@@ -213,7 +213,7 @@ def test_even_kill_9_of_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
         "print('child', child.pid, os.getpid(), flush=True); child.wait()"
     )
     parent_script = (
-        "import os, sys, time; from pathlib import Path; from gateway.child import Child;"
+        "import os, sys, time; from pathlib import Path; from gateway.modelserver.child_process import Child;"
         "Child([sys.executable, '-c', sys.argv[1]], os.environ, log=Path(sys.argv[2])).start(); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", parent_script, server, str(log)])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import preflight
-from gateway.preflight import GIB, CannotStart
+from gateway.modelserver import preflight
+from gateway.modelserver.preflight import GIB, CannotStart
 
 
 def missing(name: str) -> object:

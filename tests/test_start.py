@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from compose import start
-from gateway import vllmargs
+from gateway.modelserver import container as entrypoint
+from gateway.modelserver import vllm_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,12 +22,10 @@ class Container:
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
         self._folder = folder
-        for source in ("gateway/vllmargs.py", "gateway/vllmapp.py", "compose/start.py"):
-            target = folder / source.replace("compose/", "")
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes((ROOT / source).read_bytes())
+        self._program = folder / "gateway/modelserver/container.py"
+        shutil.copytree(ROOT / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__", "*.lock"))
         script = "import os, sys; print(os.environ.get('HF_TOKEN'), os.environ.get('VLLM_TP_SIZE'), *sys.argv)"
-        (folder / "gateway" / "quantize.py").write_text(script)
+        (folder / "gateway/modelserver/scripts/quantize.py").write_text(script)
         vllm = folder / "vllm"
         vllm.write_text("#!/bin/sh\necho $QUANT_CONFIG $HF_TOKEN $*\n")
         vllm.chmod(0o755)
@@ -43,7 +41,7 @@ class Container:
 
     def run(self, what: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """What came of it."""
-        command = [sys.executable, "-E", "-S", str(self._folder / "start.py"), what]
+        command = [sys.executable, "-E", "-S", str(self._program), what]
         given = {"PATH": f"{self._folder}:/usr/bin:/bin", "HF_HOME": str(self.data), **environ}
         return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
 
@@ -112,7 +110,7 @@ def test_the_model_of_vllm_app_is_the_one_that_is_in_fp8(container: Container) -
     options = f"--host 0.0.0.0 --port 8008 --served-model-name {model} --kv-cache-dtype fp8"
     assert done.stdout == f"serve {made} {options}\n"
     shutil.rmtree(made)
-    script = container.data.parent / "gateway/quantize.py"
+    script = container.data.parent / "gateway/modelserver/scripts/quantize.py"
     assert container.run("quantize", **environ).stdout == f"None None {script} {model} {made}\n"
 
 
@@ -201,7 +199,7 @@ def test_another_word_than_yes_and_no_is_refused(container: Container) -> None:
 
 def test_quantizing_is_told_what_the_settings_say(container: Container) -> None:
     done = container.run("quantize", **MODEL, LLM_DEVICE="cpu", HUGGING_FACE_HUB_TOKEN="token", VLLM_TP_SIZE="2")
-    script, made = container.data.parent / "gateway/quantize.py", container.data / "fp8/Org--Name"
+    script, made = container.data.parent / "gateway/modelserver/scripts/quantize.py", container.data / "fp8/Org--Name"
     assert done.stdout == f"token None {script} Org/Name {made}\n"
     container.file("d.csv")
     settings = {"FP8_DATASET_PATH": str(container.data / "d.csv"), "LLM_VLLM_MODEL_REVISION": "v2"}
@@ -243,15 +241,15 @@ class Gaudi:
         (folder / "dataset.py").write_text(
             "import sys; open(sys.argv[2], 'w').write('rewritten ' + ' '.join(sys.argv))"
         )
-        monkeypatch.setattr(start, "_CALIBRATION", scripts)
-        monkeypatch.setattr(start, "_SCRIPTS", folder)
+        monkeypatch.setattr(entrypoint, "_CALIBRATION", scripts)
+        monkeypatch.setattr(entrypoint, "_SCRIPTS", folder)
         self.mine = self.data / "mine.pkl"
         self.mine.touch()
 
     def quantize(self, model: str = "Org/Mixtral-8x7B", **environ: str) -> list[str]:
         """What the scripts say: their options, their folder, their environment, their dataset."""
         given = {"PATH": "/usr/bin:/bin", "SAID": str(self.said), "LLM_VLLM_MODEL_NAME": model, "LLM_DEVICE": "hpu"}
-        start.quantize(given | {"FP8_DATASET_PATH": str(self.mine)} | environ, self.data)
+        entrypoint.quantize(given | {"FP8_DATASET_PATH": str(self.mine)} | environ, self.data)
         return self.said.read_text().splitlines()
 
 
@@ -271,7 +269,7 @@ def test_gaudi_is_calibrated_by_a_copy_of_the_scripts_and_a_dataset_of_ours(
     scales = gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json"
     assert f"Calibrated: {scales}. IF_FP8_QUANTIZATION=true serves by it." in capfd.readouterr().err
     # What was written in lower case is found by the model's name as it is.
-    assert start._scales("Org/Mixtral-8x7B", gaudi.data) == scales
+    assert entrypoint._scales("Org/Mixtral-8x7B", gaudi.data) == scales
 
 
 def test_gaudis_batches_and_experts_can_be_set(gaudi: Gaudi) -> None:
@@ -280,17 +278,17 @@ def test_gaudis_batches_and_experts_can_be_set(gaudi: Gaudi) -> None:
 
 
 def test_a_calibration_that_fails_is_told(gaudi: Gaudi) -> None:
-    with pytest.raises(vllmargs.Wrong, match="Nothing was calibrated; what was in the way stands above"):
+    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated; what was in the way stands above"):
         gaudi.quantize(FAIL="1")
     # What the scripts left is not taken for the scales.
     assert (gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json").exists()
-    with pytest.raises(vllmargs.Wrong, match="did not end well: calibrate again"):
-        start._scales("Org/Mixtral-8x7B", gaudi.data)
+    with pytest.raises(vllm_args.Wrong, match="did not end well: calibrate again"):
+        entrypoint._scales("Org/Mixtral-8x7B", gaudi.data)
     gaudi.quantize()
-    assert start._scales("Org/Mixtral-8x7B", gaudi.data).exists()
+    assert entrypoint._scales("Org/Mixtral-8x7B", gaudi.data).exists()
     (gaudi.data.parent / "dataset.py").write_text("import sys; sys.exit(1)")
     gaudi.said.unlink()
-    with pytest.raises(vllmargs.Wrong, match="Nothing was calibrated"):
+    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated"):
         gaudi.quantize()
     assert not gaudi.said.exists()
 
@@ -316,5 +314,5 @@ def test_what_fp8_leaves_out_is_not_missed_for_a_folders_name(
     if message is None:
         assert gaudi.quantize(str(model))[0].startswith(f"-m {model} ")
     else:
-        with pytest.raises(vllmargs.Wrong, match=message):
+        with pytest.raises(vllm_args.Wrong, match=message):
             gaudi.quantize(str(model))

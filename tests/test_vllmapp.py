@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import vllmapp, vllmargs
+from gateway.modelserver import vllm_app, vllm_args
 
 # As it comes with vllm-app.
 WHOLE = {
@@ -29,12 +29,12 @@ WHOLE = {
 
 def options(config: dict[str, Any]) -> dict[str, Any]:
     """Each option that is made of it, and the object that is its value."""
-    made = vllmapp.from_config(config, Path("/app")).options
+    made = vllm_app.from_config(config, Path("/app")).options
     return {option: json.loads(value) for option, value in zip(made[::2], made[1::2], strict=True)}
 
 
 def test_what_comes_with_vllm_app() -> None:
-    assert vllmapp.from_config(WHOLE, Path("/app")).model == "/app/models/language_model/GRPO-Vi-Qwen2-7B-RAG-W4A16"
+    assert vllm_app.from_config(WHOLE, Path("/app")).model == "/app/models/language_model/GRPO-Vi-Qwen2-7B-RAG-W4A16"
     sampling = {"temperature": 0.5, "top_p": 0.85, "top_k": 25, "repetition_penalty": 1.1, "max_new_tokens": 2048}
     assert options(WHOLE) == {
         "--compilation-config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 512]},
@@ -95,8 +95,8 @@ def test_each_key_may_be_missing(config: dict[str, Any], expected: dict[str, Any
 def test_what_is_wrong_is_named(config: Any, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    with pytest.raises(vllmargs.Wrong) as raised:
-        vllmapp.read(file)
+    with pytest.raises(vllm_args.Wrong) as raised:
+        vllm_app.read(file)
     assert str(raised.value) == f"{file} (VLLM_APP_CONFIG): {sentence}"
 
 
@@ -116,28 +116,28 @@ def test_a_folder_is_seen_from_the_files_own(
 ) -> None:
     (tmp_path / "models" / "a").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_path": path}))
-    assert vllmapp.read(tmp_path / "config.json").model == model.format(tmp_path)
+    assert vllm_app.read(tmp_path / "config.json").model == model.format(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert vllmapp.read("config.json").model == model.format(tmp_path)
+    assert vllm_app.read("config.json").model == model.format(tmp_path)
 
 
 @pytest.mark.parametrize("none", [None, ""])
 def test_without_a_file_there_is_nothing(none: str | None) -> None:
-    assert vllmapp.read(none) == (None, [])
+    assert vllm_app.read(none) == (None, [])
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 100_000], ids=["open", "empty", "binary", "deep"])
 def test_a_file_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(vllmargs.Wrong) as raised:
-        vllmapp.read(file)
+    with pytest.raises(vllm_args.Wrong) as raised:
+        vllm_app.read(file)
     assert str(raised.value).startswith(f"{file} (VLLM_APP_CONFIG) is no JSON (")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(vllmargs.Wrong) as raised:
-        vllmapp.read(tmp_path)
+    with pytest.raises(vllm_args.Wrong) as raised:
+        vllm_app.read(tmp_path)
     assert str(raised.value) == (
         f"{tmp_path} (VLLM_APP_CONFIG) cannot be read (Is a directory): name vllm-app's config.json."
     )
@@ -152,8 +152,8 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*WHOLE, "other"]), VALUES) | VALUES)
 def test_any_json_is_translated_or_refused(config: Any) -> None:
-    with contextlib.suppress(vllmargs.Wrong):
-        app = vllmapp.from_config(config, Path("/app"))
+    with contextlib.suppress(vllm_args.Wrong):
+        app = vllm_app.from_config(config, Path("/app"))
         assert all(isinstance(json.loads(value), dict) for value in app.options[1::2])
         assert all("\0" not in word for word in [app.model or "", *app.options])
 
@@ -161,4 +161,4 @@ def test_any_json_is_translated_or_refused(config: Any) -> None:
 def test_a_file_as_windows_writes_it_will_do(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"temperature": 0.5}), encoding="utf-8-sig")
-    assert vllmapp.read(file).options == ["--override-generation-config", '{"temperature": 0.5}']
+    assert vllm_app.read(file).options == ["--override-generation-config", '{"temperature": 0.5}']

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway import vllmargs
 from gateway.config.settings import ModelServerSettings, names_of
+from gateway.modelserver import vllm_args
 
 
 @pytest.mark.parametrize(
@@ -35,29 +35,29 @@ from gateway.config.settings import ModelServerSettings, names_of
     ],
 )
 def test_options(given: dict[str, str], expected: str | list[str]) -> None:
-    assert vllmargs.options(given) == (expected.split() if isinstance(expected, str) else expected)
+    assert vllm_args.options(given) == (expected.split() if isinstance(expected, str) else expected)
 
 
 def test_extra_args_that_no_shell_would_take() -> None:
-    with pytest.raises(vllmargs.Wrong, match="EXTRA_ARGS cannot be split as a shell would"):
-        vllmargs.options({"EXTRA_ARGS": "'"})
+    with pytest.raises(vllm_args.Wrong, match="EXTRA_ARGS cannot be split as a shell would"):
+        vllm_args.options({"EXTRA_ARGS": "'"})
 
 
 def test_another_word_than_yes_and_no() -> None:
-    with pytest.raises(vllmargs.Wrong, match="VLLM_EAGER must be true or false, but it is 'maybe'"):
-        vllmargs.options({"VLLM_EAGER": "maybe"})
+    with pytest.raises(vllm_args.Wrong, match="VLLM_EAGER must be true or false, but it is 'maybe'"):
+        vllm_args.options({"VLLM_EAGER": "maybe"})
 
 
 def test_a_name_that_does_not_count_is_told_where_it_would_say_something_else() -> None:
     same = {"VLLM_MAX_MODEL_LEN": "1", "MAX_TOKENS": "1", "VLLM_MAX_NUM_SEQS": "", "MAX_CONCURRENT_REQUESTS": "1"}
-    assert vllmargs.differing(same) == []
-    assert vllmargs.differing({"VLLM_MAX_MODEL_LEN": "2", "MAX_TOKENS": "1"}) == [
+    assert vllm_args.differing(same) == []
+    assert vllm_args.differing({"VLLM_MAX_MODEL_LEN": "2", "MAX_TOKENS": "1"}) == [
         "VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used."
     ]
 
 
 def test_up_and_the_containers_go_by_the_same_names() -> None:
-    names = {found[0]: found for found in vllmargs._OPTIONS.values()}
+    names = {found[0]: found for found in vllm_args._OPTIONS.values()}
     for field in ModelServerSettings.model_fields:
         ours = names_of(field, ModelServerSettings)
         assert names.get(ours[0], ours)[: len(ours)] == ours
@@ -74,7 +74,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
         "LLM_VLLM_API_KEY": "key",
         "HUGGING_FACE_HUB_TOKEN": "token",
     }
-    found = vllmargs.environment(given)
+    found = vllm_args.environment(given)
     assert not {"VLLM_DTYPE", "VLLM_EAGER", "VLLM_APP_CONFIG", "VLLM_ENABLE_EXPERT_PARALLEL"} & set(found)
     assert "CUDA_VISIBLE_DEVICES" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
@@ -83,7 +83,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
 
 
 def test_a_token_by_its_newer_name_wins() -> None:
-    assert vllmargs.environment({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"})["HF_TOKEN"] == "a"
+    assert vllm_args.environment({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"})["HF_TOKEN"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -97,4 +97,4 @@ def test_a_token_by_its_newer_name_wins() -> None:
     ],
 )
 def test_fp8(device: str, prepared: bool, expected: str) -> None:
-    assert vllmargs.fp8(device, prepared=prepared) == expected.split()
+    assert vllm_args.fp8(device, prepared=prepared) == expected.split()

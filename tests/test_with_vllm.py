@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.environment import ensure_demo_model, ensure_environment
+from gateway.modelserver.install import ensure_demo_model, ensure_environment
 from gateway.wire.routes import REFUSED, ROUTES
 from tests.gateway_process import running
 from tests.stack import MODEL, Stack

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.environment import ensure_environment
+from gateway.modelserver.install import ensure_environment
 from tests.clients.conftest import EXAMPLES, REPOSITORY, Clients
 from tests.stack import MODEL, Stack
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from gateway import environment
 from gateway.config.load import build
 from gateway.config.settings import ModelServerSettings
-from gateway.modelserver import DEMO_NAME, ModelServer, launch
+from gateway.modelserver import install
+from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 from tests.fp8.conftest import DATASETS, Kit
 from tests.gateway_process import free_port, running
 
@@ -136,7 +136,7 @@ def test_a_model_that_fp8_changes_is_reported_as_changed(kit: Kit, tmp_path: Pat
 
 
 def test_vllm_serves_it_with_the_right_answers_through_the_gateway(dynamic: tuple[Path, str], tmp_path: Path) -> None:
-    python = environment.ensure_environment(os.environ)
+    python = install.ensure_environment(os.environ)
     settings = build(ModelServerSettings, None, port=free_port())
     command = launch(settings, python, str(dynamic[0]), os.environ, demo=True, local=True)
     log = tmp_path / "vllm.log"

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 import gateway
-from gateway import environment, fp8
+from gateway.modelserver import install, quantizing
 
-SCRIPTS = Path(gateway.__file__).parent
+SCRIPTS = Path(gateway.__file__).parent / "modelserver/scripts"
 DATASETS = Path(__file__).parent.parent / "datasets"
 
 
@@ -44,6 +44,6 @@ class Kit(NamedTuple):
 
 @pytest.fixture(scope="session")
 def kit() -> Kit:
-    python = environment.ensure_environment(os.environ)
-    packages = fp8.ensure_llm_compressor(os.environ, python)
-    return Kit(python, packages, environment.ensure_demo_model(os.environ, python))
+    python = install.ensure_environment(os.environ)
+    packages = quantizing.ensure_llm_compressor(os.environ, python)
+    return Kit(python, packages, install.ensure_demo_model(os.environ, python))

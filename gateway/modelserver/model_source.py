@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway.preflight import CannotStart
+from gateway.modelserver.preflight import CannotStart
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TIMEOUT = 10

@@ -1,11 +1,11 @@
 """What runs in a model server's container: makes its data folder usable, starts vLLM, asks how it is, quantizes.
 
-    start.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
-    start.py serve                 become `vllm serve`
-    start.py healthy               exit with 0 if the vLLM beside it is
-    start.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
+    container.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
+    container.py serve                 become `vllm serve`
+    container.py healthy               exit with 0 if the vLLM beside it is
+    container.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
 
-Mounted there beside the gateway's own modules; whatever vLLM the image has, it needs nothing but Python.
+Mounted there with the package that it is part of; whatever vLLM the image has, it needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from gateway import vllmapp, vllmargs
+if __name__ == "__main__":
+    # The folder that the package is in, and not this one.
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from gateway.modelserver import vllm_app, vllm_args
 
 PORT = 8008
 
 # What may be in a data folder that was made for this.
 _OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus"}
 
-_SCRIPTS = Path(vllmargs.__file__).parent
+_SCRIPTS = Path(__file__).with_name("scripts")
 # Where quantize's image for Gaudi has vLLM-Gaudi's scripts. By a model's name they block what FP8 would spoil.
 _CALIBRATION = Path("/opt/calibration")
 _UNFINISHED = "unfinished"
@@ -51,27 +55,27 @@ def own(folder: Path, uid: int, gid: int) -> None:
     for kept in (folder, *(folder / name for name in ("cache", "fp8", "home", "hub", "inc", "prometheus"))):
         if kept.exists() and not os.access(kept, os.R_OK | os.W_OK | os.X_OK):
             owner = kept.stat().st_uid
-            raise vllmargs.Wrong(
+            raise vllm_args.Wrong(
                 f"{kept} (LLM_VLLM_DATA_DIR) belongs to user {owner}, and user {uid} cannot write there: "
                 f"`sudo chown -R {uid}` the folder, or set UID={owner} in the .env file."
             )
-    for mounted in (__file__, vllmargs.__file__):
+    for mounted in (__file__, vllm_args.__file__):
         if not os.access(mounted, os.R_OK):
-            raise vllmargs.Wrong(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
+            raise vllm_args.Wrong(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
 
 
 def serve(environ: Mapping[str, str], data: Path) -> None:
     """Become `vllm serve`. Raises Wrong."""
-    app = vllmapp.read(environ.get("VLLM_APP_CONFIG"))
+    app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
-    found = vllmargs.environment(environ)
-    options = app.options + vllmargs.options(environ)
+    found = vllm_args.environment(environ)
+    options = app.options + vllm_args.options(environ)
     # The files of settings come with values for what vllm-app has other names for.
-    for sentence in vllmargs.differing(environ):
+    for sentence in vllm_args.differing(environ):
         _warn(sentence)
-    if vllmargs.is_on(environ, "IF_FP8_QUANTIZATION"):
+    if vllm_args.is_on(environ, "IF_FP8_QUANTIZATION"):
         if environ.get("QUANTIZATION"):
-            raise vllmargs.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
+            raise vllm_args.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
         model, more = _in_fp8(model, environ, data)
         options = more + options
         if environ.get("LLM_DEVICE") == "hpu":
@@ -82,13 +86,13 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
     os.execvpe(command[0], command, found)
 
 
-def _model(environ: Mapping[str, str], app: vllmapp.App) -> str:
+def _model(environ: Mapping[str, str], app: vllm_app.App) -> str:
     named = environ.get("LLM_VLLM_MODEL_NAME")
     if named and app.model not in (None, named):
         _warn("LLM_VLLM_MODEL_NAME and vllm-app's model_path differ: LLM_VLLM_MODEL_NAME is used.")
     if model := named or app.model:
         return model
-    raise vllmargs.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
+    raise vllm_args.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
 
 
 def _warn(sentence: str) -> None:
@@ -100,13 +104,13 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
     device = environ.get("LLM_DEVICE", "cpu")
     checkpoint = _checkpoint(model, environ, data)
     prepared = device != "hpu" and (checkpoint / "config.json").exists()
-    options = vllmargs.fp8(device, prepared=prepared)
+    options = vllm_args.fp8(device, prepared=prepared)
     if not prepared:
         if device == "cpu":
             sys.stderr.write(f"There is no checkpoint in FP8 at {checkpoint}, so that only the cache is in FP8.\n")
         return model, options
     if device == "cpu" and _is_static(checkpoint):
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"{checkpoint} was calibrated on a dataset (static FP8), which only GPUs serve: "
             "remove it, and quantize again with FP8_DATASET_PATH unset."
         )
@@ -125,7 +129,7 @@ def _count(environ: Mapping[str, str], name: str, default: str) -> str:
     """A whole number from 1. Raises Wrong."""
     value = environ.get(name) or default
     if not value.isdecimal() or int(value) < 1:
-        raise vllmargs.Wrong(f"{name} must be a whole number, 1 or more, but it is {value!r}.")
+        raise vllm_args.Wrong(f"{name} must be a whole number, 1 or more, but it is {value!r}.")
     return value
 
 
@@ -134,7 +138,7 @@ def _is_static(checkpoint: Path) -> bool:
     try:
         config = json.loads((checkpoint / "config.json").read_text())
     except ValueError as error:
-        raise vllmargs.Wrong(f"{checkpoint}/config.json is no JSON ({error}): quantize again.") from None
+        raise vllm_args.Wrong(f"{checkpoint}/config.json is no JSON ({error}): quantize again.") from None
     try:
         groups = config["quantization_config"]["config_groups"].values()
         return any(group["input_activations"]["dynamic"] is False for group in groups)
@@ -150,14 +154,14 @@ def _scales(model: str, data: Path) -> Path:
         return found[0]
     folder = _inc(model, data)
     if (folder / _UNFINISHED).exists():
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"The calibration that was to leave its scales in {folder} did not end well: calibrate again."
         )
     if found:
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"There are scales for Gaudi 2 and for Gaudi 3 in {folder}: set QUANT_CONFIG to the one to use."
         )
-    raise vllmargs.Wrong(
+    raise vllm_args.Wrong(
         f"There are no scales in {folder}: make them with docker/hpu/fp8/docker-compose.yaml, or set QUANT_CONFIG to a "
         "maxabs_quant_g2.json or _g3.json in the data folder."
     )
@@ -175,22 +179,22 @@ def _inc(model: str, data: Path) -> Path:
 
 def quantize(environ: Mapping[str, str], data: Path) -> None:
     """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises Wrong."""
-    model = _model(environ, vllmapp.read(environ.get("VLLM_APP_CONFIG")))
+    model = _model(environ, vllm_app.read(environ.get("VLLM_APP_CONFIG")))
     dataset = environ.get("FP8_DATASET_PATH")
     if dataset and not Path(dataset).is_file():
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"There is no dataset {dataset}: put the file into the data folder (LLM_VLLM_DATA_DIR), which is /data "
             "here, and set FP8_DATASET_PATH to /data/NAME."
         )
     samples = _count(environ, "FP8_DATASET_SAMPLES", "512")
     if environ.get("LLM_DEVICE") == "hpu":
         if not dataset:
-            raise vllmargs.Wrong("Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder.")
+            raise vllm_args.Wrong("Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder.")
         _calibrate(model, [sys.executable, "-P", str(_SCRIPTS / "dataset.py"), dataset], samples, environ, data)
         return
     checkpoint = _checkpoint(model, environ, data)
     if checkpoint.exists():
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"{model} is quantized already: to do it anew, remove fp8/{checkpoint.name} in the data folder "
             "(LLM_VLLM_DATA_DIR)."
         )
@@ -200,7 +204,7 @@ def quantize(environ: Mapping[str, str], data: Path) -> None:
         argv += ["--dataset", dataset, "--samples", samples, "--length", length]
     if revision := environ.get("LLM_VLLM_MODEL_REVISION"):
         argv += ["--revision", revision]
-    os.execve(argv[0], argv, vllmargs.environment(environ))
+    os.execve(argv[0], argv, vllm_args.environment(environ))
 
 
 def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[str, str], data: Path) -> None:
@@ -212,7 +216,7 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
         dataset = str(scripts / "dataset.pkl")
         command = ["bash", str(scripts / "calibrate_model.sh"), "-m", model, "-d", dataset, "-o", str(data / "inc")]
         command += ["-t", _count(environ, "VLLM_TP_SIZE", "1"), "-b", _count(environ, "BATCH_SIZE", "32")]
-        if vllmargs.is_on(environ, "VLLM_ENABLE_EXPERT_PARALLEL"):
+        if vllm_args.is_on(environ, "VLLM_ENABLE_EXPERT_PARALLEL"):
             command.append("-u")
         # The scripts write what serving looks for before they have measured anything.
         unfinished = _inc(model, data) / _UNFINISHED
@@ -221,8 +225,8 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
                 unfinished.parent.mkdir(parents=True, exist_ok=True)
                 unfinished.touch()
             sys.stderr.write(f"Starting: {shlex.join(argv)}\n")
-            if subprocess.run(argv, env=vllmargs.environment(environ), check=False).returncode:
-                raise vllmargs.Wrong("Nothing was calibrated; what was in the way stands above.")
+            if subprocess.run(argv, env=vllm_args.environment(environ), check=False).returncode:
+                raise vllm_args.Wrong("Nothing was calibrated; what was in the way stands above.")
     unfinished.unlink()
     made = ", ".join(str(file) for file in _found_scales(model, data))
     sys.stderr.write(f"Calibrated: {made}. IF_FP8_QUANTIZATION=true serves by it.\n")
@@ -238,7 +242,7 @@ def _check_name(model: str) -> None:
     named = next((each for each in set(_BLOCKED.values()) if each in name), None)
     if named != expected or (expected and not name.startswith(expected)):
         must = f"begin with {expected}" if expected else f"be without {named}"
-        raise vllmargs.Wrong(
+        raise vllm_args.Wrong(
             f"{model} holds a model of the kind {kind}, and what FP8 leaves out is chosen by the folder's name, which "
             f"must {must}: rename it."
         )
@@ -266,8 +270,8 @@ def main(arguments: list[str]) -> int:
             case ["healthy"]:
                 return 0 if healthy() else 1
             case _:
-                raise vllmargs.Wrong(f"no such command: {shlex.join(arguments)}")
-    except (vllmargs.Wrong, OSError) as error:
+                raise vllm_args.Wrong(f"no such command: {shlex.join(arguments)}")
+    except (vllm_args.Wrong, OSError) as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
     return 0

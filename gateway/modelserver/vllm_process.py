@@ -10,10 +10,10 @@ from typing import NamedTuple, Self
 
 import httpx
 
-from gateway import vllmargs
-from gateway.child import Child, last_lines
 from gateway.config.settings import ModelServerSettings, names_of
-from gateway.preflight import CannotStart
+from gateway.modelserver import vllm_args
+from gateway.modelserver.child_process import Child, last_lines
+from gateway.modelserver.preflight import CannotStart
 
 DEMO_NAME = "demo-model"
 
@@ -65,8 +65,8 @@ def launch(
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     argv += ["--host", "127.0.0.1", "--port", str(settings.port), *options]
     try:
-        argv += vllmargs.options((_DEMO_OPTIONS if demo else {}) | given)
-    except vllmargs.Wrong as error:
+        argv += vllm_args.options((_DEMO_OPTIONS if demo else {}) | given)
+    except vllm_args.Wrong as error:
         raise CannotStart(str(error)) from None
     return Launch(argv, _environment(settings, environ, demo=demo, local=local))
 
@@ -80,7 +80,7 @@ def _environment(
         found["VLLM_CPU_KVCACHE_SPACE"] = str(space)
     if settings.hf_token is not None:
         found["HF_TOKEN"] = settings.hf_token.get_secret_value()
-    return vllmargs.environment(found)
+    return vllm_args.environment(found)
 
 
 class ModelServer:

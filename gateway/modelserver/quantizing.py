@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway import environment, preflight, vllmargs
-from gateway.preflight import GIB, CannotStart
-from gateway.progress import Display
+from gateway.modelserver import install, preflight, vllm_args
+from gateway.modelserver.preflight import GIB, CannotStart
+from gateway.modelserver.progress import Display
 
-_HERE = Path(__file__).parent
-_LOCK = _HERE / "quantize.lock"
-_SCRIPT = _HERE / "quantize.py"
+_LOCK = Path(__file__).with_name("locks") / "quantize.lock"
+_SCRIPT = Path(__file__).with_name("scripts") / "quantize.py"
 _SIZE = "about 120 MB to download and 450 MB on disk"
 _NEEDED = GIB
 
@@ -35,18 +34,18 @@ class Quantizing(NamedTuple):
 
 def ensure_llm_compressor(environ: Mapping[str, str], python: Path, display: Display | None = None) -> Path:
     """The folder of llm-compressor and what it needs but for torch, installed first. Raises CannotStart."""
-    cache, display = environment.cache_folder(environ), display or Display()
+    cache, display = install.cache_folder(environ), display or Display()
     kind = hashlib.sha256(_LOCK.read_bytes() + _tag(python).encode()).hexdigest()[:16]
     folder = cache / f"quantize-{kind}"
-    environment.make_folder(cache)
-    with environment.alone(cache / "quantize.lock", display):
-        if not (folder / environment.MARKER).is_file():
+    install.make_folder(cache)
+    with install.alone(cache / "quantize.lock", display):
+        if not (folder / install.MARKER).is_file():
             preflight.check_disk(shutil.disk_usage(cache).free, _NEEDED, cache)
             display.say(f"Installing llm-compressor, once: {_SIZE}.")
-            run = environment.Runner(environ, cache / "quantize.log")
+            run = install.Runner(environ, cache / "quantize.log")
             with display.task("Installing llm-compressor") as update:
-                environment.install_beside(folder, python, run, _LOCK, update)
-            environment.remove_others(folder, "quantize-*")
+                install.install_beside(folder, python, run, _LOCK, update)
+            install.remove_others(folder, "quantize-*")
     return folder
 
 
@@ -72,7 +71,7 @@ def command(
     if wanted.revision is not None:
         argv += ["--revision", wanted.revision]
     # PYTHONPATH and its like are for our Python, not for that one.
-    clean = {name: value for name, value in vllmargs.environment(environ).items() if not name.startswith("PYTHON")}
+    clean = {name: value for name, value in vllm_args.environment(environ).items() if not name.startswith("PYTHON")}
     return argv, clean | {"PYTHONPATH": str(packages)}
 
 
@@ -82,7 +81,7 @@ def quantize(wanted: Quantizing, environ: Mapping[str, str], python: Path | None
         raise CannotStart(f"{wanted.folder} exists already: remove it, or name another folder.")
     if wanted.dataset is not None and not wanted.dataset.is_file():
         raise CannotStart(f"There is no dataset {wanted.dataset}.")
-    python = python or environment.ensure_environment(environ)
+    python = python or install.ensure_environment(environ)
     packages = ensure_llm_compressor(environ, python)
     argv, variables = command(wanted, python, packages, environ)
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Writes the demo model: a tiny Llama that knows a handful of answers by heart, yet is a real checkpoint.
 
-A script of its own, run by the model server's Python (`python -P demomodel.py FOLDER`), which has torch and
+A script of its own, run by the model server's Python (`python -P demo_model.py FOLDER`), which has torch and
 transformers; the gateway imports neither. It prints `step N of N loss L` lines for a progress display.
 """
 
@@ -310,7 +310,7 @@ def write(folder: Path) -> None:
 def main() -> None:
     """The command line: one argument, the folder."""
     if len(sys.argv) != 2:
-        raise SystemExit("usage: demomodel.py FOLDER")
+        raise SystemExit("usage: demo_model.py FOLDER")
     write(Path(sys.argv[1]).absolute())
 
 

@@ -19,16 +19,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gateway import preflight
-from gateway.child import dies_with_parent, last_lines
-from gateway.preflight import GIB, CannotStart
-from gateway.progress import Display, Update
+from gateway.modelserver import preflight
+from gateway.modelserver.child_process import dies_with_parent, last_lines
+from gateway.modelserver.preflight import GIB, CannotStart
+from gateway.modelserver.progress import Display, Update
 
-_HERE = Path(__file__).parent
-_TORCH_LOCK = _HERE / "modelserver-torch-cpu.lock"
-_LOCK = _HERE / "modelserver-cpu.lock"
-_CUDA_LOCK = _HERE / "modelserver-cpu-cuda-libs.lock"
-_DEMO_SCRIPT = _HERE / "demomodel.py"
+_LOCKS = Path(__file__).with_name("locks")
+_TORCH_LOCK = _LOCKS / "modelserver-torch-cpu.lock"
+_LOCK = _LOCKS / "modelserver-cpu.lock"
+_CUDA_LOCK = _LOCKS / "modelserver-cpu-cuda-libs.lock"
+_DEMO_SCRIPT = Path(__file__).with_name("scripts") / "demo_model.py"
 
 # Measured: with the CPU build of torch, and with the package index's, which brings CUDA's libraries.
 _SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip finds only CUDA's build of torch"

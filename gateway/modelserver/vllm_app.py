@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gateway.vllmargs import Wrong
+from gateway.modelserver.vllm_args import Wrong
 
 _MODES = ("piecewise", "full", "full_decode_only", "full_and_piecewise")
 _GRAPHS = {"cuda_graph_mode": "cudagraph_mode", "cuda_graph_capture_sizes": "cudagraph_capture_sizes"}
