@@ -17,15 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from gateway import endpoints
 from gateway.config.load import asks_for_traces
 from gateway.config.settings import Settings
 from gateway.config.trust import client_keys, token_client, upstream_tls
 from gateway.dialects.body_limits import Bounds
-from gateway.memory import Peak
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
-from gateway.openapi import describe
 from gateway.page.document import Document
 from gateway.page.recent_requests import Recent
 from gateway.page.sampler import Sampler
@@ -33,6 +30,9 @@ from gateway.pool.admission_queue import Waiting
 from gateway.pool.keys import Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
+from gateway.server import endpoints
+from gateway.server.memory import Peak
+from gateway.server.openapi import describe
 from gateway.upstream.connections import ConnectionPool
 from gateway.upstream.credentials import FixedKey, Tokens
 from gateway.upstream.prober import Prober

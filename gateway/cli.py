@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from gateway.check import check as run_check
-from gateway.check import runs_in_container
+from gateway.commands.check import check as run_check
+from gateway.commands.check import runs_in_container
+from gateway.commands.serve import serve as run_server
 from gateway.config.load import build, differing, environment, load
 from gateway.config.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
-from gateway.listening import CannotListen
 from gateway.modelserver.preflight import CannotStart
 from gateway.pool.keys import CLIENT_KEY
-from gateway.server import serve as run_server
+from gateway.server.listener import CannotListen
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."
 
@@ -60,7 +60,7 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
     Without --vllm-python that is vLLM for the CPU, installed once into the user's cache.
     """
     # Here, as its progress display (rich) takes megabytes that `serve` need not have.
-    from gateway.up import up as run_both
+    from gateway.commands.up import up as run_both
 
     try:
         environ = environment(env_file)
@@ -127,7 +127,7 @@ def chat(
     What is piped in is asked, too, below the PROMPT and a blank line. With neither, it is a conversation, in
     which Ctrl-C stops an answer, and Ctrl-D or /exit leaves. Notes and errors go to standard error.
     """
-    from gateway import chat as client
+    from gateway.commands import chat as client
 
     try:
         asked = client.read_prompt(prompt)

@@ -22,10 +22,10 @@ import uvloop
 from gateway import app
 from gateway.app import create_app
 from gateway.config.settings import Settings, names_of
-from gateway.listening import listen
 from gateway.observability import logs
 from gateway.observability.logs import LineWriter
-from gateway.server import Server, create_server
+from gateway.server.listener import listen
+from gateway.server.uvicorn_server import Server, create_server
 
 # Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
 logs._TOGETHER = 0.01

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.protocol import Protocol, SharedState, missing_in
-from gateway.shortcut import Shortcut
+from gateway.server.http_protocol import Protocol, SharedState, missing_in
+from gateway.server.shortcut import Shortcut
 from gateway.wire.heads import answer_head
 from tests.fake_vllm import (
     CLOSE,

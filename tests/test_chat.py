@@ -417,7 +417,7 @@ def test_ctrl_c_ends_the_reading_of_a_pipe(ask: Ask, monkeypatch: pytest.MonkeyP
     def interrupted(*_: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gateway.chat.read_prompt", interrupted)
+    monkeypatch.setattr("gateway.commands.chat.read_prompt", interrupted)
     assert ask("Hi") == (130, "", "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.check import check
+from gateway.commands.check import check
 from gateway.config.settings import Settings
 
 

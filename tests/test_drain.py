@@ -11,7 +11,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway.server import Server
+from gateway.server.uvicorn_server import Server
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.gateway_process import Gateway, running
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gateway.listening import accept_the_last, listen
+from gateway.server.listener import accept_the_last, listen
 
 
 def connecting(port: int) -> socket.socket:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvloop
 
-from gateway.memory import Peak
+from gateway.server.memory import Peak
 from tests import load
 from tests.fake_vllm import FakeVllm
 

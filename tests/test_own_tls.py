@@ -18,7 +18,7 @@ import pytest
 
 from gateway.config.load import load
 from gateway.config.settings import SettingsError
-from gateway.server import Server
+from gateway.server.uvicorn_server import Server
 from tests.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import AUTHORITY, free_port, running
 

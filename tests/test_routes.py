@@ -9,7 +9,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway.openapi import describe
+from gateway.server.openapi import describe
 from gateway.wire.routes import NAMES, REFUSED, ROUTES, Route
 from tests.fake_vllm import CLOSE, RESET, STREAM_END, STREAM_HEAD, FakeVllm, Hold, Step, chunk, response
 from tests.gateway_process import running

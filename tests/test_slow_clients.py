@@ -14,8 +14,8 @@ import pytest
 
 from gateway.app import create_app
 from gateway.config.settings import Settings
-from gateway.protocol import Protocol
-from gateway.server import create_server
+from gateway.server.http_protocol import Protocol
+from gateway.server.uvicorn_server import create_server
 from tests import fake_vllm, gateway_process, load
 from tests.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
 from tests.gateway_process import running

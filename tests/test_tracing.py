@@ -457,7 +457,7 @@ OFF = """
 import asyncio, sys
 from gateway.app import create_app
 from gateway.config.settings import Settings
-from gateway.server import create_server
+from gateway.server.uvicorn_server import create_server
 async def run():
     settings = Settings(GATEWAY_PORT=0)
     app = create_app(settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import up
+from gateway.commands import up
 from tests.gateway_process import free_port
 from tests.test_modelserver import eventually, is_gone
 
@@ -42,7 +42,7 @@ RUN = """
 import sys
 from gateway.config.load import build, environment, load
 from gateway.config.settings import ModelServerSettings
-from gateway.up import up
+from gateway.commands.up import up
 sys.exit(up(build(ModelServerSettings, None), load()[0], environment()))
 """
 

@@ -18,8 +18,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.endpoints import _AsgiClient
 from gateway.relay.upload import HELD
+from gateway.server.endpoints import _AsgiClient
 from gateway.upstream.credentials import FixedKey
 from gateway.wire.heads import Header
 from tests.fake_vllm import DONE, FakeVllm, response

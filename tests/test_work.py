@@ -19,9 +19,9 @@ from gateway.app import create_app
 from gateway.config.settings import Settings
 from gateway.observability.logs import LineWriter
 from gateway.pool.upstream_pool import UpstreamPool
-from gateway.protocol import SharedState
-from gateway.server import create_server
-from gateway.shortcut import Shortcut
+from gateway.server.http_protocol import SharedState
+from gateway.server.shortcut import Shortcut
+from gateway.server.uvicorn_server import create_server
 from gateway.upstream.connections import UpstreamConnection
 from tests.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.sink import Sink

@@ -18,9 +18,9 @@ import uvloop
 
 from gateway.app import create_app
 from gateway.config.settings import Settings, names_of
-from gateway.listening import listen
 from gateway.observability.logs import LineWriter
-from gateway.server import create_server
+from gateway.server.listener import listen
+from gateway.server.uvicorn_server import create_server
 from tests.smuggling.cases import Case
 from tests.smuggling.upstream import Got, Upstream
 

@@ -12,8 +12,8 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.protocol import Protocol, SharedState
 from gateway.relay.exchange import FAILED, Exchange
+from gateway.server.http_protocol import Protocol, SharedState
 from gateway.wire.errors import GatewayError
 from gateway.wire.heads import AnswerHead, RequestHead, SameHead, fault_of
 from gateway.wire.routes import Route

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Iterable
 from types import FrameType
@@ -18,58 +16,19 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.app import create_app
-from gateway.config.settings import Settings, SettingsError, is_loopback
+from gateway.config.settings import Settings, SettingsError
 from gateway.config.trust import client_keys, load_certificate, own_tls
-from gateway.listening import BACKLOG, accept_the_last, listen
-from gateway.memory import settle, share_heap
-from gateway.observability.logs import LineWriter, configure
-from gateway.protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.relay.exchange import DataPath, Drain
-from gateway.shortcut import Shortcut
+from gateway.server.http_protocol import LAST_CALL, Protocol, SharedState, missing_in
+from gateway.server.listener import BACKLOG, accept_the_last
+from gateway.server.memory import settle
+from gateway.server.shortcut import Shortcut
 from gateway.wire.heads import lines
 
 _log = logging.getLogger(__name__)
 
 # Longer than the idle limit of the usual load balancers (60 s), so that none reuses a closing connection.
 _KEEP_ALIVE = 75
-
-
-def serve(settings: Settings, warnings: list[str]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
-    share_heap()
-    listeners = [listen(settings.host, settings.port)]
-    if settings.health_port not in (None, settings.port):
-        listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
-    if settings.metrics_port is not None:
-        listeners.append(listen(settings.host, settings.metrics_port, "GATEWAY_METRICS_PORT"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
-        signal.signal(number, _exit)
-    writer = LineWriter(sys.stdout.fileno())
-    configure(writer, settings.log_format, settings.log_level)
-    for warning in warnings:
-        _log.warning(warning)
-    try:
-        server = create_server(settings, create_app(settings, writer))
-        signal.signal(signal.SIGHUP, server.handle_hangup)
-        if settings.api_keys_file is None and not settings.api_keys and not is_loopback(settings.host):
-            _log.warning(
-                "anyone who reaches %s may call: set GATEWAY_API_KEYS or GATEWAY_API_KEYS_FILE, or "
-                "GATEWAY_HOST=127.0.0.1 behind a proxy that asks for keys",
-                settings.host,
-            )
-        if settings.tls_skip_verify:
-            _log.warning(
-                "upstreams' certificates are not looked at (GATEWAY_TLS_SKIP_VERIFY): anyone may stand in for one"
-            )
-        for listener in listeners:
-            host, port = listener.getsockname()[:2]
-            scheme = "http" if settings.tls_cert_file is None else "https"
-            _log.info("listening on %s://%s:%d, in front of %s", scheme, host, port, ", ".join(settings.upstreams))
-        server.run(sockets=listeners)
-    finally:
-        writer.close()
 
 
 def create_server(settings: Settings, app: Starlette) -> Server:
@@ -243,7 +202,3 @@ class Server(uvicorn.Server):
                 connection.cut()
         await asyncio.sleep(0)
         state["ended"].settle()
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)

@@ -1,0 +1,1 @@
+"""Towards clients: the server, its protocols, the application's endpoints."""
