@@ -34,33 +34,33 @@ test: lint types
 	$(BIN)/coverage report --fail-under=95
 
 test-soak: $(VENV)/.installed-dev
-	@$(BIN)/python -m tests.soak --seconds 60
+	@$(BIN)/python -m tests.heavy.soak --seconds 60
 
 test-browser: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/browser/page.py
+	$(BIN)/python -m pytest tests/heavy/browser/page.py
 
 test-fp8: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/fp8/datasets.py tests/fp8/checkpoints.py
+	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py
 
 test-docker: $(VENV)/.installed-dev
 	shellcheck run_vllm.sh examples/*.sh
-	$(BIN)/python -m pytest tests/compose/rendered.py tests/compose/running.py tests/compose/gaudi.py
+	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py
 
 test-restarts: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/restarts.py
+	$(BIN)/python -m pytest tests/heavy/restarts.py
 
 test-clients: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/clients/examples.py tests/clients/leaving.py tests/clients/failures.py tests/clients/described.py
+	$(BIN)/python -m pytest tests/heavy/clients/examples.py tests/heavy/clients/leaving.py tests/heavy/clients/failures.py tests/heavy/clients/described.py
 
 test-smuggling: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/smuggling/fronts.py
-	@$(BIN)/python -m tests.fuzz --seconds 40
+	$(BIN)/python -m pytest tests/heavy/fronts.py
+	@$(BIN)/python -m tests.heavy.fuzz --seconds 40
 
 fuzz: $(VENV)/.installed-dev
-	@$(BIN)/python -m tests.fuzz
+	@$(BIN)/python -m tests.heavy.fuzz
 
 soak: $(VENV)/.installed-dev
-	@$(BIN)/python -m tests.soak
+	@$(BIN)/python -m tests.heavy.soak
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -79,8 +79,8 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
-	$(COMPILE) tests/clients/schemathesis.in -o tests/clients/schemathesis.lock
-	$(COMPILE) tests/browser/browser.in -o tests/browser/browser.lock
+	$(COMPILE) tests/heavy/clients/schemathesis.in -o tests/heavy/clients/schemathesis.lock
+	$(COMPILE) tests/heavy/browser/browser.in -o tests/heavy/browser/browser.lock
 
 audit: $(VENV)/audit/.installed
 	$(VENV)/audit/bin/python scripts/audit.py

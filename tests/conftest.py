@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests import gateway_process
-from tests.fake_vllm import FakeVllm
-from tests.gateway_process import Gateway, running
-from tests.stack import Stack, started
+from tests.support import gateway_process
+from tests.support.fake_vllm import FakeVllm
+from tests.support.gateway_process import Gateway, running
+from tests.support.stack import Stack, started
 
 # The machine's own settings must not reach the tests.
 for name in list(os.environ):

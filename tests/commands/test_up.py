@@ -1,0 +1,204 @@
+"""`up`: both processes are started, told of, watched and ended together, with a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gateway.commands import up
+from tests.modelserver.test_vllm_process import eventually, is_gone
+from tests.support.gateway_process import free_port
+from tests.support.paths import CERTIFICATES
+
+# Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
+STAND_IN = """
+import http.server, json, os, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+model = sys.argv[sys.argv.index("--model") + 1]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        body = json.dumps({"object": "list", "data": [{"id": model}], "tokens": [1], "count": 1}).encode()
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    do_GET = do_POST = answer
+    def log_message(self, *args): pass
+if os.environ.get("STAND_IN_DIES"):
+    sys.exit("no memory for the cache")
+print("pid", os.getpid(), flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+RUN = """
+import sys
+from gateway.config.load import build, environment, load
+from gateway.config.settings import ModelServerSettings
+from gateway.commands.up import up
+sys.exit(up(build(ModelServerSettings, None), load()[0], environment()))
+"""
+
+
+@contextmanager
+def running(tmp_path: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """`up` in a process of its own, in front of the stand-in."""
+    package = tmp_path / "packages" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(STAND_IN)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    environ = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join((str(tmp_path / "packages"), *sys.path)),
+        "GATEWAY_PORT": str(free_port()),
+        "GATEWAY_HOST": "127.0.0.1",
+        "LLM_VLLM_PORT": str(free_port()),
+        "LLM_VLLM_MODEL_NAME": str(model),
+        "LLM_VLLM_PYTHON": sys.executable,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN], env=environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until_ready(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "Stop both with Ctrl-C" in line:
+            return said
+    raise AssertionError(said)
+
+
+def model_server(tmp_path: Path) -> int:
+    (log,) = (tmp_path / "vllm-gateway" / "logs").glob("vllm-*.log")
+    return int(log.read_text().split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_both(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path) as process:
+        said = until_ready(process)
+        assert "Starting vLLM" in said
+        assert '"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}' in said
+        assert '"messages": [{"role": "user", "content": "Who are you?"}]' in said
+        vllm = model_server(tmp_path)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 128 + number
+        assert rest.endswith("Stopped.\n")
+        assert "Traceback" not in rest
+        assert is_gone(vllm)
+
+
+def test_a_python_of_this_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "py").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    with running(tmp_path, LLM_VLLM_PYTHON="./py") as process:
+        assert "Ready:" in until_ready(process)
+
+
+def test_a_gateway_that_speaks_tls_is_waited_for(tmp_path: Path) -> None:
+    certificate = CERTIFICATES / "other.pem"
+    with running(tmp_path, GATEWAY_TLS_CERT_FILE=str(certificate)) as process:
+        said = until_ready(process)
+        assert "curl" in said
+        assert "http://" not in said.partition("Ready:")[2]
+
+
+def test_a_model_server_that_dies_ends_the_gateway(tmp_path: Path) -> None:
+    with running(tmp_path) as process:
+        until_ready(process)
+        os.kill(model_server(tmp_path), signal.SIGKILL)
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert "vllm-gateway: The model server ended with -9. The end of its log" in rest
+
+
+def test_a_gateway_that_dies_ends_the_model_server(tmp_path: Path) -> None:
+    with running(tmp_path) as process:
+        until_ready(process)
+        vllm = model_server(tmp_path)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (front,) = (int(child) for child in children if int(child) != vllm)
+        os.kill(front, signal.SIGKILL)
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert "vllm-gateway: The gateway ended with -9" in rest
+        assert is_gone(vllm)
+
+
+def test_kill_9_leaves_no_orphan(tmp_path: Path) -> None:
+    with running(tmp_path) as process:
+        until_ready(process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        process.kill()
+        assert eventually(lambda: all(is_gone(int(child)) for child in children))
+
+
+def test_a_model_server_that_does_not_come_up_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    with running(tmp_path, STAND_IN_DIES="1") as process:
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert said.endswith("no memory for the cache\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("LLM_VLLM_MODEL_NAME", "no-such-model", "Unknown model 'no-such-model'"),
+        ("LLM_VLLM_PYTHON", "/no/such/python", "--vllm-python /no/such/python cannot be run"),
+        ("PYTHONPATH", os.pathsep.join(sys.path), "has no vLLM"),
+        ("EXTRA_ARGS", "'", "EXTRA_ARGS cannot be split"),
+        ("VLLM_APP_CONFIG", "/no/such.json", "/no/such.json (VLLM_APP_CONFIG) cannot be read (No such file"),
+        ("GATEWAY_PORT", "0", "GATEWAY_PORT must be a port of your choice"),
+    ],
+)
+def test_what_stops_it_before_the_start(tmp_path: Path, name: str, value: str, sentence: str) -> None:
+    with running(tmp_path, **{name: value}) as process:
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert sentence in said
+        assert "Traceback" not in said
+
+
+def test_vllm_apps_own_file_starts_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_path": "./model", "top_k": 25}')
+    with running(tmp_path, LLM_VLLM_MODEL_NAME="", VLLM_APP_CONFIG=str(tmp_path / "config.json")) as process:
+        said = until_ready(process)
+        assert f"in front of vLLM with {tmp_path / 'model'}" in said
+        argv = Path(f"/proc/{model_server(tmp_path)}/cmdline").read_text().split("\0")
+        assert argv[argv.index("--model") + 1] == str(tmp_path / "model")
+        assert argv[argv.index("--override-generation-config") + 1] == '{"top_k": 25}'
+
+
+def test_both_on_one_port(tmp_path: Path) -> None:
+    port = str(free_port())
+    with running(tmp_path, GATEWAY_PORT=port, LLM_VLLM_PORT=port) as process:
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert f"cannot both have port {port}" in said
+
+
+def test_an_accelerator_is_told_of() -> None:
+    assert list(up._devices(lambda name: None, lambda path: False)) == []
+    both = "".join(up._devices(lambda name: "/bin/" + name, lambda path: False))
+    assert "NVIDIA GPU" in both
+    assert "Gaudi" in both

@@ -1,0 +1,103 @@
+"""The README says what is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+from gateway.config.settings import ModelServerSettings, names_of, table
+from gateway.wire.routes import REFUSED, ROUTES
+from tests.support.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+EXAMPLES = (ROOT / "examples" / "README.md").read_text()
+LOCKED = [
+    *(
+        *ROOT.glob("requirements/*"),
+        *ROOT.glob("gateway/modelserver/locks/*.lock"),
+        *ROOT.glob("tests/heavy/clients/schemathesis.*"),
+    ),
+    *ROOT.glob("tests/heavy/browser/browser.*"),
+    *(*ROOT.glob("bench/requirements/*"), *ROOT.glob("examples/requirements.*")),
+]
+
+
+def test_the_table_of_settings_is_made_from_the_settings() -> None:
+    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
+    for names, default, meaning in table():
+        shown = ", ".join(f"`{name}`" for name in names.split(", "))
+        rows.append(f"| {shown} | {f'`{default}`' if default else ''} | {meaning} |")
+    made = "\n".join(rows)
+
+    assert made in README, f"put this into the README:\n{made}"
+
+
+def test_the_readme_names_every_setting_of_the_model_server() -> None:
+    for field in ModelServerSettings.model_fields:
+        assert f"`{names_of(field, ModelServerSettings)[0]}`" in README
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    # The table of settings is as long as there are settings.
+    assert len([line for line in README.splitlines() if not line.startswith("| `GATEWAY_")]) < 130
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_tables_of_paths_are_made_from_the_list_of_routes() -> None:
+    rows = ["| Call | What | `GATEWAY_ROUTES` |", "|---|---|---|"]
+    rows += [f"| `{route.method} {route.path}` | {route.about} | {route.name} |" for route in ROUTES]
+    reasons: dict[str, list[str]] = {}
+    for path, why in REFUSED.items():
+        reasons.setdefault(why, []).append(f"`{path}`")
+    refused = ["| Not relayed | Why |", "|---|---|"]
+    refused += [f"| {', '.join(paths)} | {why} |" for why, paths in reasons.items()]
+    for made in ("\n".join(rows), "\n".join(refused)):
+        assert made in API, f"put this into docs/api.md:\n{made}"
+
+
+def test_every_route_has_an_example() -> None:
+    for route in ROUTES:
+        path = re.escape(route.path).replace(re.escape("{response_id}"), "[^/ ]+")
+        assert re.search(rf"curl [^\n]*http://localhost:9000{path}( |$)", API, re.MULTILINE), route.path
+
+
+def test_every_example_is_in_their_table_and_says_the_same_of_what_it_needs() -> None:
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| [^|]+ \| ([^|]+) \|$", EXAMPLES, re.MULTILINE))
+    files = {file.name: file.read_text() for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".sh")}
+    assert rows.keys() == files.keys()
+    for name, needs in rows.items():
+        for install in re.findall(r"`(pip install [^`]+)`", needs):
+            assert install in files[name], name
+        assert f"examples/{name}" in files[name]
+
+
+def test_every_promise_names_a_test_that_there_is() -> None:
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    documents = [(ROOT / name).read_text() for name in ("docs/reliability.md", "SECURITY.md")]
+    reliability, security = (re.findall(r"`(test_\w+)`", document) for document in documents)
+    assert len(reliability) > 30
+    assert len(security) > 8
+    promised = reliability + security
+    assert [name for name in promised if f"def {name}(" not in tests] == []
+
+
+def test_no_file_names_a_package_registry() -> None:
+    for file in [*LOCKED, ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", file.read_text()), file
+
+
+def test_every_locked_package_has_a_hash() -> None:
+    for file in [file for file in LOCKED if file.suffix == ".lock"]:
+        for entry in re.split(r"\n(?=[a-z0-9])", file.read_text()):
+            if "==" in entry.partition("\n")[0]:
+                assert "--hash=sha256:" in entry, f"{file.name}: {entry[:80]}"
+
+
+def test_every_target_that_ci_makes_is_one() -> None:
+    targets = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert len(targets) > 7
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert (done.stderr, "Nothing to be done" in done.stdout) == ("", False), target

@@ -1,0 +1,317 @@
+"""What runs in a model server's container: what it starts, with which words it says no, and how it calibrates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.modelserver import container as entrypoint
+from gateway.modelserver import vllm_args
+from tests.support.paths import ROOT
+
+
+class Container:
+    """What is mounted into a model server's container, beside a vLLM that only says how it was started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self._folder = folder
+        self._program = folder / "gateway/modelserver/container.py"
+        shutil.copytree(ROOT / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__", "*.lock"))
+        script = "import os, sys; print(os.environ.get('HF_TOKEN'), os.environ.get('VLLM_TP_SIZE'), *sys.argv)"
+        (folder / "gateway/modelserver/scripts/quantize.py").write_text(script)
+        vllm = folder / "vllm"
+        vllm.write_text("#!/bin/sh\necho $QUANT_CONFIG $HF_TOKEN $*\n")
+        vllm.chmod(0o755)
+
+    def file(self, name: str) -> None:
+        """One in the data folder."""
+        (self.data / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.data / name).write_text("{}")
+
+    def serve(self, **environ: str) -> subprocess.CompletedProcess[str]:
+        """What came of starting it, with nothing but Python."""
+        return self.run("serve", **environ)
+
+    def run(self, what: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """What came of it."""
+        command = [sys.executable, "-E", "-S", str(self._program), what]
+        given = {"PATH": f"{self._folder}:/usr/bin:/bin", "HF_HOME": str(self.data), **environ}
+        return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    return Container(tmp_path)
+
+
+MODEL = {"LLM_VLLM_MODEL_NAME": "Org/Name"}
+START = "serve Org/Name --host 0.0.0.0 --port 8008"
+FP8 = {**MODEL, "IF_FP8_QUANTIZATION": "true"}
+
+
+def test_a_container_starts_with_nothing_but_python(container: Container) -> None:
+    done = container.serve(**MODEL, VLLM_DTYPE="auto", HF_TOKEN="token")
+    assert done.stdout == f"token {START} --dtype auto\n"
+    assert done.stderr == f"Starting: vllm {START} --dtype auto\n"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME"),
+        ({**MODEL, "EXTRA_ARGS": "'"}, "EXTRA_ARGS cannot be split"),
+        ({**FP8, "QUANTIZATION": "awq"}, "QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing"),
+        ({**FP8, "LLM_DEVICE": "hpu"}, "There are no scales in "),
+    ],
+)
+def test_a_container_says_why_it_cannot_start(container: Container, environ: dict[str, str], message: str) -> None:
+    done = container.serve(**environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"vllm-gateway: {message}")
+
+
+def test_vllm_apps_own_file_and_variables_start_it(container: Container) -> None:
+    file = container.data / "config.json"
+    container.file("config.json")
+    container.file("models/name/config.json")
+    file.write_text('{"model_path": "./models/name", "cuda_graph_mode": "full", "temperature": 0.5}')
+    environ = {"VLLM_APP_CONFIG": str(file), "VLLM_EAGER": "1", "MAX_TOKENS": "1024", "EXTRA_ARGS": "--seed 1"}
+    made = '--compilation-config {"cudagraph_mode": "FULL"} --override-generation-config {"temperature": 0.5}'
+    rest = f"--host 0.0.0.0 --port 8008 {made} --max-model-len 1024 --enforce-eager --seed 1\n"
+    model = container.data / "models/name"
+    assert container.serve(**environ).stdout == f"serve {model} {rest}"
+    done = container.serve(**environ, **MODEL, VLLM_MAX_MODEL_LEN="2048")
+    assert done.stdout == f"serve Org/Name {rest.replace('1024', '2048')}"
+    assert done.stderr.splitlines()[:-1] == [
+        "vllm-gateway: warning: LLM_VLLM_MODEL_NAME and vllm-app's model_path differ: LLM_VLLM_MODEL_NAME is used.",
+        "vllm-gateway: warning: VLLM_MAX_MODEL_LEN and MAX_TOKENS are both set and differ: VLLM_MAX_MODEL_LEN is used.",
+    ]
+    file.write_text('{"temperature": 3}')
+    assert container.serve(**environ).stderr == (
+        f"vllm-gateway: {file} (VLLM_APP_CONFIG): temperature must be a number from 0 to 2, but it is 3.\n"
+    )
+
+
+def test_the_model_of_vllm_app_is_the_one_that_is_in_fp8(container: Container) -> None:
+    container.file("config.json")
+    container.file("fp8/name/config.json")
+    container.file("models/name/config.json")
+    (container.data / "config.json").write_text('{"model_path": "./models/name"}')
+    environ = {"VLLM_APP_CONFIG": str(container.data / "config.json")}
+    model, made = container.data / "models/name", container.data / "fp8/name"
+    done = container.serve(**environ, IF_FP8_QUANTIZATION="true", LLM_DEVICE="cuda")
+    options = f"--host 0.0.0.0 --port 8008 --served-model-name {model} --kv-cache-dtype fp8"
+    assert done.stdout == f"serve {made} {options}\n"
+    shutil.rmtree(made)
+    script = container.data.parent / "gateway/modelserver/scripts/quantize.py"
+    assert container.run("quantize", **environ).stdout == f"None None {script} {model} {made}\n"
+
+
+def test_a_key_in_extra_args_is_not_logged(container: Container) -> None:
+    done = container.serve(**MODEL, EXTRA_ARGS="--api-key secret --api-key=secret --seed 1")
+    assert done.stdout == f"{START} --api-key secret --api-key=secret --seed 1\n"
+    assert done.stderr == f"Starting: vllm {START} --api-key … --api-key=… --seed 1\n"
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1"])
+def test_one_word_turns_fp8_on(container: Container, word: str) -> None:
+    done = container.serve(**MODEL, IF_FP8_QUANTIZATION=word, LLM_DEVICE="cpu", EXTRA_ARGS="--kv-cache-dtype fp8_e4m3")
+    assert done.stdout == f"{START} --kv-cache-dtype fp8_e5m2 --kv-cache-dtype fp8_e4m3\n"
+    assert f"no checkpoint in FP8 at {container.data}/fp8/Org--Name, so that only the cache is in FP8" in done.stderr
+    assert container.serve(**MODEL, IF_FP8_QUANTIZATION="false").stdout == f"{START}\n"
+
+
+@pytest.mark.parametrize(("device", "options"), [("cpu", ""), ("cuda", " --kv-cache-dtype fp8")])
+def test_a_prepared_checkpoint_is_served_under_its_models_name(container: Container, device: str, options: str) -> None:
+    container.file("fp8/Org--Name/config.json")
+    at = f"serve {container.data}/fp8/Org--Name --host 0.0.0.0 --port 8008"
+    done = container.serve(**FP8, LLM_DEVICE=device)
+    assert done.stdout == f"{at} --served-model-name Org/Name{options}\n"
+    named = container.serve(**FP8, LLM_DEVICE=device, SERVED_MODEL_NAME="name")
+    assert named.stdout == f"{at}{options} --served-model-name name\n"
+
+
+def test_gaudi_goes_by_the_scales_of_a_calibration(container: Container) -> None:
+    options = "--quantization inc --kv-cache-dtype fp8_inc"
+    container.file("inc/name/maxabs_measure_g3.json")
+    container.file("inc/name/maxabs_quant_g3.json")
+    done = container.serve(**FP8, LLM_DEVICE="hpu")
+    assert done.stdout == f"{container.data}/inc/name/maxabs_quant_g3.json {START} {options}\n"
+    container.file("inc/name/maxabs_quant_g2.json")
+    done = container.serve(**FP8, LLM_DEVICE="hpu")
+    assert "There are scales for Gaudi 2 and for Gaudi 3" in done.stderr
+    done = container.serve(**FP8, LLM_DEVICE="hpu", QUANT_CONFIG="/data/q.json")
+    assert done.stdout == f"/data/q.json {START} {options}\n"
+
+
+@pytest.mark.parametrize(("dynamic", "served"), [(True, True), (False, False)])
+def test_a_calibrated_checkpoint_is_for_gpus(container: Container, dynamic: bool, served: bool) -> None:
+    container.file("fp8/Org--Name/config.json")
+    groups = {"group_0": {"weights": {"dynamic": False}, "input_activations": {"dynamic": dynamic}}}
+    config = {"quantization_config": {"config_groups": groups}}
+    (container.data / "fp8/Org--Name/config.json").write_text(json.dumps(config))
+    done = container.serve(**FP8, LLM_DEVICE="cpu")
+    assert (done.returncode == 0) is served
+    assert ("was calibrated on a dataset (static FP8), which only GPUs serve" in done.stderr) is not served
+    assert container.serve(**FP8, LLM_DEVICE="cuda").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"quantization_config": null}', '{"quantization_config": {"config_groups": []}}']
+)
+def test_a_checkpoint_of_another_kind_is_vllms_to_judge_and_a_broken_one_is_told(
+    container: Container, text: str
+) -> None:
+    container.file("fp8/Org--Name/config.json")
+    (container.data / "fp8/Org--Name/config.json").write_text(text)
+    done = container.serve(**FP8, LLM_DEVICE="cpu")
+    assert "Traceback" not in done.stderr
+    if text == "{":
+        assert f"{container.data}/fp8/Org--Name/config.json is no JSON" in done.stderr
+    else:
+        assert done.stdout.startswith(f"serve {container.data}/fp8/Org--Name ")
+
+
+def test_a_checkpoint_is_its_own_models_alone(container: Container) -> None:
+    container.file("fp8/Other--Name/config.json")
+    container.file("fp8/Org--Name@v1/config.json")
+    assert container.serve(**FP8, LLM_DEVICE="cuda").stdout.startswith(f"{START} ")
+    at = f"serve {container.data}/fp8/Org--Name@v1 "
+    assert container.serve(**FP8, LLM_DEVICE="cuda", LLM_VLLM_MODEL_REVISION="v1").stdout.startswith(at)
+    done = container.run("quantize", **MODEL, LLM_VLLM_MODEL_REVISION="v1")
+    assert done.stderr.startswith(
+        "vllm-gateway: Org/Name is quantized already: to do it anew, remove fp8/Org--Name@v1 in"
+    )
+
+
+def test_another_word_than_yes_and_no_is_refused(container: Container) -> None:
+    done = container.serve(**MODEL, IF_FP8_QUANTIZATION="enabled")
+    assert done.stderr == "vllm-gateway: IF_FP8_QUANTIZATION must be true or false, but it is 'enabled'.\n"
+    assert "--kv-cache-dtype" in container.serve(**MODEL, IF_FP8_QUANTIZATION="Yes", LLM_DEVICE="cpu").stdout
+
+
+def test_quantizing_is_told_what_the_settings_say(container: Container) -> None:
+    done = container.run("quantize", **MODEL, LLM_DEVICE="cpu", HUGGING_FACE_HUB_TOKEN="token", VLLM_TP_SIZE="2")
+    script, made = container.data.parent / "gateway/modelserver/scripts/quantize.py", container.data / "fp8/Org--Name"
+    assert done.stdout == f"token None {script} Org/Name {made}\n"
+    container.file("d.csv")
+    settings = {"FP8_DATASET_PATH": str(container.data / "d.csv"), "LLM_VLLM_MODEL_REVISION": "v2"}
+    done = container.run("quantize", **MODEL, **settings)
+    options = f"--dataset {container.data}/d.csv --samples 512 --length 2048 --revision v2"
+    assert done.stdout == f"None None {script} Org/Name {made}@v2 {options}\n"
+    done = container.run("quantize", **MODEL, **settings, FP8_DATASET_SAMPLES="5", FP8_DATASET_LENGTH="64")
+    assert "--samples 5 --length 64" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME"),
+        (
+            {**MODEL, "FP8_DATASET_PATH": "/data/none.csv"},
+            "There is no dataset /data/none.csv: put the file into the data",
+        ),
+        ({**MODEL, "LLM_DEVICE": "hpu"}, "Gaudi's FP8 is calibrated: set FP8_DATASET_PATH"),
+        ({**MODEL, "FP8_DATASET_SAMPLES": "0"}, "FP8_DATASET_SAMPLES must be a whole number, 1 or more, but it is '0'"),
+        ({**MODEL, "FP8_DATASET_PATH": __file__, "FP8_DATASET_LENGTH": "-1"}, "FP8_DATASET_LENGTH must be a whole"),
+    ],
+)
+def test_quantizing_says_why_it_cannot_start(container: Container, environ: dict[str, str], message: str) -> None:
+    done = container.run("quantize", **environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"vllm-gateway: {message}")
+
+
+class Gaudi:
+    """What is in the image that calibrates, its scripts' place taken by what tells of itself."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.data, self.said, scripts = folder / "data", folder / "said", folder / "calibration"
+        self.data.mkdir()
+        scripts.mkdir()
+        shutil.copy(ROOT / "tests/heavy/compose/vllm-gaudi/calibration/calibrate_model.sh", scripts)
+        scripts.chmod(0o555)
+        (folder / "dataset.py").write_text(
+            "import sys; open(sys.argv[2], 'w').write('rewritten ' + ' '.join(sys.argv))"
+        )
+        monkeypatch.setattr(entrypoint, "_CALIBRATION", scripts)
+        monkeypatch.setattr(entrypoint, "_SCRIPTS", folder)
+        self.mine = self.data / "mine.pkl"
+        self.mine.touch()
+
+    def quantize(self, model: str = "Org/Mixtral-8x7B", **environ: str) -> list[str]:
+        """What the scripts say: their options, their folder, their environment, their dataset."""
+        given = {"PATH": "/usr/bin:/bin", "SAID": str(self.said), "LLM_VLLM_MODEL_NAME": model, "LLM_DEVICE": "hpu"}
+        entrypoint.quantize(given | {"FP8_DATASET_PATH": str(self.mine)} | environ, self.data)
+        return self.said.read_text().splitlines()
+
+
+@pytest.fixture
+def gaudi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gaudi:
+    return Gaudi(tmp_path, monkeypatch)
+
+
+def test_gaudi_is_calibrated_by_a_copy_of_the_scripts_and_a_dataset_of_ours(
+    gaudi: Gaudi, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, folder, *rest = gaudi.quantize(VLLM_TP_SIZE="8", FP8_DATASET_SAMPLES="100", HUGGING_FACE_HUB_TOKEN="token")
+    assert options == f"-m Org/Mixtral-8x7B -d {folder}/dataset.pkl -o {gaudi.data}/inc -t 8 -b 32"
+    assert rest[-1] == f"rewritten {gaudi.data.parent}/dataset.py {gaudi.mine} {folder}/dataset.pkl --samples 100"
+    assert "HF_TOKEN=token" in rest
+    assert not Path(folder).exists()
+    scales = gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json"
+    assert f"Calibrated: {scales}. IF_FP8_QUANTIZATION=true serves by it." in capfd.readouterr().err
+    # What was written in lower case is found by the model's name as it is.
+    assert entrypoint._scales("Org/Mixtral-8x7B", gaudi.data) == scales
+
+
+def test_gaudis_batches_and_experts_can_be_set(gaudi: Gaudi) -> None:
+    options, *_ = gaudi.quantize(BATCH_SIZE="8", VLLM_ENABLE_EXPERT_PARALLEL="1")
+    assert options.endswith("-t 1 -b 8 -u")
+
+
+def test_a_calibration_that_fails_is_told(gaudi: Gaudi) -> None:
+    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated; what was in the way stands above"):
+        gaudi.quantize(FAIL="1")
+    # What the scripts left is not taken for the scales.
+    assert (gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json").exists()
+    with pytest.raises(vllm_args.Wrong, match="did not end well: calibrate again"):
+        entrypoint._scales("Org/Mixtral-8x7B", gaudi.data)
+    gaudi.quantize()
+    assert entrypoint._scales("Org/Mixtral-8x7B", gaudi.data).exists()
+    (gaudi.data.parent / "dataset.py").write_text("import sys; sys.exit(1)")
+    gaudi.said.unlink()
+    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated"):
+        gaudi.quantize()
+    assert not gaudi.said.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "message"),
+    [
+        ("mixtral-of-mine", "mixtral", None),
+        ("DeepSeek-V3", "deepseek_v3", None),
+        ("Llama-3.1-8B", "llama", None),
+        ("mine", "mixtral", "kind mixtral, .* must begin with mixtral: rename it"),
+        ("r1", "deepseek_v3", "must begin with deepseek"),
+        ("DeepSeek-R1-Distill-Llama-8B", "llama", "kind llama, .* must be without deepseek"),
+        ("my-deepseek-distill", "llama", "must be without deepseek"),
+    ],
+)
+def test_what_fp8_leaves_out_is_not_missed_for_a_folders_name(
+    gaudi: Gaudi, folder: str, kind: str, message: str | None
+) -> None:
+    model = gaudi.data / folder
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": kind}))
+    if message is None:
+        assert gaudi.quantize(str(model))[0].startswith(f"-m {model} ")
+    else:
+        with pytest.raises(vllm_args.Wrong, match=message):
+            gaudi.quantize(str(model))

@@ -1,0 +1,290 @@
+"""The local vLLM: its command line from the settings, and its life as a process, with a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import respx
+from pydantic import SecretStr
+
+from gateway.config.load import build
+from gateway.config.settings import ModelServerSettings
+from gateway.modelserver.child_process import Child, last_lines
+from gateway.modelserver.model_source import Model, find_model
+from gateway.modelserver.preflight import CannotStart
+from gateway.modelserver.vllm_process import Launch, ModelServer, launch
+from tests.support.gateway_process import free_port
+
+PYTHON = Path("/env/bin/python")
+
+# Healthy at once; starts a child of its own, whose number it writes into its log.
+STAND_IN = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *args): pass
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+print("child", child.pid, flush=True)
+server.serve_forever()
+"""
+
+
+def settings(**given: object) -> ModelServerSettings:
+    return build(ModelServerSettings, None, **given)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    """Ask until it holds; for what another process does in its own time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if holds():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def is_gone(pid: int) -> bool:
+    """Whether no such process runs; one that nobody has waited for yet has ended too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def stand_in(tmp_path: Path) -> tuple[ModelServer, Path]:
+    port = free_port()
+    log = tmp_path / "logs" / "vllm.log"
+    return ModelServer(Launch([sys.executable, "-c", STAND_IN, str(port)], dict(os.environ)), port, log), log
+
+
+def child_of(log: Path) -> int:
+    assert eventually(lambda: "child" in log.read_text())
+    return int(log.read_text().split()[1])
+
+
+def test_the_demo_models_command() -> None:
+    argv, environment = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"}, demo=True)
+    assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert " ".join(argv[3:]) == (
+        "--model /demo --host 127.0.0.1 --port 8008 "
+        "--served-model-name demo-model --dtype float32 --max-model-len 4096 --enforce-eager"
+    )
+    assert environment == {
+        "PATH": "/bin",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+
+
+def test_every_setting_has_its_place() -> None:
+    given = settings(
+        port=8100,
+        revision="main",
+        served_name="name",
+        config="/c.yaml",
+        quantization="awq",
+        dtype="bfloat16",
+        max_num_seqs=4,
+        max_model_len=2048,
+        max_num_batched_tokens=512,
+        gpu_memory_utilization="0.90",
+        eager=True,
+        tp_size=2,
+        pp_size=1,
+        chat_template="/t.jinja",
+        cpu_kvcache_space=8,
+        hf_token=SecretStr("hf_secret"),
+        extra_args="--kv-cache-dtype fp8_e5m2 --override-generation-config '{\"a\": 1}'",
+    )
+    environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
+    argv, environment = launch(given, PYTHON, "org/name", environ, ["--more", "1"])
+    assert " ".join(argv[3:-1]) == (
+        "--model org/name --host 127.0.0.1 --port 8100 --more 1 --revision main --served-model-name name "
+        "--dtype bfloat16 --max-model-len 2048 --max-num-seqs 4 --max-num-batched-tokens 512 "
+        "--gpu-memory-utilization 0.9 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
+        "--chat-template /t.jinja --config /c.yaml --quantization awq --enforce-eager "
+        "--kv-cache-dtype fp8_e5m2 --override-generation-config"
+    )
+    assert argv[-1] == '{"a": 1}'
+    assert "hf_secret" not in " ".join(argv)
+    assert environment == {
+        "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+        "HF_HUB_OFFLINE": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "8",
+        "HF_TOKEN": "hf_secret",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("VLLM_EAGER", "1", "--enforce-eager"),
+        ("GPU_MEM_UTILIZATION", "0.8", "--gpu-memory-utilization 0.8"),
+        ("GPU_MEM_ULTIIZATION", "0.8", "--gpu-memory-utilization 0.8"),
+        ("MAX_TOKENS", "1024", "--max-model-len 1024"),
+        ("MAX_CONCURRENT_REQUESTS", "8", "--max-num-seqs 8"),
+        ("MAX_CONCURRENT_TOKENS", "2048", "--max-num-batched-tokens 2048"),
+    ],
+)
+def test_vllm_apps_own_names(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    argv, environment = launch(settings(), PYTHON, "m", {name: value})
+    assert " ".join(argv).endswith(f"--port 8008 {expected}")
+    assert "VLLM_EAGER" not in environment
+
+
+def test_a_person_may_have_the_demo_model_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_EAGER", "0")
+    monkeypatch.setenv("MAX_TOKENS", "1024")
+    argv, _ = launch(settings(), PYTHON, "/demo", {}, demo=True)
+    assert " ".join(argv).endswith("--dtype float32 --max-model-len 1024")
+
+
+def test_extra_args_that_no_shell_would_take() -> None:
+    with pytest.raises(CannotStart, match=r"EXTRA_ARGS cannot be split as a shell would \(No closing quotation\)"):
+        launch(settings(extra_args="--a 'b"), PYTHON, "m", {})
+
+
+def test_it_starts_answers_and_ends_with_all_its_processes(tmp_path: Path) -> None:
+    server, log = stand_in(tmp_path)
+    with server:
+        server.wait_ready()
+        assert server.exit_code() is None
+        child = child_of(log)
+        assert not is_gone(child)
+    assert eventually(lambda: is_gone(child))
+    assert log.stat().st_mode & 0o777 == 0o600
+    server.stop()
+    assert not server.is_ready()
+
+
+def test_one_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    script = "print('first'); raise SystemExit('out of memory')"
+    server = ModelServer(Launch([sys.executable, "-c", script], {}), free_port(), log)
+    with server, pytest.raises(CannotStart, match=r"ended with 1\. The end of its log, .*log:\n(.*\n)*out of memory"):
+        server.wait_ready()
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    server = ModelServer(Launch(["/no/such/python"], {}), 1, tmp_path / "log")
+    with pytest.raises(CannotStart, match=r"cannot be started: .*No such file"):
+        server.start()
+
+
+def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+    )
+    log = tmp_path / "log"
+    child = Child([sys.executable, "-c", script], {}, log=log, grace=0.1)
+    child.start()
+    pid = child.pid
+    assert pid is not None
+    assert eventually(lambda: "on" in log.read_text())
+    child.stop()
+    assert is_gone(pid)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a child that its parent died")
+def test_even_kill_9_of_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # Its server ends its own children on SIGTERM, as vLLM does.
+    server = (
+        "import os, signal, subprocess, sys; child = subprocess.Popen(['sleep', '600']);"
+        "signal.signal(signal.SIGTERM, lambda *_: (child.kill(), sys.exit()));"
+        "print('child', child.pid, os.getpid(), flush=True); child.wait()"
+    )
+    parent_script = (
+        "import os, sys, time; from pathlib import Path; from gateway.modelserver.child_process import Child;"
+        "Child([sys.executable, '-c', sys.argv[1]], os.environ, log=Path(sys.argv[2])).start(); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", parent_script, server, str(log)])
+    try:
+        assert eventually(lambda: log.exists() and log.read_text().endswith("\n"))
+        _, child, leader = log.read_text().split()
+        parent.send_signal(signal.SIGKILL)
+        assert eventually(lambda: is_gone(int(child)) and is_gone(int(leader)))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_the_end_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert last_lines(log) == ""
+    log.write_text("\n".join(map(str, range(100_000))))
+    assert last_lines(log, 2) == "99998\n99999"
+
+
+def test_a_folder_is_a_model_if_it_has_a_config(tmp_path: Path) -> None:
+    with pytest.raises(CannotStart, match=r"holds no model: it has no config\.json"):
+        find_model(str(tmp_path), {})
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(str(tmp_path), {}) == Model(str(tmp_path), local=True)
+
+
+def test_a_model_in_the_local_cache_needs_no_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert find_model("org/name", {"HF_HUB_CACHE": str(tmp_path)}) == Model("org/name", local=True)
+
+
+@pytest.mark.parametrize("name", ["gpt", "a/b/c", "../x", "org/", "http://x/y"])
+def test_what_is_neither_a_folder_nor_a_name(name: str) -> None:
+    with pytest.raises(CannotStart, match="Unknown model"):
+        find_model(name, {})
+
+
+@pytest.mark.parametrize(
+    ("status", "token", "sentence"),
+    [
+        (404, None, "Unknown model org/name"),
+        (401, None, "start again with HF_TOKEN set"),
+        (403, "t", "its HF_TOKEN may not read it"),
+        (500, None, "answers 500"),
+    ],
+)
+def test_what_the_hub_says(status: int, token: str | None, sentence: str, tmp_path: Path) -> None:
+    environ = {"HF_ENDPOINT": "http://hub.test/", "HF_HOME": str(tmp_path)}
+    with respx.mock() as hub:
+        asked = hub.head("http://hub.test/org/name/resolve/main/config.json").respond(status)
+        with pytest.raises(CannotStart) as caught:
+            find_model("org/name", environ, token)
+    assert sentence in str(caught.value)
+    assert asked.calls[0].request.headers.get("authorization") == (f"Bearer {token}" if token else None)
+
+
+def test_a_model_that_the_hub_has(tmp_path: Path) -> None:
+    with respx.mock() as hub:
+        hub.head("http://hub.test/org/name/resolve/main/config.json").respond(200)
+        found = find_model("org/name", {"HF_ENDPOINT": "http://hub.test", "HF_HOME": str(tmp_path)})
+    assert found == Model("org/name", local=False)
+
+
+def test_no_hub(tmp_path: Path) -> None:
+    environ = {"HF_ENDPOINT": "http://hub.test", "HF_HOME": str(tmp_path)}
+    with respx.mock() as hub:
+        hub.head("http://hub.test/org/name/resolve/main/config.json").mock(side_effect=httpx.ConnectError("no"))
+        with pytest.raises(CannotStart, match=r"No hub: http://hub\.test cannot be reached for the model org/name"):
+            find_model("org/name", environ)
+    with pytest.raises(CannotStart, match=r"No hub: .* HF_HUB_OFFLINE is set"):
+        find_model("org/name", environ | {"HF_HUB_OFFLINE": "1"})

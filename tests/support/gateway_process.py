@@ -1,0 +1,130 @@
+"""The gateway under a real uvicorn on a real socket, in a thread and loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+import uvloop
+
+from gateway import app
+from gateway.app import create_app
+from gateway.config.settings import Settings, names_of
+from gateway.observability import logs
+from gateway.observability.logs import LineWriter
+from gateway.server.listener import listen
+from gateway.server.uvicorn_server import Server, create_server
+from tests.support.paths import AUTHORITY
+
+# Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
+logs._TOGETHER = 0.01
+app._LOOK_AFTER = 0.02
+
+
+class _Quick:
+    """asyncio for uvicorn's server, whose looks at its end are a tenth of a second apart."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.01))
+
+
+vars(uvicorn.server)["asyncio"] = _Quick()
+
+# To read all of the system's certificates takes a client longer than most tests.
+_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+# Which way in a gateway takes unless its settings say; the `way` fixture sets it.
+SHORTCUT = True
+
+
+def free_port() -> int:
+    """A port of the loopback address on which nothing listens just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Gateway:
+    """A running gateway: its address, and its log as it was written."""
+
+    host: str
+    port: int
+    _log: int
+    _server: uvicorn.Server
+    _tls: ssl.SSLContext | None
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http{'s' if self._tls else ''}://{self.host}:{self.port}"
+
+    def client(self, **options: Any) -> httpx.Client:
+        """An HTTP client for it."""
+        trusts = self._tls or _NOBODY
+        return httpx.Client(base_url=self.url, **{"trust_env": False, "timeout": 20, "verify": trusts, **options})
+
+    def connect(self) -> socket.socket:
+        """A bare connection to it, in TLS where it speaks that."""
+        connection = socket.create_connection((self.host, self.port), timeout=20)
+        return self._tls.wrap_socket(connection, server_hostname=self.host) if self._tls else connection
+
+    def signal(self) -> None:
+        """As a signal to end."""
+        self._server.handle_exit(signal.SIGTERM, None)
+
+    def hang_up(self) -> None:
+        """As SIGHUP."""
+        assert isinstance(self._server, Server)
+        self._server.handle_hangup(signal.SIGHUP, None)
+
+    def log(self, count: int) -> list[dict[str, Any]]:
+        """The next so many request lines; waits for them."""
+        text = b""
+        while text.count(b"\n") < count:
+            text += os.read(self._log, 1)
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@contextlib.contextmanager
+def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
+    """A gateway in front of these upstreams; it is up when this returns, its upstreams have been probed once."""
+    trusts = ssl.create_default_context(cafile=AUTHORITY) if "tls_cert_file" in settings else None
+    read, write = os.pipe()
+    writer = LineWriter(write)
+    listeners = [listen("127.0.0.1", port) for port in (0, settings.get("metrics_port")) if port is not None]
+    given = {"upstreams": upstreams, "port": 0, "drain_timeout": 2, "shortcut": SHORTCUT, **settings}
+    chosen = Settings(**{names_of(field)[0]: value for field, value in given.items()})
+    server = create_server(chosen, create_app(chosen, writer))
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.serve(sockets=listeners))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    gateway = Gateway("127.0.0.1", listeners[0].getsockname()[1], read, server, trusts)
+    try:
+        with gateway.client() as client:
+            client.get("/v1/health_check")
+        yield gateway
+    finally:
+        server.should_exit = True
+        thread.join()
+        os.close(read)  # first: it may be full, and the writer wait for somebody to read
+        writer.close()
+        os.close(write)
