@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway.config.load import asks_for_traces
+from gateway.config.secrets import client_keys, token_client
 from gateway.config.settings import Settings
-from gateway.config.trust import client_keys, token_client, upstream_tls
+from gateway.config.tls import upstream_tls
 from gateway.dialects.body_limits import Bounds
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics

@@ -13,9 +13,8 @@ from gateway.commands.check import check as run_check
 from gateway.commands.check import runs_in_container
 from gateway.commands.serve import serve as run_server
 from gateway.config.load import build, differing, environment, load
-from gateway.config.settings import ModelServerSettings, Settings, SettingsError, base_url, own_url, table
+from gateway.config.settings import CLIENT_KEY, ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 from gateway.modelserver.preflight import CannotStart
-from gateway.pool.keys import CLIENT_KEY
 from gateway.server.listener import CannotListen
 
 _EPILOG = "Every setting is an environment variable; `vllm-gateway settings` lists them all."

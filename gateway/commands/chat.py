@@ -19,7 +19,7 @@ import click
 import httpx
 import orjson
 
-from gateway.pool.keys import CLIENT_KEY
+from gateway.config.settings import CLIENT_KEY
 from gateway.wire import sse
 
 Json = dict[str, Any]

@@ -13,9 +13,9 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from gateway.config.settings import EnvironmentSettings, Settings, SettingsError, names_of, usable
-from gateway.config.trust import client_keys, doubts_about_tokens, own_tls, token_client, upstream_tls
-from gateway.pool.keys import CLIENT_KEY
+from gateway.config.secrets import client_keys, doubts_about_tokens, token_client
+from gateway.config.settings import CLIENT_KEY, EnvironmentSettings, Settings, SettingsError, names_of, usable
+from gateway.config.tls import own_tls, upstream_tls
 
 T = TypeVar("T", bound=EnvironmentSettings)
 _Sources = tuple[Mapping[str, str], ...]

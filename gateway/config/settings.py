@@ -13,12 +13,14 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
+from gateway.dialects.text_stream import Style
 from gateway.pool.keys import from_secrets
-from gateway.wire.errors import Style
 from gateway.wire.routes import NAMES
 
 # Kubernetes puts these into every container beside a Service that is named `gateway`.
 _KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")
+# Where the command `chat` finds the key that it sends.
+CLIENT_KEY = "GATEWAY_CHAT_KEY"
 
 
 class SettingsError(Exception):

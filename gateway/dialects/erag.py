@@ -10,9 +10,9 @@ from typing import Any, Literal
 import orjson
 
 from gateway.dialects.langchain import Flattened
-from gateway.dialects.simplified import Simplified, TextStream
+from gateway.dialects.simplified import Simplified
+from gateway.dialects.text_stream import Style, TextStream
 from gateway.wire import sse
-from gateway.wire.errors import Style
 
 Release = Literal["erag-1.4", "erag-2.1"]
 

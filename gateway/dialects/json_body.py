@@ -86,3 +86,19 @@ def _not_json(body: bytes, error: orjson.JSONDecodeError) -> BadRequest:
         )
     inside = f" in the value of {field}" if field else ""
     return BadRequest(f"The request's body is not valid JSON: {error.msg} ({where}){inside}.", param=field)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it. Texts are never shown: they may be a prompt."""
+    if value is None:
+        return "missing"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return kinds.get(type(value), "an object")
+
+
+def shown(value: Any) -> str:
+    """A scalar as it was sent, short; anything else by its kind."""
+    if isinstance(value, dict | list):
+        return kind_of(value)
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -6,7 +6,8 @@ from typing import Any
 
 import orjson
 
-from gateway.dialects.simplified import Simplified, TextStream
+from gateway.dialects.simplified import Simplified
+from gateway.dialects.text_stream import TextStream
 from gateway.wire.errors import BadRequest, UpstreamBroken
 
 # As LangChain writes a chat as a string.

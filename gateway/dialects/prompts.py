@@ -15,7 +15,8 @@ from typing import Any
 
 import orjson
 
-from gateway.dialects.simplified import TextStream, kind_of
+from gateway.dialects.json_body import kind_of
+from gateway.dialects.text_stream import TextStream
 from gateway.wire import sse
 from gateway.wire.errors import BadRequest, UpstreamBroken
 from gateway.wire.heads import AnswerHead

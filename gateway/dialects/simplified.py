@@ -18,9 +18,9 @@ from typing import Any, Literal, cast, get_args
 import orjson
 
 from gateway.dialects.citations import cited
-from gateway.wire import sse
-from gateway.wire.errors import BadRequest, Style, UpstreamBroken
-from gateway.wire.heads import AnswerHead
+from gateway.dialects.json_body import kind_of, shown
+from gateway.dialects.text_stream import Style, TextStream
+from gateway.wire.errors import BadRequest, UpstreamBroken
 
 Json = dict[str, Any]
 
@@ -173,63 +173,6 @@ def from_body(
     return Simplified(chat, model or None, streaming, style, echoed)
 
 
-class TextStream:
-    """vLLM's chunks in, a stream of texts out, in a style that is not vLLM's own.
-
-    `repr` is what callers of the replaced releases 1.2 to 1.5 parse: each event is Python's `repr` of a
-    piece of text, then comes `[DONE]` and, where the request had `data`, a line of its own with what is
-    cited. `answer_part` is vllm-app's: JSON of a type and the text, at last one of type `done`. Text is
-    never left out, not even where it shares a chunk with the finish reason; what is no text has no place.
-    """
-
-    head = AnswerHead(
-        200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
-    )
-
-    def __init__(self, style: Style, data: Json | None, text_of: Callable[[Json], str | None]) -> None:
-        """`text_of` takes a choice of a chunk."""
-        self._decoder = sse.Decoder(limit=1024 * 1024)
-        self._as_repr = style == "repr"
-        self._text_of = text_of
-        self._sources = b"json: " + orjson.dumps(data) + b"\n\n" if data is not None else b""
-
-    def feed(self, data: bytes) -> bytes:
-        """The events for these bytes; raises UpstreamBroken where they hold no chunks."""
-        try:
-            return b"".join(map(self._event, self._decoder.feed(data)))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UpstreamBroken("The model server's stream holds something that is not a chat chunk.") from error
-
-    def failed(self, envelope: bytes) -> bytes:
-        """An error as an event, and the end."""
-        return self._error(orjson.loads(envelope)) + self._end()
-
-    def _event(self, data: bytes) -> bytes:
-        if data == sse.DONE:
-            return self._end() + (self._sources if self._as_repr else b"")
-        chunk = orjson.loads(data)
-        if "error" in chunk:
-            return self._error(chunk)
-        texts = [self._text_of(choice) for choice in chunk["choices"] if choice["index"] == 0]
-        return b"".join(self._piece(text) for text in texts if text is not None)
-
-    def _piece(self, text: str) -> bytes:
-        if self._as_repr:
-            return sse.encode(repr(text).encode())
-        return sse.encode(orjson.dumps({"type": "answer_part", "data": text})) if text else b""
-
-    def _error(self, told: Json) -> bytes:
-        if self._as_repr:
-            return sse.encode(orjson.dumps(told))
-        # A caller that knows no such type may still show its data.
-        error = told["error"]
-        said = error.get("message") if isinstance(error, dict) else error
-        return sse.encode(orjson.dumps({"type": "error", "data": said, **told}))
-
-    def _end(self) -> bytes:
-        return sse.encode(sse.DONE if self._as_repr else b'{"type":"done"}')
-
-
 def _too_deep(fields: Json) -> BadRequest:
     # orjson reads four times the depth that it writes.
     name = next(name for name, value in fields.items() if not _can_be_written([value]))
@@ -321,13 +264,13 @@ def _max_tokens(value: Any, name: str) -> int:
     if type(value) is float and value.is_integer() and value <= _MOST_TOKENS:
         value = int(value)  # to JSON, and to the systems that this replaces, 5.0 is an integer
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
-        raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {_shown(value)}.", param=name)
+        raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {shown(value)}.", param=name)
     return value
 
 
 def _streaming(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false, but it is {_shown(value)}.", param=name)
+        raise BadRequest(f"{name} must be true or false, but it is {shown(value)}.", param=name)
     return value
 
 
@@ -342,7 +285,7 @@ def _one_of(body: Json, names: tuple[str, ...], check: Callable[[Any, str], Any]
             first, said = name, value
         elif value != said or type(value) is not type(said):
             raise BadRequest(
-                f"{first} and {name} mean the same but differ ({_shown(said)} and {_shown(value)}): send one of them.",
+                f"{first} and {name} mean the same but differ ({shown(said)} and {shown(value)}): send one of them.",
                 param=first,
             )
     return None if said is None else check(said, first)
@@ -350,34 +293,18 @@ def _one_of(body: Json, names: tuple[str, ...], check: Callable[[Any, str], Any]
 
 def _temperature(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise BadRequest(f"temperature must be a number of at least 0, but it is {_shown(value)}.", param="temperature")
+        raise BadRequest(f"temperature must be a number of at least 0, but it is {shown(value)}.", param="temperature")
     return cast(float, value)
 
 
 def _top_p(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value <= 1:
-        raise BadRequest(f"top_p must be a number above 0 and at most 1, but it is {_shown(value)}.", param="top_p")
+        raise BadRequest(f"top_p must be a number above 0 and at most 1, but it is {shown(value)}.", param="top_p")
     return cast(float, value)
 
 
 def _style(value: Any) -> Style:
     if value not in get_args(Style):
         allowed = " or ".join(map(repr, get_args(Style)))
-        raise BadRequest(f"stream_style must be {allowed}, but it is {_shown(value)}.", param="stream_style")
+        raise BadRequest(f"stream_style must be {allowed}, but it is {shown(value)}.", param="stream_style")
     return cast(Style, value)
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls it. Texts are never shown: they may be a prompt."""
-    if value is None:
-        return "missing"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
-    return kinds.get(type(value), "an object")
-
-
-def _shown(value: Any) -> str:
-    """A scalar as it was sent, short; anything else by its kind."""
-    if isinstance(value, dict | list):
-        return kind_of(value)
-    text = orjson.dumps(value).decode()
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -13,8 +13,6 @@ _MINUTE = 60.0
 SHORTEST = 20
 _FEWEST_LETTERS = 8
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})(?:\s+(?P<a_minute>[1-9]\d{0,8}))?")
-# Where the command `chat` finds the key that it sends.
-CLIENT_KEY = "GATEWAY_CHAT_KEY"
 _OF_NOTHING = hashlib.sha256(b"").digest()
 
 

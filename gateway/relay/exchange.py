@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal
 
 from gateway.dialects import erag, media_urls, prompts, simplified
 from gateway.dialects.body_limits import Bounds
-from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
+from gateway.dialects.json_body import LONG_BODY, kind_of, to_object, without_long_strings
 from gateway.dialects.langchain import Flattened
+from gateway.dialects.text_stream import Style
 from gateway.pool.admission_queue import Waiting
 from gateway.pool.keys import Key, Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
@@ -33,7 +34,6 @@ from gateway.wire.errors import (
     NoneReady,
     RateLimited,
     RequestTimeout,
-    Style,
     TooLarge,
     TooMany,
     Unauthorized,
@@ -434,7 +434,7 @@ class Exchange:
             if not isinstance(body.get("messages"), list):
                 raise BadRequest(
                     "messages must be an object with system and user, a string, or OpenAI's array of messages, but "
-                    f"it is {simplified.kind_of(body.get('messages'))}.",
+                    f"it is {kind_of(body.get('messages'))}.",
                     param="messages",
                 )
         else:

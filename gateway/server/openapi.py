@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from gateway.wire.errors import Style
+from gateway.dialects.text_stream import Style
 from gateway.wire.routes import RESPONSE_ID, Route
 
 Json = dict[str, Any]

@@ -15,7 +15,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gateway.relay.exchange import FAILED, Exchange
 from gateway.server.http_protocol import Protocol, SharedState
 from gateway.wire.errors import GatewayError
-from gateway.wire.heads import AnswerHead, RequestHead, SameHead, fault_of
+from gateway.wire.head_cache import SameHead
+from gateway.wire.heads import AnswerHead, RequestHead, fault_of
 from gateway.wire.routes import Route
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.config.secrets import client_keys
 from gateway.config.settings import Settings, SettingsError
-from gateway.config.trust import client_keys, load_certificate, own_tls
+from gateway.config.tls import load_certificate, own_tls
 from gateway.relay.exchange import DataPath, Drain
 from gateway.server.http_protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.server.listener import BACKLOG, accept_the_last

@@ -14,7 +14,8 @@ import httptools
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Caller
 from gateway.upstream.connect_errors import reason
-from gateway.wire.heads import AnswerHead, Header, SameHead, answer_head
+from gateway.wire.head_cache import SameHead
+from gateway.wire.heads import AnswerHead, Header, answer_head
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
 IDLE_FOR = 4.0

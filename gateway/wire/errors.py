@@ -8,8 +8,6 @@ import orjson
 
 from gateway.wire.sse import Ends
 
-Style = Literal["openai", "repr", "answer_part"]
-
 
 class GatewayError(Exception):
     """An answer of our own that is not 200; its text is the sentence that the client reads.

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gateway.config.load import load
+from gateway.config.secrets import token_client
 from gateway.config.settings import Settings, SettingsError
-from gateway.config.trust import token_client
 
 ORIGINS = "origins as https://app.example.com, without a path, separated by commas, or * alone"
 TOKENS = ["GATEWAY_UPSTREAM_TOKEN_URL", "GATEWAY_UPSTREAM_CLIENT_ID", "GATEWAY_UPSTREAM_CLIENT_SECRET"]

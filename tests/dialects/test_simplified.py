@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.dialects.simplified import Simplified, from_body, is_simplified
-from gateway.wire.errors import BadRequest, Style
+from gateway.dialects.text_stream import Style
+from gateway.wire.errors import BadRequest
 
 Body = dict[str, Any]
 Role = Literal["system", "merge"]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.dialects.simplified import Simplified, TextStream, from_body
-from gateway.wire.errors import BadRequest, Style, UpstreamBroken
+from gateway.dialects.simplified import Simplified, from_body
+from gateway.dialects.text_stream import Style, TextStream
+from gateway.wire.errors import BadRequest, UpstreamBroken
 from gateway.wire.sse import DONE, Decoder, encode
 
 ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": {"n": 1}}

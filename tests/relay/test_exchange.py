@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.dialects.text_stream import Style
 from gateway.relay import exchange as exchange_module
 from gateway.relay.exchange import HELD_EVENT, Exchange
 from gateway.upstream.credentials import FixedKey
-from gateway.wire.errors import Style
 from gateway.wire.heads import AnswerHead, Header, RequestHead, answer_head
 from gateway.wire.sse import Decoder
 from tests.support.fake_vllm import DONE, EVENTS, USAGE, completion, event

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.wire.heads import Header, RequestHead, SameHead, answer_head, by_name, sane_request_id
+from gateway.wire.head_cache import SameHead
+from gateway.wire.heads import Header, RequestHead, answer_head, by_name, sane_request_id
 
 
 def to_upstream(headers: list[Header]) -> list[Header]:

@@ -1,8 +1,7 @@
-"""Whom we let in and whom we trust: the keys, tokens and certificates that the settings name."""
+"""Whom we let in and who we are to the token server: the keys and secrets that the settings name."""
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -63,65 +62,3 @@ def doubts_about_tokens(settings: Settings) -> Iterable[str]:
     # RFC 6749, 3.2: what is asked for a token has TLS; inside a cluster something else may see to that.
     if client is not None and client.url.startswith("http:") and not is_loopback(urlsplit(client.url).hostname or ""):
         yield "GATEWAY_UPSTREAM_TOKEN_URL has no TLS: whoever is on the way there can read the client's secret."
-
-
-def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
-    """Whom calls, probes and the fetching of tokens trust.
-
-    None where nothing that is called has TLS, as to read all certificates takes 1.5 MB.
-
-    Raises SettingsError for a file that cannot be read or holds none.
-    """
-    tokens = token_client(settings)
-    called = settings.upstreams if tokens is None else (*settings.upstreams, tokens.url)
-    if not any(url.startswith("https:") for url in called):
-        return None
-    file = settings.upstream_ca_file
-    try:
-        context = ssl.create_default_context(cafile=file)
-    except (OSError, ssl.SSLError) as error:
-        why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise SettingsError(
-            f"GATEWAY_UPSTREAM_CA_FILE {str(file)!r} cannot be used ({why}): name a file of certificates in PEM."
-        ) from None
-    if settings.tls_skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def own_tls(settings: Settings) -> ssl.SSLContext | None:
-    """By which certificate the ports speak TLS; None where they do not.
-
-    Raises SettingsError for files that cannot be read or do not belong together.
-    """
-    if settings.tls_cert_file is None:
-        if settings.tls_key_file is not None:
-            raise SettingsError("GATEWAY_TLS_KEY_FILE needs a certificate: set GATEWAY_TLS_CERT_FILE, too.")
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, settings)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
-    """Have new connections show what is in the files now. Raises SettingsError."""
-    certificate, key = settings.tls_cert_file, settings.tls_key_file
-    assert certificate is not None
-    try:
-        # Without a password OpenSSL would ask for one at the terminal.
-        context.load_cert_chain(certificate, key, password="")
-    except OSError as error:  # of OpenSSL's, too
-        names = f"GATEWAY_TLS_CERT_FILE {str(certificate)!r}" + (f" with {str(key)!r}" if key else "")
-        raise SettingsError(
-            f"{names} cannot be used ({_certificate_fault(error)}): name a certificate and its key in PEM."
-        ) from None
-
-
-def _certificate_fault(error: OSError) -> str:
-    if not isinstance(error, ssl.SSLError):
-        return error.strerror or str(error)
-    if error.reason == "KEY_VALUES_MISMATCH":
-        return "the key is not the certificate's"
-    return "no certificate and key without a password can be read there"
