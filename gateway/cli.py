@@ -146,7 +146,7 @@ def chat(
 @click.argument("folder", type=click.Path(path_type=Path))
 def demo_model(folder: Path) -> None:
     """Write the demo model to FOLDER, readable by all."""
-    from gateway.modelserver.install import write_demo_model
+    from gateway.modelserver.demo_model import write_demo_model
 
     try:
         write_demo_model(folder, environment())

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import httpx
 
 from gateway.config.settings import ModelServerSettings, Settings, own_url
-from gateway.modelserver import install, model_source, preflight, vllm_app, vllm_args
+from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import GIB, CannotStart
 from gateway.modelserver.progress import Display
@@ -143,7 +143,7 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
         python = python.absolute() if python.exists() else python
         _check_has_vllm(python)
     if found is None:
-        folder = install.ensure_demo_model(environ, python, display)
+        folder = demo_model.ensure_demo_model(environ, python, display)
         return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)
     return Served(python, found.name, settings.served_name or found.name, demo=False, local=found.local)
 

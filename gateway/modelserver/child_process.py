@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -25,18 +26,26 @@ class Child:
         environment: Mapping[str, str],
         *,
         log: Path | None = None,
+        piped: bool = False,
         grace: float = 10,
     ) -> None:
+        """Its output goes to `log`, which begins anew, or is `piped` to `lines`, or else goes where ours goes.
+
+        `grace` is how many seconds it gets to end by itself.
+        """
         self._argv = list(argv)
         self._environment = dict(environment)
         self._log = log
+        self._piped = piped
         self._grace = grace
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; its output goes to the log, which begins anew, or else where ours goes."""
+        """Start it. Raises OSError."""
         with contextlib.ExitStack() as stack:
-            output = stack.enter_context(_private(self._log)) if self._log else None
+            output: IO[bytes] | int | None = subprocess.PIPE if self._piped else None
+            if self._log:
+                output = stack.enter_context(_private(self._log))
             self._process = subprocess.Popen(
                 self._argv,
                 env=self._environment,
@@ -56,6 +65,30 @@ class Child:
         """How it ended, None while it runs or before the start."""
         return self._process.poll() if self._process else None
 
+    def wait(self) -> int:
+        """How it ended, once it has. To be called after its start."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def lines(self, tick: float) -> Iterator[str]:
+        """Its lines as they come, until its output ends; an empty one after each `tick` seconds without any."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        output, rest = self._process.stdout.fileno(), b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(output, selectors.EVENT_READ)
+            while True:
+                if not selector.select(tick):
+                    yield ""
+                    continue
+                read = os.read(output, 65536)
+                if not read:
+                    break
+                *lines, rest = (rest + read).split(b"\n")
+                yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
+        if rest:
+            yield rest.decode(errors="replace")
+
     def stop(self) -> None:
         """End it and all that it started: SIGTERM, and SIGKILL after the grace. May be called again."""
         process = self._process
@@ -71,6 +104,8 @@ class Child:
             # What it started may have outlived it; a second Ctrl-C comes here at once.
             _signal_group(process.pid, signal.SIGKILL)
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             self._process = None
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The model server's own Python environment and the demo model, both kept in the user's cache folder."""
+"""The model server's own Python environment, installed once into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 import re
-import selectors
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gateway.modelserver import preflight
-from gateway.modelserver.child_process import dies_with_parent, last_lines
+from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import GIB, CannotStart
 from gateway.modelserver.progress import Display, Update
 
@@ -28,7 +25,6 @@ _LOCKS = Path(__file__).with_name("locks")
 _TORCH_LOCK = _LOCKS / "modelserver-torch-cpu.lock"
 _LOCK = _LOCKS / "modelserver-cpu.lock"
 _CUDA_LOCK = _LOCKS / "modelserver-cpu-cuda-libs.lock"
-_DEMO_SCRIPT = Path(__file__).with_name("scripts") / "demo_model.py"
 
 # Measured: with the CPU build of torch, and with the package index's, which brings CUDA's libraries.
 _SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip finds only CUDA's build of torch"
@@ -38,7 +34,6 @@ _NEEDED, _CUDA_NEEDED = 4 * GIB, 4 * GIB
 MARKER = "complete.json"
 """The file that marks what was installed to its end."""
 
-_STAMP = "demo-model.json"
 # Threads of torch that spin while they wait take six times as long where another program has a core.
 _QUIET = {"OMP_WAIT_POLICY": "passive"}
 _TICK = 0.5
@@ -73,37 +68,6 @@ def environment_folder(cache: Path) -> Path:
     for lock in (_TORCH_LOCK, _LOCK, _CUDA_LOCK):
         found.update(lock.read_bytes())
     return cache / f"env-{found.hexdigest()[:16]}"
-
-
-def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, display: Display | None = None) -> Path:
-    """The demo model's folder; `python`, the model server's, builds it first if there is none of this recipe.
-
-    Raises CannotStart.
-    """
-    cache, display = cache_folder(environ), display or Display()
-    folder = cache / f"demo-model-{hashlib.sha256(_DEMO_SCRIPT.read_bytes()).hexdigest()[:16]}"
-    make_folder(cache)
-    with alone(cache / "demo-model.lock", display):
-        if not (folder / _STAMP).is_file():
-            python = python or ensure_environment(environ, display)
-            shutil.rmtree(folder, ignore_errors=True)  # what somebody has left of an older one
-            _build_demo_model(folder, python, Runner(environ, cache / "demo-model.log"), display)
-            remove_others(folder, "demo-model-*")
-    return folder
-
-
-def write_demo_model(
-    folder: Path, environ: Mapping[str, str], *, python: Path | None = None, display: Display | None = None
-) -> None:
-    """Put a copy of the demo model at `folder`, readable by all. Raises CannotStart."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CannotStart(f"{folder} exists and is not an empty folder: name a new one.")
-    source = ensure_demo_model(environ, python, display)
-    try:
-        # The modes are copied too: the source's, which let everybody read.
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    except OSError as error:
-        raise CannotStart(f"The demo model cannot be written to {folder}: {error.strerror or error}.") from None
 
 
 def make_folder(folder: Path) -> None:
@@ -225,20 +189,6 @@ class _PipProgress:
         return min(1.0, 0.5 + 0.5 * installed / self._total)
 
 
-def _build_demo_model(folder: Path, python: Path, run: Runner, display: Display) -> None:
-    display.say("Building the demo model, once: 3 MB on disk, one to two minutes on two cores.")
-    with display.task("Building the demo model") as update:
-
-        def watch(line: str) -> None:
-            found = re.match(r"step (\d+) of (\d+) (.*)", line)
-            if found:
-                update(int(found[1]) / int(found[2]), found[3])
-
-        # -P: the script's own folder holds modules whose names others use too.
-        argv = [str(python), "-P", str(_DEMO_SCRIPT), str(folder)]
-        run(argv, "The demo model cannot be built", watch)
-
-
 class Runner:
     """Runs programs to their end, what they say into one log, which begins anew."""
 
@@ -251,52 +201,18 @@ class Runner:
 
     def __call__(self, argv: Sequence[str], failure: str, watch: Callable[[str], None] | None = None) -> None:
         """Run one, each of its lines shown to `watch`; whatever interrupts us ends it too. Raises CannotStart."""
-        process = subprocess.Popen(
-            argv,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=dies_with_parent(),
-        )
-        try:
-            with self._log.open("a", encoding="utf-8", buffering=1) as file:
-                for line in _lines(process):
-                    if line:
-                        file.write(line + "\n")
-                    if watch:
-                        watch(line)
-            code = process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if process.stdout:
-                process.stdout.close()
+        child = Child(argv, self._environment, piped=True, grace=0)
+        with child, self._log.open("a", encoding="utf-8", buffering=1) as file:
+            for line in child.lines(_TICK):
+                if line:
+                    file.write(line + "\n")
+                if watch:
+                    watch(line)
+            code = child.wait()
         if code < 0:
             raise CannotStart(f"{failure}: it was ended by {signal.Signals(-code).name}; start again.")
         if code:
             raise CannotStart(f"{failure}: {_reason(last_lines(self._log, 30))} All that was said is in {self._log}.")
-
-
-def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Its lines as they come, and an empty one each time that a while has passed without."""
-    assert process.stdout is not None
-    output, rest = process.stdout.fileno(), b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        while True:
-            if not selector.select(_TICK):
-                yield ""
-                continue
-            read = os.read(output, 65536)
-            if not read:
-                break
-            *lines, rest = (rest + read).split(b"\n")
-            yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
-    if rest:
-        yield rest.decode(errors="replace")
 
 
 def _reason(output: str) -> str:

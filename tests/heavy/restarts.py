@@ -24,7 +24,7 @@ import pytest
 
 from gateway.config.load import build
 from gateway.config.settings import ModelServerSettings
-from gateway.modelserver import install
+from gateway.modelserver import demo_model, install
 from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 from tests.support.gateway_process import free_port
 from tests.support.load import NO_FAULTS, Load, Upstream, gateway
@@ -124,7 +124,7 @@ class Vllm:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "vllm.log"
         python = install.ensure_environment(os.environ)
-        model = install.ensure_demo_model(os.environ, python)
+        model = demo_model.ensure_demo_model(os.environ, python)
         settings = build(ModelServerSettings, None, port=self.port)
         self._command = launch(settings, python, str(model), os.environ, demo=True, local=True)
 

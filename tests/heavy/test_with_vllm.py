@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.modelserver.install import ensure_demo_model, ensure_environment
+from gateway.modelserver.demo_model import ensure_demo_model
+from gateway.modelserver.install import ensure_environment
 from gateway.wire.routes import REFUSED, ROUTES
 from tests.support.gateway_process import running
 from tests.support.paths import ROOT

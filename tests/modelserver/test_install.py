@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gateway.modelserver import install
+from gateway.modelserver import demo_model, install
 from gateway.modelserver.preflight import CannotStart
 from gateway.modelserver.progress import Display
 
@@ -97,8 +97,8 @@ def test_a_demo_model_is_built_once_and_an_older_one_removed(tmp_path: Path) -> 
     build = stand_in(tmp_path, 'mkdir -p "$3" && echo "{}" > "$3/demo-model.json" && echo x >> "$3/count"')
     older = install.cache_folder(at(tmp_path)) / "demo-model-older"
     older.mkdir(parents=True)
-    folder = install.ensure_demo_model(at(tmp_path), build, quiet())
-    assert install.ensure_demo_model(at(tmp_path), build, quiet()) == folder
+    folder = demo_model.ensure_demo_model(at(tmp_path), build, quiet())
+    assert demo_model.ensure_demo_model(at(tmp_path), build, quiet()) == folder
     assert (folder / "count").read_text() == "x\n"
     assert not older.exists()
 
@@ -106,13 +106,13 @@ def test_a_demo_model_is_built_once_and_an_older_one_removed(tmp_path: Path) -> 
 def test_a_demo_model_that_cannot_be_built_is_told_with_the_last_line(tmp_path: Path) -> None:
     build = stand_in(tmp_path, 'echo "step 1 of 2 loss 1.0"; echo "no memory"; exit 3')
     with pytest.raises(CannotStart, match=r"The demo model cannot be built: no memory\. .*demo-model\.log"):
-        install.ensure_demo_model(at(tmp_path), build, quiet())
+        demo_model.ensure_demo_model(at(tmp_path), build, quiet())
 
 
 def test_a_build_that_was_killed_is_told_with_the_signal(tmp_path: Path) -> None:
     build = stand_in(tmp_path, "kill -9 $$")
     with pytest.raises(CannotStart, match="The demo model cannot be built: it was ended by SIGKILL"):
-        install.ensure_demo_model(at(tmp_path), build, quiet())
+        demo_model.ensure_demo_model(at(tmp_path), build, quiet())
 
 
 def test_a_demo_model_is_written_to_a_new_folder_alone(tmp_path: Path) -> None:
@@ -120,12 +120,12 @@ def test_a_demo_model_is_written_to_a_new_folder_alone(tmp_path: Path) -> None:
         tmp_path, 'mkdir -p "$3" && echo "{}" > "$3/demo-model.json"; chmod 755 "$3"; chmod 644 "$3/demo-model.json"'
     )
     target = tmp_path / "target"
-    install.write_demo_model(target, at(tmp_path), python=build, display=quiet())
+    demo_model.write_demo_model(target, at(tmp_path), python=build, display=quiet())
     assert json.loads((target / "demo-model.json").read_text()) == {}
     assert (target / "demo-model.json").stat().st_mode & 0o777 == 0o644
     assert target.stat().st_mode & 0o777 == 0o755
     with pytest.raises(CannotStart, match="exists and is not an empty folder"):
-        install.write_demo_model(target, at(tmp_path), python=build, display=quiet())
+        demo_model.write_demo_model(target, at(tmp_path), python=build, display=quiet())
 
 
 def test_pips_progress_is_read_from_its_lines_and_its_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gateway.modelserver import install, quantizing
+from gateway.modelserver import demo_model, install, quantizing
 from tests.support.paths import ROOT
 
 SCRIPTS = ROOT / "gateway/modelserver/scripts"
@@ -46,4 +46,4 @@ class Kit(NamedTuple):
 def kit() -> Kit:
     python = install.ensure_environment(os.environ)
     packages = quantizing.ensure_llm_compressor(os.environ, python)
-    return Kit(python, packages, install.ensure_demo_model(os.environ, python))
+    return Kit(python, packages, demo_model.ensure_demo_model(os.environ, python))
