@@ -32,8 +32,11 @@ from gateway.pool.keys import Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.server import endpoints
+from gateway.server.asgi import Relay
 from gateway.server.memory import Peak
+from gateway.server.middleware import Cors, PortRoute, RequestContext
 from gateway.server.openapi import describe
+from gateway.server.responses import refused
 from gateway.upstream.connections import ConnectionPool
 from gateway.upstream.credentials import FixedKey, Tokens
 from gateway.upstream.prober import Prober
@@ -232,16 +235,16 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         own |= {"/v1/status": endpoints.status, "/v1/status/stream": endpoints.status_stream}
     if settings.metrics_port is not None:
         del own["/metrics"], description["paths"]["/metrics"]
-        elsewhere = [endpoints.OnPort(settings.metrics_port, [Route("/metrics", endpoints.metrics, methods=["GET"])])]
+        elsewhere = [PortRoute(settings.metrics_port, [Route("/metrics", endpoints.metrics, methods=["GET"])])]
     app = Starlette(
         routes=[
             *elsewhere,
-            *(Route(one.path, endpoints.Relay(one), methods=[one.method]) for one in relayed),
+            *(Route(one.path, Relay(one), methods=[one.method]) for one in relayed),
             *(Route(path, handler, methods=["GET"]) for path, handler in open_to_all.items()),
             *(Route(path, endpoints.guarded(handler), methods=["GET"]) for path, handler in own.items()),
         ],
-        middleware=[*_cors(settings), Middleware(endpoints.Outermost, paths=paths)],
-        exception_handlers={HTTPException: endpoints.refused},
+        middleware=[*_cors(settings), Middleware(RequestContext, paths=paths)],
+        exception_handlers={HTTPException: refused},
         lifespan=lifespan,
     )
     # A redirect would be built from the Host header, which the client chooses.
@@ -290,7 +293,7 @@ def _cors(settings: Settings) -> list[Middleware]:
         return []
     return [
         Middleware(
-            endpoints.Pages,
+            Cors,
             metrics_port=settings.metrics_port,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.relay.upload import HELD
-from gateway.server.endpoints import _AsgiClient
+from gateway.server.asgi import _AsgiClient
 from gateway.upstream.credentials import FixedKey
 from gateway.wire.heads import Header
 from tests.support.fake_vllm import DONE, FakeVllm, response

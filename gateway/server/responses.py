@@ -1,0 +1,38 @@
+"""Errors as responses of the application."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.wire.errors import GatewayError, MethodNotAllowed, NotFound
+from gateway.wire.sse import Ends
+
+
+def no_path(path: str) -> NotFound:
+    return NotFound(f"There is no path {path[:200]!r} here.")
+
+
+def to_response(
+    error: GatewayError, request_id: str, headers: dict[str, str] | None = None, ends: Ends = "done"
+) -> Response:
+    """An error as a response, in OpenAI's envelope or Anthropic's."""
+    own = {name.decode(): value.decode() for name, value in error.headers}
+    content = error.envelope(request_id, ends)
+    return Response(content, error.status, own | (headers or {}), media_type="application/json")
+
+
+async def refused(request: Request, exception: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method on it."""
+    assert isinstance(exception, HTTPException)
+    error: GatewayError
+    path = request.scope["path"][:200]
+    if exception.status_code == 405:
+        allowed = (exception.headers or {}).get("Allow", "")
+        error = MethodNotAllowed(f"{request.method[:20]} is not allowed on {path!r}; allowed: {allowed}.")
+    else:
+        error = no_path(path)
+    headers = dict(exception.headers) if exception.headers else None
+    ends: Ends = "messages" if path.startswith("/v1/messages") else "done"
+    return to_response(error, request.scope["request_id"], headers, ends)
