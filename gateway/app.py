@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ from gateway.config.secrets import client_keys, token_client
 from gateway.config.settings import Settings
 from gateway.config.tls import upstream_tls
 from gateway.dialects.body_limits import Bounds
+from gateway.housekeeping import FinishedRequests, run_periodic_work
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
 from gateway.page.document import Document
@@ -33,7 +33,6 @@ from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
 from gateway.server import endpoints
 from gateway.server.asgi import Relay
-from gateway.server.memory import Peak
 from gateway.server.middleware import Cors, PortRoute, RequestContext
 from gateway.server.openapi import describe
 from gateway.server.responses import refused
@@ -48,14 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Ended requests are counted and logged so many at a time, or after so many seconds: the same work in a row costs half
-# of what it costs between two requests, but a longer row would hold up other requests' events.
-_SETTLED_TOGETHER = 16
-_LOOK_AFTER = 0.1
-# The time limits are looked at after so many, or after a tenth of the shortest: to look at thousands of calls holds up
-# their events, too.
-_LIMITS_AFTER = 1.0
-
 
 class State(TypedDict):
     """What the handlers find in `request.state`."""
@@ -65,68 +56,8 @@ class State(TypedDict):
     metrics: Metrics
     metrics_port: int | None
     request_log: RequestLog
-    ended: Ended
+    finished: FinishedRequests
     sampler: Sampler | None
-
-
-class Ended:
-    """Data-path requests that have ended and are to be counted, traced and logged."""
-
-    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None, recent: Recent | None) -> None:
-        self._metrics = metrics
-        self._request_log = request_log
-        self._tracer = tracer
-        self._recent = recent
-        self._waiting: list[Exchange] = []
-
-    def add(self, exchange: Exchange) -> None:
-        """One more."""
-        self._waiting.append(exchange)
-        if len(self._waiting) >= _SETTLED_TOGETHER:
-            self.settle()
-
-    def settle(self) -> None:
-        """Count, trace and log those that wait."""
-        if not self._waiting:
-            return
-        ended, self._waiting = self._waiting, []
-        self._metrics.finished(ended)
-        if self._tracer is not None:
-            self._tracer.finished(ended)  # before their lines, which name the traces
-        if self._recent is not None:
-            self._recent.add(ended)
-        self._request_log.exchanges(ended)
-
-
-async def _look_again_and_again(data_path: DataPath, ended: Ended, sampler: Sampler | None) -> None:
-    limits = data_path.limits
-    tenth = min(limits.first_token, limits.idle, limits.total, limits.body) / 10
-    seconds = min(_LOOK_AFTER, tenth)
-    every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue / 10) / seconds))
-    peak = Peak()
-    for look in itertools.count():
-        await asyncio.sleep(seconds)
-        # What fails here is a bug of ours, and must not be the end of all time limits.
-        if look % every == 0 or data_path.drain.began:
-            for exchange in data_path.due():
-                try:
-                    exchange.look_at_limits()
-                except Exception:
-                    _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
-        try:
-            ended.settle()
-        except Exception:
-            _log.exception("requests that have ended could not be counted or logged")
-        try:
-            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
-        except Exception:
-            _log.exception("requests that wait could not go on")
-        if sampler is not None:
-            try:
-                sampler.look()
-            except Exception:
-                _log.exception("a sample failed")
-        peak.look(len(data_path.in_flight))
 
 
 def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
@@ -152,7 +83,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
         recent = Recent() if settings.page else None
-        ended = Ended(metrics, request_log, tracer, recent)
+        finished = FinishedRequests(metrics, request_log, tracer, recent)
         data_path = DataPath(
             routes={
                 (one.method.encode(), one.path.encode()): one
@@ -166,7 +97,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             in_flight=in_flight,
             waiting=waiting,
             drain=Drain(),
-            finished=ended.add,
+            finished=finished.add,
             limits=Limits(
                 max_body=settings.max_body_bytes,
                 max_requests=settings.max_in_flight + settings.max_queue,
@@ -200,7 +131,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
         sampler = None if recent is None else Sampler(data_path, prober, recent)
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
-        looking = asyncio.create_task(_look_again_and_again(data_path, ended, sampler))
+        looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
         async with credentials.renewing(), prober.probing():
             yield {
                 "data_path": data_path,
@@ -208,14 +139,14 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 "metrics": metrics,
                 "metrics_port": settings.metrics_port,
                 "request_log": request_log,
-                "ended": ended,
+                "finished": finished,
                 "sampler": sampler,
             }
         looking.cancel()
         if sampler is not None:
             await sampler.close()
         await connections.close()
-        ended.settle()
+        finished.flush()
         if tracer is not None:
             tracer.close()
 

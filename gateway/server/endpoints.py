@@ -73,13 +73,13 @@ async def ping(request: Request) -> Response:
 
 async def statistics(request: Request) -> Response:
     """How long the last chat calls took, in seconds."""
-    request.state.ended.settle()
+    request.state.finished.flush()
     return JSONResponse(request.state.metrics.latencies.report())
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus's exposition format."""
-    request.state.ended.settle()
+    request.state.finished.flush()
     return Response(request.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -202,4 +202,4 @@ class Server(uvicorn.Server):
             if isinstance(connection, Protocol):
                 connection.cut()
         await asyncio.sleep(0)
-        state["ended"].settle()
+        state["finished"].flush()

@@ -18,7 +18,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway import app
+from gateway import housekeeping
 from gateway.page import sampler
 from tests.support.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Step, response
 from tests.support.gateway_process import Gateway, free_port, running
@@ -149,7 +149,7 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
 def test_a_gateway_that_has_just_begun_has_a_history_of_nothing(
     monkeypatch: pytest.MonkeyPatch, fake: FakeVllm
 ) -> None:
-    monkeypatch.setattr(app, "_LOOK_AFTER", 60)  # it looks at nothing in time
+    monkeypatch.setattr(housekeeping, "_LOOK_AFTER", 60)  # it looks at nothing in time
     with running(fake.url) as gateway, gateway.client() as client:
         told = client.get("/v1/status").json()
         assert told["history"] == {name: [] for name in told["now"]}

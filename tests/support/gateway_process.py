@@ -18,7 +18,7 @@ import httpx
 import uvicorn
 import uvloop
 
-from gateway import app
+from gateway import housekeeping
 from gateway.app import create_app
 from gateway.config.settings import Settings, names_of
 from gateway.observability import logs
@@ -29,7 +29,7 @@ from tests.support.paths import AUTHORITY
 
 # Lines are written and limits looked at ten times a second, for which hundreds of tests would wait.
 logs._TOGETHER = 0.01
-app._LOOK_AFTER = 0.02
+housekeeping._LOOK_AFTER = 0.02
 
 
 class _Quick:

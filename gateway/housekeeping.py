@@ -1,0 +1,92 @@
+"""Periodic work: time limits, finished requests, the queue, samples and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from typing import TYPE_CHECKING
+
+from gateway.observability.logs import RequestLog
+from gateway.observability.metrics import Metrics
+from gateway.page.recent_requests import Recent
+from gateway.page.sampler import Sampler
+from gateway.relay.exchange import DataPath, Exchange
+from gateway.server.memory import Peak
+
+if TYPE_CHECKING:
+    from gateway.observability.tracing import Tracer
+
+_log = logging.getLogger(__name__)
+
+# Ended requests are counted and logged so many at a time, or after so many seconds: the same work in a row costs half
+# of what it costs between two requests, but a longer row would hold up other requests' events.
+_SETTLED_TOGETHER = 16
+
+
+_LOOK_AFTER = 0.1
+
+
+# The time limits are looked at after so many, or after a tenth of the shortest: to look at thousands of calls holds up
+# their events, too.
+_LIMITS_AFTER = 1.0
+
+
+class FinishedRequests:
+    """Data-path requests that have ended and are to be counted, traced and logged."""
+
+    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None, recent: Recent | None) -> None:
+        self._metrics = metrics
+        self._request_log = request_log
+        self._tracer = tracer
+        self._recent = recent
+        self._waiting: list[Exchange] = []
+
+    def add(self, exchange: Exchange) -> None:
+        """One more."""
+        self._waiting.append(exchange)
+        if len(self._waiting) >= _SETTLED_TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count, trace and log those that wait."""
+        if not self._waiting:
+            return
+        finished, self._waiting = self._waiting, []
+        self._metrics.finished(finished)
+        if self._tracer is not None:
+            self._tracer.finished(finished)  # before their lines, which name the traces
+        if self._recent is not None:
+            self._recent.add(finished)
+        self._request_log.exchanges(finished)
+
+
+async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sampler: Sampler | None) -> None:
+    limits = data_path.limits
+    tenth = min(limits.first_token, limits.idle, limits.total, limits.body) / 10
+    seconds = min(_LOOK_AFTER, tenth)
+    every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue / 10) / seconds))
+    peak = Peak()
+    for look in itertools.count():
+        await asyncio.sleep(seconds)
+        # What fails here is a bug of ours, and must not be the end of all time limits.
+        if look % every == 0 or data_path.drain.began:
+            for exchange in data_path.due():
+                try:
+                    exchange.look_at_limits()
+                except Exception:
+                    _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
+        try:
+            finished.flush()
+        except Exception:
+            _log.exception("requests that have ended could not be counted or logged")
+        try:
+            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
+        except Exception:
+            _log.exception("requests that wait could not go on")
+        if sampler is not None:
+            try:
+                sampler.look()
+            except Exception:
+                _log.exception("a sample failed")
+        peak.look(len(data_path.in_flight))
