@@ -20,17 +20,20 @@ from gateway.config.load import asks_for_traces
 from gateway.config.secrets import client_keys, token_client
 from gateway.config.settings import Settings
 from gateway.config.tls import upstream_tls
-from gateway.dialects.body_limits import Bounds
+from gateway.dialects.body_limits import BodyLimits
+from gateway.dialects.reader import BodyReader, Models
 from gateway.housekeeping import FinishedRequests, run_periodic_work
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
 from gateway.page.document import Document
 from gateway.page.recent_requests import Recent
 from gateway.page.sampler import Sampler
-from gateway.pool.admission_queue import Waiting
+from gateway.pool.admission_queue import AdmissionQueue
 from gateway.pool.keys import Keys
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.relay.exchange import LIMIT_HEADERS, DataPath, Drain, Exchange, Limits
+from gateway.relay.data_path import CallLimits, DataPath, Drain
+from gateway.relay.exchange import LIMIT_HEADERS
+from gateway.relay.interfaces import Call
 from gateway.server import endpoints
 from gateway.server.asgi import Relay
 from gateway.server.middleware import Cors, PortRoute, RequestContext
@@ -71,15 +74,15 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         pool = UpstreamPool(
             tuple(map(Upstream.from_url, settings.upstreams)),
-            most=settings.max_in_flight,
-            most_each=settings.max_in_flight_per_upstream or settings.max_in_flight,
+            max_in_flight=settings.max_in_flight,
+            max_in_flight_per_upstream=settings.max_in_flight_per_upstream or settings.max_in_flight,
         )
         credentials = create_credentials(settings)
         prober = create_prober(settings, pool, credentials)
         connections = ConnectionPool(settings.connect_timeout, upstream_tls(settings))
-        in_flight: set[Exchange] = set()
-        waiting: Waiting[Exchange] = Waiting(settings.max_queue)
-        metrics = Metrics(pool, in_flight, waiting, time.monotonic)
+        in_flight: set[Call] = set()
+        queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
+        metrics = Metrics(pool, in_flight, queue, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
         recent = Recent() if settings.page else None
@@ -91,39 +94,27 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 if "{" not in one.path and one.body != "upload"
             },
             pool=pool,
+            reader=create_reader(settings, pool),
             transport=connections,
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
             time=time.monotonic,
             in_flight=in_flight,
-            waiting=waiting,
+            queue=queue,
             drain=Drain(),
             finished=finished.add,
-            limits=Limits(
-                max_body=settings.max_body_bytes,
+            limits=CallLimits(
+                max_body_bytes=settings.max_body_bytes,
                 max_requests=settings.max_in_flight + settings.max_queue,
-                queue=settings.queue_timeout,
-                first_token=settings.first_token_timeout,
-                idle=settings.idle_timeout,
-                total=settings.total_timeout,
-                header=settings.header_timeout,
-                body=settings.body_timeout,
-                client_write=settings.client_write_timeout,
+                queue_timeout=settings.queue_timeout,
+                first_token_timeout=settings.first_token_timeout,
+                idle_timeout=settings.idle_timeout,
+                total_timeout=settings.total_timeout,
+                header_timeout=settings.header_timeout,
+                body_timeout=settings.body_timeout,
+                client_write_timeout=settings.client_write_timeout,
             ),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
-            bounds=Bounds(
-                copies=settings.max_n,
-                tokens=settings.max_new_tokens,
-                messages=settings.max_messages,
-                depth=settings.max_json_depth,
-            ),
-            media_domains=frozenset(settings.media_domains),
             keys=None if by_digest is None else Keys(by_digest),
-            model=settings.model,
-            style=settings.stream_style,
-            system_role=settings.system_role,
-            flattens=settings.connector == "langchain",
-            release=settings.compat,
-            whole=settings.disable_streaming or settings.output_guard,
             credentials=credentials,
             cross_origin=bool(settings.cors_origins),
             traced=None if tracer is None else tracer.to_upstream,
@@ -183,6 +174,26 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
     return app
 
 
+def create_reader(settings: Settings, models: Models) -> BodyReader:
+    """What reads requests' bodies as these settings say, in front of these models."""
+    return BodyReader(
+        models=models,
+        body_limits=BodyLimits(
+            max_n=settings.max_n,
+            max_new_tokens=settings.max_new_tokens,
+            max_messages=settings.max_messages,
+            max_json_depth=settings.max_json_depth,
+        ),
+        media_domains=frozenset(settings.media_domains),
+        model=settings.model,
+        stream_style=settings.stream_style,
+        system_role=settings.system_role,
+        disable_streaming=settings.disable_streaming or settings.output_guard,
+        connector=settings.connector,
+        compat=settings.compat,
+    )
+
+
 def create_tracer(settings: Settings) -> Tracer | None:
     """What traces requests, None where OpenTelemetry's variables do not ask for that, or what it needs is missing."""
     if not asks_for_traces():
@@ -213,7 +224,7 @@ def create_prober(settings: Settings, pool: UpstreamPool, credentials: FixedKey 
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
         tls=upstream_tls(settings),
-        asks_for_hearing="audio" in settings.routes and len(settings.upstreams) > 1,
+        probe_audio="audio" in settings.routes and len(settings.upstreams) > 1,
         credentials=credentials,
     )
 

@@ -11,7 +11,8 @@ from gateway.observability.logs import RequestLog
 from gateway.observability.metrics import Metrics
 from gateway.page.recent_requests import Recent
 from gateway.page.sampler import Sampler
-from gateway.relay.exchange import DataPath, Exchange
+from gateway.relay.data_path import DataPath
+from gateway.relay.record import Record
 from gateway.server.memory import Peak
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ class FinishedRequests:
         self._request_log = request_log
         self._tracer = tracer
         self._recent = recent
-        self._waiting: list[Exchange] = []
+        self._waiting: list[Record] = []
 
-    def add(self, exchange: Exchange) -> None:
+    def add(self, record: Record) -> None:
         """One more."""
-        self._waiting.append(exchange)
+        self._waiting.append(record)
         if len(self._waiting) >= _SETTLED_TOGETHER:
             self.flush()
 
@@ -58,30 +59,30 @@ class FinishedRequests:
             self._tracer.finished(finished)  # before their lines, which name the traces
         if self._recent is not None:
             self._recent.add(finished)
-        self._request_log.exchanges(finished)
+        self._request_log.records(finished)
 
 
 async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sampler: Sampler | None) -> None:
     limits = data_path.limits
-    tenth = min(limits.first_token, limits.idle, limits.total, limits.body) / 10
+    tenth = min(limits.first_token_timeout, limits.idle_timeout, limits.total_timeout, limits.body_timeout) / 10
     seconds = min(_LOOK_AFTER, tenth)
-    every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue / 10) / seconds))
+    every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue_timeout / 10) / seconds))
     peak = Peak()
     for look in itertools.count():
         await asyncio.sleep(seconds)
         # What fails here is a bug of ours, and must not be the end of all time limits.
         if look % every == 0 or data_path.drain.began:
-            for exchange in data_path.due():
+            for call in data_path.overdue():
                 try:
-                    exchange.look_at_limits()
+                    call.check_timeouts()
                 except Exception:
-                    _log.exception("the look at the time limits failed (request id %s)", exchange.request_id)
+                    _log.exception("the look at the time limits failed (request id %s)", call.request_id)
         try:
             finished.flush()
         except Exception:
             _log.exception("requests that have ended could not be counted or logged")
         try:
-            data_path.waiting.room()  # an upstream may have come to serve, or be due for a trial
+            data_path.queue.wake()  # an upstream may have come to serve, or be due for a trial
         except Exception:
             _log.exception("requests that wait could not go on")
         if sampler is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.relay.exchange import Exchange
+from gateway.relay.record import Record
 
 Format = Literal["json", "text"]
 
@@ -135,37 +135,37 @@ class RequestLog:
         self._writer = writer
         self._form = form
 
-    def exchanges(self, exchanges: list[Exchange]) -> None:
+    def records(self, records: list[Record]) -> None:
         """The lines of data-path requests that have ended."""
         if self._writer is not None:
-            # What the wall's clock shows more than the exchanges'.
+            # What the wall's clock shows more than the records'.
             ahead = time.time() - time.monotonic()
             # As one piece: thousands of small ones a second would fill megabytes before the thread has its turn.
-            lines = [self._exchange(exchange, ahead) for exchange in exchanges]
+            lines = [self._request_line(record, ahead) for record in records]
             if lines:
                 self._writer.write(b"\n".join(lines), len(lines))
             # Made amid a thousand requests and kept when they are gone, it would keep a megabyte.
             _second.cache_clear()
 
-    def _exchange(self, exchange: Exchange, ahead: float) -> bytes:
-        started, first, ended = exchange.started_at, exchange.first_byte_at, exchange.ended_at
-        usage, trace = exchange.usage, exchange.trace
+    def _request_line(self, record: Record, ahead: float) -> bytes:
+        started, first, ended = record.started_at, record.first_byte_at, record.ended_at
+        usage, trace = record.usage, record.trace
         fields = {
             "time": _iso(int((started + ahead) * 1000)),
-            "request_id": exchange.request_id,
-            "method": exchange.route.method,
-            "path": exchange.route.path,
-            "key": exchange.key.name if exchange.key else None,
-            "form": exchange.form or None,
-            "model": exchange.model and exchange.model[:200],
-            "upstream": exchange.upstream.url if exchange.upstream else None,
-            "status": exchange.status,
+            "request_id": record.request_id,
+            "method": record.route.method,
+            "path": record.route.path,
+            "key": record.key.name if record.key else None,
+            "form": record.form or None,
+            "model": record.model and record.model[:200],
+            "upstream": record.upstream.url if record.upstream else None,
+            "status": record.status,
             "first_token_s": None if first is None else _in_microseconds(first - started),
             "total_s": _in_microseconds((ended or started) - started),
             "prompt_tokens": usage[0] if usage else None,
             "completion_tokens": usage[1] if usage else None,
-            "bytes": exchange.bytes_out,
-            "outcome": exchange.outcome,
+            "bytes": record.bytes_out,
+            "outcome": record.outcome,
         }
         if trace is not None:
             fields["trace_id"], fields["span_id"] = trace.trace_id, trace.span_id

@@ -14,9 +14,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gateway.observability.latencies import Latencies
-from gateway.pool.admission_queue import Waiting
+from gateway.pool.admission_queue import AdmissionQueue
 from gateway.pool.upstream_pool import UpstreamPool
-from gateway.relay.exchange import Exchange
+from gateway.relay.interfaces import Call
+from gateway.relay.record import Record
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -30,10 +31,10 @@ class Metrics(Collector):
     """
 
     def __init__(
-        self, pool: UpstreamPool, in_flight: set[Exchange], waiting: Waiting[Exchange], time: Callable[[], float]
+        self, pool: UpstreamPool, in_flight: set[Call], queue: AdmissionQueue[Call], time: Callable[[], float]
     ) -> None:
         """All of them the data path's."""
-        self._waiting = waiting
+        self._queue = queue
         self._time = time
         self._pool = pool
         self._in_flight = in_flight
@@ -60,34 +61,34 @@ class Metrics(Collector):
             _FINE,
         )
 
-    def finished(self, exchanges: list[Exchange]) -> None:
+    def finished(self, records: list[Record]) -> None:
         """Relayed requests have ended."""
         models = self._pool.models
         requests, total, added, first_token, per_event = [], [], [], [], []
         done_total, done_first_token = [], []
-        for exchange in exchanges:
-            started, ended = exchange.started_at, exchange.ended_at or exchange.started_at
-            path, status, outcome = exchange.route.path, exchange.status, exchange.outcome
+        for record in records:
+            started, ended = record.started_at, record.ended_at or record.started_at
+            path, status, outcome = record.route.path, record.status, record.outcome
             # A client's word as a label only where it is one that we know, so that the series stay few.
-            model = exchange.model
+            model = record.model
             model = sys.intern(model) if model and model in models else "unknown"
-            requests.append((path, exchange.form or "none", model, status, outcome))
+            requests.append((path, record.form or "none", model, status, outcome))
             took = ended - started
             total.append(took)
-            if exchange.received_at is not None and exchange.sent_at is not None:
-                tail = ended - exchange.upstream_ended_at if exchange.upstream_ended_at is not None else 0
-                added.append(exchange.sent_at - exchange.received_at + tail)
-            done = status == 200 and outcome == "done" and exchange.route.body == "chat"
+            if record.received_at is not None and record.sent_at is not None:
+                tail = ended - record.upstream_ended_at if record.upstream_ended_at is not None else 0
+                added.append(record.sent_at - record.received_at + tail)
+            done = status == 200 and outcome == "done" and record.route.body == "chat"
             if done:
                 done_total.append(took)
-            if exchange.streaming and exchange.first_byte_at is not None:
-                came = exchange.first_byte_at - started
+            if record.streaming and record.first_byte_at is not None:
+                came = record.first_byte_at - started
                 first_token.append(came)
                 if done:
                     done_first_token.append(came)
-                if exchange.events > 1:
-                    per_event.append((ended - exchange.first_byte_at) / (exchange.events - 1))
-            usage = exchange.usage
+                if record.events > 1:
+                    per_event.append((ended - record.first_byte_at) / (record.events - 1))
+            usage = record.usage
             if usage is not None:
                 self._prompt_tokens += usage[0]
                 self._completion_tokens += usage[1]
@@ -132,7 +133,7 @@ class Metrics(Collector):
         tokens.add_metric(("prompt",), self._prompt_tokens)
         tokens.add_metric(("completion",), self._completion_tokens)
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
-        waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._waiting))
+        waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._queue))
         histograms = (self._first_token, self._per_event, self._total, self._added)
         return [
             requests,
@@ -158,11 +159,11 @@ class Metrics(Collector):
         )
         now = self._time()
         for upstream in self._pool:
-            standing, _ = upstream.standing(now)
+            status, _ = upstream.status(now)
             for name in ("serving", "loading", "down"):
-                state.add_metric((upstream.url, name), float(standing == name))
+                state.add_metric((upstream.url, name), float(status == name))
             in_flight.add_metric((upstream.url,), upstream.in_flight)
-            left.add_metric((upstream.url,), upstream.left)
+            left.add_metric((upstream.url,), upstream.failovers)
         return [state, in_flight, left]
 
 

@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from gateway.observability import semconv
-from gateway.relay.exchange import CLIENT_LEFT, Exchange
+from gateway.relay.record import CLIENT_LEFT, Record
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _LONG_TEXT = 500
 
 
 class Trace:
-    """A request's spans. `ahead` is what the wall's clock shows more than the exchanges'; `call` is its upstream's."""
+    """A request's spans. `ahead` is what the wall's clock shows more than the records'; `call` is its upstream's."""
 
     __slots__ = ("_ahead", "call", "called_at", "calls", "request", "span_id", "trace_id")
 
@@ -51,7 +51,7 @@ class Trace:
         self._ahead = ahead
 
     def wall(self, seconds: float) -> int:
-        """The exchange's time as nanoseconds since the epoch."""
+        """The record's time as nanoseconds since the epoch."""
         return int((seconds + self._ahead) * 1e9)
 
 
@@ -74,13 +74,13 @@ class Tracer:
         self._exporter: SpanExporter = _Exporter()
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
-    def to_upstream(self, exchange: Exchange, lines: bytes) -> bytes:
+    def to_upstream(self, record: Record, lines: bytes) -> bytes:
         """The lines of a head that goes upstream, with the call's span as the parent of what is done there."""
-        trace = exchange.trace
+        trace = record.trace
         if not isinstance(trace, Trace):
-            trace = exchange.trace = self._begin(exchange)
+            trace = record.trace = self._begin(record)
         if trace.call is None:
-            trace.call = self._begin_call(exchange, trace)
+            trace.call = self._begin_call(record, trace)
         trace.calls += 1
         if b"\ntrace" in lines or lines[:5] == b"trace":
             lines = _CONTEXT.sub(b"", lines)
@@ -90,16 +90,16 @@ class Tracer:
             more += f"tracestate: {names.trace_state.to_header()}\r\n"
         return lines + more.encode("latin-1")
 
-    def finished(self, exchanges: list[Exchange]) -> None:
+    def finished(self, records: list[Record]) -> None:
         """These have ended."""
-        for exchange in exchanges:
-            trace = exchange.trace
+        for record in records:
+            trace = record.trace
             if not isinstance(trace, Trace):
-                trace = exchange.trace = self._begin(exchange)
+                trace = record.trace = self._begin(record)
             if trace.request.is_recording():
                 if trace.call is not None:
-                    _end_call(exchange, trace, trace.call)
-                _end(exchange, trace)
+                    _end_call(record, trace, trace.call)
+                _end(record, trace)
 
     def close(self) -> None:
         """Export what is left, as far as that goes soon."""
@@ -110,35 +110,35 @@ class Tracer:
         if closing.is_alive():
             self._exporter.shutdown()
 
-    def _begin(self, exchange: Exchange) -> Trace:
-        route = exchange.route
+    def _begin(self, record: Record) -> Trace:
+        route = record.route
         ahead = time.time() - time.monotonic()
         span = self._tracer.start_span(
             f"{route.method} {route.path}",
-            context=_parent_in(exchange.lines),
+            context=_parent_in(record.lines),
             kind=SpanKind.SERVER,
             attributes={
                 semconv.HTTP_REQUEST_METHOD: route.method,
                 semconv.HTTP_ROUTE: route.path,
                 semconv.URL_SCHEME: self._scheme,
             },
-            start_time=int((exchange.started_at + ahead) * 1e9),
+            start_time=int((record.started_at + ahead) * 1e9),
         )
         return Trace(span, ahead)
 
-    def _begin_call(self, exchange: Exchange, trace: Trace) -> Span:
+    def _begin_call(self, record: Record, trace: Trace) -> Span:
         """One span, however often it is sent: so the conventions have it for GenAI's."""
         if not trace.request.is_recording():
             return trace.request
-        upstream, route, model = exchange.upstream, exchange.route, exchange.model
+        upstream, route, model = record.upstream, record.route, record.model
         assert upstream is not None
-        assert exchange.sent_at is not None
-        trace.called_at = exchange.sent_at
+        assert record.sent_at is not None
+        trace.called_at = record.sent_at
         attributes: dict[str, AttributeValue] = {
             semconv.SERVER_ADDRESS: upstream.host,
             semconv.SERVER_PORT: upstream.port,
         }
-        if operation := semconv.OPERATIONS.get(exchange.target):
+        if operation := semconv.OPERATIONS.get(record.target):
             name = f"{operation} {model[:_LONG_NAME]}" if model else operation
             attributes[semconv.GEN_AI_OPERATION_NAME] = operation
             attributes[semconv.GEN_AI_PROVIDER_NAME] = semconv.VLLM
@@ -168,9 +168,9 @@ def _parent_in(lines: bytes) -> Context:
     return _W3C.extract(headers, Context()) if len(headers.get("traceparent", ())) == 1 else Context()
 
 
-def _end(exchange: Exchange, trace: Trace) -> None:
-    span, status, outcome = trace.request, exchange.status, exchange.outcome
-    attributes: dict[str, AttributeValue] = {semconv.RESPONSE_REQUEST_ID: [exchange.request_id]}
+def _end(record: Record, trace: Trace) -> None:
+    span, status, outcome = trace.request, record.status, record.outcome
+    attributes: dict[str, AttributeValue] = {semconv.RESPONSE_REQUEST_ID: [record.request_id]}
     if status != CLIENT_LEFT:  # which nobody has seen
         attributes[semconv.HTTP_RESPONSE_STATUS_CODE] = status
     if outcome == "done" and status >= 500:
@@ -181,30 +181,30 @@ def _end(exchange: Exchange, trace: Trace) -> None:
         if status >= 500 or (status < 400 and outcome != "client_left"):
             span.set_status(StatusCode.ERROR)
     span.set_attributes(attributes)
-    span.end(trace.wall(exchange.ended_at or exchange.started_at))
+    span.end(trace.wall(record.ended_at or record.started_at))
 
 
-def _end_call(exchange: Exchange, trace: Trace, span: Span) -> None:
-    upstream, usage, outcome = exchange.upstream, exchange.usage, exchange.outcome
+def _end_call(record: Record, trace: Trace, span: Span) -> None:
+    upstream, usage, outcome = record.upstream, record.usage, record.outcome
     attributes: dict[str, AttributeValue] = {}
     if trace.calls > 1 and upstream is not None:
         attributes[semconv.HTTP_REQUEST_RESEND_COUNT] = trace.calls - 1
         attributes[semconv.SERVER_ADDRESS] = upstream.host
         attributes[semconv.SERVER_PORT] = upstream.port
-    if exchange.streaming:
+    if record.streaming:
         attributes[semconv.GEN_AI_REQUEST_STREAM] = True
-        if exchange.first_byte_at is not None:
-            attributes[semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = exchange.first_byte_at - trace.called_at
+        if record.first_byte_at is not None:
+            attributes[semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK] = record.first_byte_at - trace.called_at
     if usage is not None:
         attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS], attributes[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = usage
-    if outcome == "done" and exchange.status >= 400:
-        outcome = str(exchange.status)  # what the upstream itself has said
+    if outcome == "done" and record.status >= 400:
+        outcome = str(record.status)  # what the upstream itself has said
     if outcome != "done":
         attributes[semconv.ERROR_TYPE] = outcome
         if outcome != "client_left":
             span.set_status(StatusCode.ERROR)
     span.set_attributes(attributes)
-    span.end(trace.wall(exchange.upstream_ended_at or exchange.ended_at or exchange.started_at))
+    span.end(trace.wall(record.upstream_ended_at or record.ended_at or record.started_at))
 
 
 class _Exporter(OTLPSpanExporter):

@@ -8,7 +8,7 @@ from array import array
 from collections import deque
 from typing import Any
 
-from gateway.relay.exchange import Exchange
+from gateway.relay.record import Record
 
 # First tokens are kept of so many answers, failures of so many requests.
 _FIRST_TOKENS = 1000
@@ -30,30 +30,30 @@ class Recent:
         self._took = array("d", bytes(8 * _FIRST_TOKENS))
         self._next = 0
 
-    def add(self, exchanges: list[Exchange]) -> None:
+    def add(self, records: list[Record]) -> None:
         """These have ended."""
-        self.requests += len(exchanges)
-        for exchange in exchanges:
-            if exchange.status >= 400 or exchange.outcome != "done":
-                self._failed(exchange)
-            elif exchange.streaming and exchange.first_byte_at is not None:
+        self.requests += len(records)
+        for record in records:
+            if record.status >= 400 or record.outcome != "done":
+                self._failed(record)
+            elif record.streaming and record.first_byte_at is not None:
                 at = self._next
-                self._came_at[at] = exchange.first_byte_at
-                self._took[at] = exchange.first_byte_at - exchange.started_at
+                self._came_at[at] = record.first_byte_at
+                self._took[at] = record.first_byte_at - record.started_at
                 self._next = (at + 1) % _FIRST_TOKENS
 
-    def _failed(self, exchange: Exchange) -> None:
-        if exchange.outcome == "client_left":
+    def _failed(self, record: Record) -> None:
+        if record.outcome == "client_left":
             return
         self.failed += 1
         self.failures.append(
             {
                 "time": round(time.time(), 3),
-                "status": exchange.status,
-                "outcome": exchange.outcome,
-                "path": exchange.route.path,
-                "request_id": exchange.request_id,
-                "upstream": exchange.upstream.url if exchange.upstream else None,
+                "status": record.status,
+                "outcome": record.outcome,
+                "path": record.route.path,
+                "request_id": record.request_id,
+                "upstream": record.upstream.url if record.upstream else None,
             }
         )
 

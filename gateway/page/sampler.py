@@ -16,7 +16,7 @@ from gateway.page import vllm_metrics
 from gateway.page.recent_requests import Recent
 from gateway.page.vllm_metrics import VllmLoad
 from gateway.pool.upstream_pool import Upstream
-from gateway.relay.exchange import DataPath
+from gateway.relay.data_path import DataPath
 from gateway.upstream.prober import Prober
 from gateway.wire import sse
 
@@ -207,7 +207,7 @@ class Sampler:
         known = [rate for rate in generated if rate is not None]
         return {
             "in_flight": len(self._path.in_flight),
-            "queue": len(self._path.waiting),
+            "queue": len(self._path.queue),
             "requests_per_second": _rounded(self._requests.a_second),
             "errors_per_second": _rounded(self._failed.a_second),
             "first_token_p50": _rounded(first_tokens[0]),

@@ -6,32 +6,32 @@ from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
 
-class Call(Protocol):
+class WaitingCall(Protocol):
     """What may wait."""
 
     model: str | None
 
-    def room(self) -> bool:
+    def try_admit(self) -> bool:
         """There may be room now; True if it was taken."""
 
 
-C = TypeVar("C", bound=Call)
+C = TypeVar("C", bound=WaitingCall)
 
 
-class Waiting(OrderedDict[C, None], Generic[C]):
-    """The calls that wait, at most `most` of them.
+class AdmissionQueue(OrderedDict[C, None], Generic[C]):
+    """The calls that wait, at most `max_queue` of them.
 
-    Not a plain dict, which takes ever longer to find its first once many have left it; and nothing around one, as every
-    request asks whether somebody waits.
+    An OrderedDict, because taking the first key of a plain dict is O(n) after many deletions. Nothing is around it, as
+    every request asks whether somebody waits.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_queue: int) -> None:
         super().__init__()
-        self.most = most
+        self.max_queue = max_queue
 
     def add(self, call: C) -> bool:
         """Wait behind all others; False where too many wait."""
-        if len(self) >= self.most:
+        if len(self) >= self.max_queue:
             return False
         self[call] = None
         return True
@@ -40,9 +40,9 @@ class Waiting(OrderedDict[C, None], Generic[C]):
         """It waits no longer."""
         self.pop(call, None)
 
-    def room(self) -> None:
+    def wake(self) -> None:
         """There may be room: it is for the first that can use it, as not every upstream serves every model."""
         full = set()
         for call in list(self):
-            if call.model not in full and not call.room():
+            if call.model not in full and not call.try_admit():
                 full.add(call.model)

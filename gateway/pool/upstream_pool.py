@@ -27,8 +27,8 @@ class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
     `models` is its model list's ids, empty until it was read, and `contexts` the most tokens of a prompt
-    and its answer that each of them takes, where the list has that. `hears` says whether it takes speech,
-    where that was asked, `why` why it does not serve. `left` counts the calls that it did not take and
+    and its answer that each of them takes, where the list has that. `supports_audio` says whether it takes speech,
+    where that was asked, `why` why it does not serve. `failovers` counts the calls that it did not take and
     that another was asked for instead.
     """
 
@@ -42,12 +42,12 @@ class Upstream:
     why: str = "not probed yet"
     models: tuple[str, ...] = ()
     contexts: dict[str, int] = field(default_factory=dict)
-    hears: bool = False
+    supports_audio: bool = False
     in_flight: int = 0
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
-    left: int = field(default=0, repr=False)
+    failovers: int = field(default=0, repr=False)
 
     @classmethod
     def from_url(cls, url: str) -> Upstream:
@@ -57,13 +57,13 @@ class Upstream:
         host = parts.hostname or ""
         return cls(url, host, parts.port or (443 if tls else 80), tls, parts.path, parts.netloc)
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """A real call came through."""
         if self.broken_in_a_row >= BROKEN_IN_A_ROW:
             _log.info("upstream %s answers again", self.url)
         self.broken_in_a_row = 0
 
-    def broke(self, now: float) -> None:
+    def record_failure(self, now: float) -> None:
         """A real call failed by the upstream's fault."""
         self.broken_in_a_row += 1
         self.broken_at = now
@@ -79,7 +79,7 @@ class Upstream:
         """Whether its last calls all broke and it is not yet time for another trial."""
         return self.broken_in_a_row >= BROKEN_IN_A_ROW and now - self.broken_at < TRIAL_AFTER
 
-    def standing(self, now: float) -> tuple[State, str]:
+    def status(self, now: float) -> tuple[State, str]:
         """Its state and why: one that fails its calls is down, whatever its probes say."""
         if self.state == "serving" and self.failing(now):
             return "down", f"its last calls broke, {self.broken_in_a_row} in a row"
@@ -92,13 +92,19 @@ class Upstream:
 
 
 class UpstreamPool:
-    """All upstreams. What is known of them only ranks them: even a bad one is better than none."""
+    """All upstreams. Health ranks them and never excludes one: with no healthy one left, the least bad is tried."""
 
-    def __init__(self, upstreams: tuple[Upstream, ...], *, most: float = math.inf, most_each: float = math.inf) -> None:
-        """Room for `most` calls in flight, and for `most_each` to any one upstream."""
+    def __init__(
+        self,
+        upstreams: tuple[Upstream, ...],
+        *,
+        max_in_flight: float = math.inf,
+        max_in_flight_per_upstream: float = math.inf,
+    ) -> None:
+        """Room for `max_in_flight` calls in flight, and for `max_in_flight_per_upstream` to any one upstream."""
         self._upstreams = upstreams
-        self._most = most
-        self._most_each = min(most, most_each)
+        self._max_in_flight = max_in_flight
+        self._max_in_flight_per_upstream = min(max_in_flight, max_in_flight_per_upstream)
         self._turn = 0
         self._retries = _RETRIES
 
@@ -116,30 +122,30 @@ class UpstreamPool:
         """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
         return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
 
-    def choose(self, model: str | None, now: float, *, hears: bool = False) -> Upstream | None:
+    def select(self, model: str | None, now: float, *, audio: bool = False) -> Upstream | None:
         """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.
 
-        `hears` asks for one that takes speech, whatever its model. What none serves is for any to refuse. Ties go
+        `audio` asks for one that takes speech, whatever its model. What none serves is for any to refuse. Ties go
         round. A worse one does not stand in for a full one: it would only break the call.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
-            return upstreams[0] if upstreams[0].in_flight < self._most_each else None
-        if sum(upstream.in_flight for upstream in upstreams) >= self._most:
+            return upstreams[0] if upstreams[0].in_flight < self._max_in_flight_per_upstream else None
+        if sum(upstream.in_flight for upstream in upstreams) >= self._max_in_flight:
             return None
-        best = self._best(self._serving(model, hears=hears), now)
+        best = self._best(self._serving(model, audio=audio), now)
         if best is not None:
             self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
         return best
 
-    def another(
-        self, model: str | None, now: float, *, instead_of: Upstream, ready: bool, hears: bool = False
+    def select_other(
+        self, model: str | None, now: float, *, instead_of: Upstream, ready: bool, audio: bool = False
     ) -> Upstream | None:
         """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.
 
         `ready`: only one that would be asked first.
         """
-        others = [one for one in self._serving(model, hears=hears) if one is not instead_of]
+        others = [one for one in self._serving(model, audio=audio) if one is not instead_of]
         if ready:
             others = [one for one in others if _rank(one, now) == 0]
         if not others or self._retries < 1:
@@ -147,16 +153,16 @@ class UpstreamPool:
         best = self._best(others, now)
         if best is not None:
             self._retries -= 1
-            instead_of.left += 1
+            instead_of.failovers += 1
         return best
 
-    def _serving(self, model: str | None, *, hears: bool) -> Sequence[Upstream]:
-        able = [one for one in self._upstreams if (one.hears if hears else model in one.models)]
+    def _serving(self, model: str | None, *, audio: bool) -> Sequence[Upstream]:
+        able = [one for one in self._upstreams if (one.supports_audio if audio else model in one.models)]
         return able or self._upstreams
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))
-        if best.in_flight >= self._most_each:
+        if best.in_flight >= self._max_in_flight_per_upstream:
             return None
         self._turn += 1
         best.chosen_at = self._turn

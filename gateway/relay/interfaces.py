@@ -1,4 +1,4 @@
-"""What an exchange acts on and what it is told by: the client's side, the upstream's, and a request's other form."""
+"""What an exchange acts on, and what it is told by: the client's side, the upstream's, and the periodic work."""
 
 from __future__ import annotations
 
@@ -101,39 +101,15 @@ class Credentials(Protocol):
         """
 
 
-class Trace(Protocol):
-    """What names a request where it is traced: its trace, and the span that is its own."""
+class Call(Protocol):
+    """The exchange as the periodic work and the queue see it. No time limit of it can have passed before `deadline`."""
 
-    trace_id: str
-    span_id: str
-
-
-class TranslatedStream(Protocol):
-    """Makes the reply's stream, whose head is `head`, of the upstream's."""
-
-    head: AnswerHead
-
-    def feed(self, data: bytes) -> bytes:
-        """What goes out for these bytes; raises GatewayError where they are not what was to come."""
-
-    def failed(self, envelope: bytes) -> bytes:
-        """What goes out last for an error of our own."""
-
-
-class Translation(Protocol):
-    """A checked request in a form that is not vLLM's: what `target` is asked, and how its answer goes back."""
-
+    request_id: str
     model: str | None
-    streaming: bool
+    deadline: float
 
-    @property
-    def target(self) -> str: ...
+    def check_timeouts(self) -> None:
+        """End it if a limit has passed, or set `deadline` to when one may."""
 
-    def to_call(self, model: str) -> bytes:
-        """The upstream's body; raises BadRequest."""
-
-    def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply; raises UpstreamBroken."""
-
-    def to_stream(self) -> TranslatedStream | None:
-        """None where the upstream's stream goes on as it is."""
+    def try_admit(self) -> bool:
+        """There may be room upstream; True if it was taken."""

@@ -1,11 +1,12 @@
-"""A data-path request whose body goes up as it comes, so that a large one is not held."""
+"""A call whose body goes up as it comes, so that a large one is not held."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from gateway.pool.upstream_pool import Upstream
-from gateway.relay.exchange import DataPath, Exchange
+from gateway.relay.data_path import DataPath
+from gateway.relay.exchange import RENEWING, Exchange
 from gateway.relay.interfaces import Client, Connection
 from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
 from gateway.wire.heads import AnswerHead, RequestHead
@@ -35,7 +36,7 @@ class Upload(Exchange):
 
     __slots__ = ("_all_came", "_blocked", "_uploader")
 
-    _hears = True
+    _needs_audio = True
 
     def __init__(self, path: DataPath, client: UploadingClient, route: Route, target: str, head: RequestHead) -> None:
         super().__init__(path, client, route, target, head)
@@ -51,14 +52,16 @@ class Upload(Exchange):
         super().begin(length)
         if self.outcome:
             return
-        kind = self._request.content_type
+        request, kind = self._request, self._request.content_type
         if not kind.lower().startswith(b"multipart/form-data"):
             said = repr(kind[:40].decode("latin-1")) if kind else "missing"
             self.fail(UnsupportedType(f"Content-Type must be multipart/form-data, with a file, but it is {said}."))
-        else:
-            now = self._path.time()
-            if not self._begins(now):
-                self._wait(now)
+            return
+        self._framing = f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
+        self._lines = b"content-type: %b\r\n%b" % (kind, request.lines)
+        now = self._path.time()
+        if not self._try_start(now):
+            self._enqueue(now)
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -66,12 +69,12 @@ class Upload(Exchange):
             return
         self._last_read_at = self._path.time()
         self._size += len(data)
-        if self._size > self._path.limits.max_body:
+        if self._size > self._path.limits.max_body_bytes:
             self.fail(self._too_large())
         elif self._connection is not None:
             self._connection.send(self._framed(data))
         else:
-            self._pieces.append(data)
+            self._body.append(self._framed(data))
             if self._size > HELD:
                 self.upstream_paused()
 
@@ -90,11 +93,14 @@ class Upload(Exchange):
         if self._blocked:  # its end came with what blocked it
             self._blocked = False
             self._uploader.resume()
-        if self._connection is not None:
-            self.sent_at = self.received_at
-            if end := self._framed(b""):
-                self._connection.send(end)
-            self.due = self._next_limit(self.received_at)
+        end = self._framed(b"")
+        if self._connection is None:
+            self._body.append(end)
+            return
+        self.sent_at = self.received_at
+        if end:
+            self._connection.send(end)
+        self.deadline = self._next_timeout(self.received_at)
 
     def _framed(self, data: bytes) -> bytes:
         return data if self._request.length else b"%x\r\n%b\r\n" % (len(data), data)
@@ -115,54 +121,40 @@ class Upload(Exchange):
         """The upstream takes more."""
         if self._blocked and not self.outcome:
             now = self._path.time()
-            self._begun_at += now - self._last_read_at  # the time in which nothing could come is not the client's
+            self._attempt_started_at += now - self._last_read_at  # the client could send nothing in this time
             self._last_read_at = now
             self._blocked = False
-            self.due = self._next_limit(now)
+            self.deadline = self._next_timeout(now)
             self._uploader.resume()
-
-    def _to_upstream(self) -> bytes:
-        """The head, and what is held of the body."""
-        request, upstream, held = self._request, self.upstream, self._pieces
-        assert upstream is not None
-        self._pieces = []
-        if self._all_came:
-            held.append(b"")
-        head = (
-            f"POST {upstream.prefix}{self.target} HTTP/1.1\r\nhost: {upstream.authority}\r\n"
-            f"x-request-id: {self.request_id}\r\n"
-        )
-        head += f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
-        if self._shown:
-            head += f"authorization: {self._shown}\r\n"
-        kind = b"content-type: %b\r\n" % request.content_type if request.content_type else b""
-        traced = self._path.traced
-        lines = request.lines if traced is None else traced(self, request.lines)
-        return b"".join((head.encode("latin-1"), kind, lines, b"\r\n", *map(self._framed, held)))
 
     def upstream_connected(self, connection: Connection) -> None:
         """A connection is there, for what has come and what is to come."""
         was_blocked, self._blocked = self._blocked, False
-        self._last_read_at = self._begun_at = self._path.time()
+        self._last_read_at = self._attempt_started_at = self._path.time()
         super().upstream_connected(connection)
         if self._connection is not None:
-            self.due = self._next_limit(self._begun_at)
+            self.deadline = self._next_timeout(self._attempt_started_at)
             if was_blocked and not self._blocked:  # the sending may have paused it again
                 self._uploader.resume()
 
-    def _taken_over(self, refusal: AnswerHead) -> bool:
-        return False
+    def _to_upstream(self) -> bytes:
+        request = super()._to_upstream()
+        self._body.clear()  # nothing is sent twice
+        return request
 
-    def _shown_anew(self) -> bool:
-        dealt_with = super()._shown_anew()
-        if dealt_with:
-            self.credentials_renewed(None)  # the next one finds it; to wait for it would help this one nothing
-        return dealt_with
+    def _is_dealt_with(self, refusal: AnswerHead) -> bool:
+        """Whether other credentials are asked for; the next call finds them, and to wait would not help this one."""
+        if refusal.status != 401 or not self._renew_credentials():
+            return False
+        self.credentials_renewed(None)
+        return True
 
     def credentials_renewed(self, error: GatewayError | None) -> None:
-        """There is something else to show, but nothing left to send."""
+        """There may be other credentials, but nothing is left to send."""
+        if self._state is not RENEWING:
+            return
         if error is not None:
-            super().credentials_renewed(error)
+            self._upstream_failed(error)
         else:
             self.fail(
                 NoneReady(
@@ -190,14 +182,14 @@ class Upload(Exchange):
     def _is_coming(self) -> bool:
         return self._connection is not None and not self._all_came and not self._blocked
 
-    def look_at_limits(self) -> None:
+    def check_timeouts(self) -> None:
         """Those of a body hold for as long as it comes and may come."""
-        late = self._late_body(self._path.time(), self._begun_at) if self._is_coming else None
+        late = self._late_body(self._path.time(), self._attempt_started_at) if self._is_coming else None
         if late is not None:
             self.fail(late)
         else:
-            super().look_at_limits()
+            super().check_timeouts()
 
-    def _next_limit(self, now: float) -> float:
-        limit = super()._next_limit(now)
-        return min(limit, self._body_due(self._begun_at)) if self._is_coming else limit
+    def _next_timeout(self, now: float) -> float:
+        limit = super()._next_timeout(now)
+        return min(limit, self._body_deadline(self._attempt_started_at)) if self._is_coming else limit

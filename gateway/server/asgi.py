@@ -10,6 +10,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED, Exchange
 from gateway.relay.upload import Upload
 from gateway.wire.errors import GatewayError
@@ -46,7 +47,7 @@ class Relay:
         client.asked_for = not any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"]
         )
-        kind = Upload if self._route.body == "upload" else Exchange
+        kind = Upload if self._route.body == "upload" else BufferedCall
         exchange = client.exchange = kind(path, client, self._route, target, head)
         if self._route.body == "upload":
             # Whose reader may wait for something else: it then sees at once that the client has left.

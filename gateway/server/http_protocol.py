@@ -19,9 +19,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.relay.exchange import DataPath, new_request_id
+from gateway.relay.data_path import DataPath
 from gateway.wire.errors import BadRequest, Draining, GatewayError, HeadTimeout, HeadTooLarge
-from gateway.wire.heads import lines, too_large
+from gateway.wire.heads import lines, new_request_id, too_large
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Protocol(HttpToolsProtocol):
             # A head that does not end is not kept without end, nor what is no body in the midst of one: trailers, and
             # what stands behind a chunk's size. What came with its beginning may be of a body before it.
             self._head_size = 0 if self._head_size < 0 else self._head_size + len(data)
-            if self._head_size > self._path.head_limits.size:
+            if self._head_size > self._path.head_limits.max_head_bytes:
                 self._in_head = False
                 self._stop(HeadTooLarge(too_large(self._path.head_limits)))
 
@@ -226,7 +226,7 @@ class Protocol(HttpToolsProtocol):
         """The path and query of a target, so that uvicorn, which would break off, can read them."""
         found = _TARGET.fullmatch(target)
         # What is longer than may be is told so by what is left of it; uvicorn reads 65,535 bytes.
-        return found[1][: self._path.head_limits.url + 2] if found else _NO_PATH
+        return found[1][: self._path.head_limits.max_url_bytes + 2] if found else _NO_PATH
 
     def on_body(self, body: bytes) -> None:
         self._head_size = -1
@@ -303,9 +303,11 @@ class Protocol(HttpToolsProtocol):
         """
         limits = self._path.limits
         answered = self.cycle is None or self.cycle.response_complete  # an answer is not cut for what comes after it
-        if answered and self._awaited_since is not None and now - self._awaited_since >= limits.header:
+        if answered and self._awaited_since is not None and now - self._awaited_since >= limits.header_timeout:
             if self._in_head:
-                self._refuse(HeadTimeout(f"No whole head came within {limits.header:g} s (GATEWAY_HEADER_TIMEOUT)."))
+                self._refuse(
+                    HeadTimeout(f"No whole head came within {limits.header_timeout:g} s (GATEWAY_HEADER_TIMEOUT).")
+                )
             else:
                 self.transport.close()
         elif answered and self._in_head and self._path.time() >= self._path.drain.ends_at:
@@ -315,7 +317,7 @@ class Protocol(HttpToolsProtocol):
             # And what the system holds: it takes more of ours only once a third of that is gone.
             unsent += _unsent_by_the_system(self.transport.get_extra_info("socket"))
         if unsent and unsent >= self._unsent > 0:
-            if now - self._stuck_since >= limits.client_write:
+            if now - self._stuck_since >= limits.client_write_timeout:
                 self._stuck()
         else:
             self._stuck_since = now

@@ -11,10 +11,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.relay.exchange import FAILED, new_request_id
+from gateway.relay.exchange import FAILED
 from gateway.server.responses import no_path, to_response
 from gateway.wire.errors import GatewayError
-from gateway.wire.heads import RequestHead, fault_of
+from gateway.wire.heads import RequestHead, fault_of, new_request_id
 
 _log = logging.getLogger(__name__)
 

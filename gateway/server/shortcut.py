@@ -12,7 +12,8 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.relay.exchange import FAILED, Exchange
+from gateway.relay.buffered_call import BufferedCall
+from gateway.relay.exchange import FAILED
 from gateway.server.http_protocol import Protocol, SharedState
 from gateway.wire.errors import GatewayError
 from gateway.wire.head_cache import SameHead
@@ -55,7 +56,7 @@ class Shortcut(Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         # The running request, if any, and what uvicorn asks its cycle for.
-        self._exchange: Exchange | None = None
+        self._exchange: BufferedCall | None = None
         self.keep_alive = True
         self.response_started = False
         self.response_complete = True
@@ -93,9 +94,9 @@ class Shortcut(Protocol):
         except Exception as error:
             self._failed(exchange, error)
 
-    def _begin(self, head: RequestHead, route: Route) -> Exchange:
+    def _begin(self, head: RequestHead, route: Route) -> BufferedCall:
         path = self.app_state["data_path"]
-        exchange = self._exchange = Exchange(path, self, route, route.path, head)
+        exchange = self._exchange = BufferedCall(path, self, route, route.path, head)
         self.cycle = self
         self.keep_alive = not path.drain.began
         self.response_started = self.response_complete = False
@@ -175,7 +176,7 @@ class Shortcut(Protocol):
         else:
             super().send_400_response(msg)
 
-    def _failed(self, exchange: Exchange, error: Exception) -> None:
+    def _failed(self, exchange: BufferedCall, error: Exception) -> None:
         _log.error("the exchange failed (request id %s)", exchange.request_id, exc_info=error)
         self.keep_alive = False
         exchange.fail(GatewayError(FAILED))

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.config.secrets import client_keys
 from gateway.config.settings import Settings, SettingsError
 from gateway.config.tls import load_certificate, own_tls
-from gateway.relay.exchange import DataPath, Drain
+from gateway.relay.data_path import DataPath, Drain
 from gateway.server.http_protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.server.listener import BACKLOG, accept_the_last
 from gateway.server.memory import settle
@@ -193,8 +193,8 @@ class Server(uvicorn.Server):
         """After a second signal, or for what no limit has ended: each gets its error, and its log line."""
         state = self.lifespan.state
         self._drain.ends_at = time.monotonic()
-        for exchange in state["data_path"].due():
-            exchange.look_at_limits()
+        for call in state["data_path"].overdue():
+            call.check_timeouts()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=1)
         await asyncio.sleep(0)  # for what the system did not take at once

@@ -55,19 +55,19 @@ class Prober:
         credentials: FixedKey | Tokens,
         tls: ssl.SSLContext | None = None,
         reads_template: bool = True,
-        asks_for_hearing: bool = False,
+        probe_audio: bool = False,
     ) -> None:
         """`model` is the configured one, `interval` the seconds between two probes of one that serves.
 
         `credentials` are what calls show, too, `tls` says whom to trust. `reads_template` where chats are relayed: a
-        model for anything else may have none. `asks_for_hearing` where it matters which upstreams take speech.
+        model for anything else may have none. `probe_audio` where it matters which upstreams take speech.
         """
         self._pool = pool
         self._interval = interval
         self._model = model
         self._system_role = system_role
         self._reads_template = reads_template
-        self._asks_for_hearing = asks_for_hearing
+        self._probe_audio = probe_audio
         self._credentials = credentials
         # A proxy set for downloads must not catch a probe.
         self._client = httpx.AsyncClient(
@@ -130,7 +130,7 @@ class Prober:
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
             if state == "serving":
-                upstream.succeeded()  # it is back, and not to be held to what broke before
+                upstream.record_success()  # it is back, and not to be held to what broke before
         upstream.state, upstream.why = state, why
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
@@ -149,8 +149,8 @@ class Prober:
         if self._model is not None and self._model not in served:
             return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
         if upstream not in self._known:
-            if self._asks_for_hearing:
-                upstream.hears = await self._has(upstream, "/v1/audio/transcriptions")
+            if self._probe_audio:
+                upstream.supports_audio = await self._has(upstream, "/v1/audio/transcriptions")
             if self._reads_template:
                 why = await self._template_problem(upstream, self._model or served[0])
                 if why:
@@ -203,13 +203,13 @@ class Prober:
         return [
             {
                 "url": upstream.url,
-                "state": standing[0],
-                "why": standing[1],
+                "state": status[0],
+                "why": status[1],
                 "models": upstream.models,
                 "in_flight": upstream.in_flight,
             }
             for upstream in self._pool
-            for standing in [upstream.standing(now)]
+            for status in [upstream.status(now)]
         ]
 
 

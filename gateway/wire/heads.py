@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from random import getrandbits
 
 from gateway.wire.errors import BadRequest, GatewayError, HeadTooLarge, UnsupportedEncoding, UrlTooLong
 
@@ -130,16 +131,16 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class HeadLimits:
-    """The most bytes of a head and of a target, and the most headers."""
+    """The most bytes of a head, the most headers, and the most bytes of a target, by the settings' names."""
 
-    size: int
-    count: int
-    url: int
+    max_head_bytes: int
+    max_headers: int
+    max_url_bytes: int
 
 
 def too_large(limits: HeadLimits) -> str:
     """What is said of a head that has too many bytes."""
-    return f"The request's head must be at most {limits.size} bytes (GATEWAY_MAX_HEAD_BYTES)."
+    return f"The request's head must be at most {limits.max_head_bytes} bytes (GATEWAY_MAX_HEAD_BYTES)."
 
 
 def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -> GatewayError | None:
@@ -158,12 +159,12 @@ def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -
     if head.coding is not None and head.coding.lower() != b"chunked":
         shown = head.coding[:60].decode("latin-1")
         return UnsupportedEncoding(f"Transfer-Encoding must be absent or chunked, but it is {shown!r}.")
-    if target > limits.url:
-        return UrlTooLong(f"The request's target must be at most {limits.url} bytes (GATEWAY_MAX_URL_BYTES).")
-    if head.size + target > limits.size:
+    if target > limits.max_url_bytes:
+        return UrlTooLong(f"The request's target must be at most {limits.max_url_bytes} bytes (GATEWAY_MAX_URL_BYTES).")
+    if head.size + target > limits.max_head_bytes:
         return HeadTooLarge(too_large(limits))
-    if head.count > limits.count:
-        return HeadTooLarge(f"The request must have at most {limits.count} headers (GATEWAY_MAX_HEADERS).")
+    if head.count > limits.max_headers:
+        return HeadTooLarge(f"The request must have at most {limits.max_headers} headers (GATEWAY_MAX_HEADERS).")
     return None
 
 
@@ -211,6 +212,11 @@ def not_forwarded(names: frozenset[bytes], known: dict[bytes, bytes]) -> frozens
     if b"connection" not in known:
         return names
     return names | {token.strip().lower() for token in known[b"connection"].split(b",")}
+
+
+def new_request_id() -> str:
+    """Unique, but no secret."""
+    return getrandbits(128).to_bytes(16).hex()
 
 
 def sane_request_id(value: bytes | None) -> str | None:

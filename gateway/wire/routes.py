@@ -8,6 +8,8 @@ from typing import Literal
 
 from gateway.wire.sse import Ends
 
+BodyKind = Literal["chat", "json", "none", "generate", "ask", "upload"]
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -23,7 +25,7 @@ class Route:
     method: Literal["GET", "POST"]
     path: str
     about: str
-    body: Literal["chat", "json", "none", "generate", "ask", "upload"] = "json"
+    body: BodyKind = "json"
     streams: bool = False
     ends: Ends = "done"
 

@@ -27,6 +27,8 @@ _SEQUENCE = re.compile(rb'"sequence_number": ?(\d{1,9})\b')
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
 _BLANK = (b"\n\n", b"\n\r\n", b"\r\r")
+# What is kept of an event that passes in pieces: its first line names it.
+_BEGINNING = 64
 
 
 def end_of_last_event(data: bytes) -> int:
@@ -66,6 +68,39 @@ def data_of(event: bytes) -> bytes | None:
     return b"\n".join(lines) if lines else None
 
 
+class WholeEvents:
+    """Whole events pass and the beginning of the next one waits, however the bytes were split.
+
+    An event is held back until its end, up to `limit` bytes in `held`. A larger one passes in pieces: `is_cut` is true
+    until it ends, and `beginning` is what it began with. `unfinished` is true while either is so.
+    """
+
+    __slots__ = ("_limit", "beginning", "held", "is_cut", "unfinished")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = b""
+        self.is_cut = False
+        self.beginning = b""
+        self.unfinished = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events, or the piece of one that is too large, that can go on now."""
+        if self.held:
+            data = self.held + data
+            self.held = b""
+        end = end_of_last_event(data)
+        if len(data) - end > self._limit:
+            if end or not self.is_cut:
+                self.beginning = data[end : end + _BEGINNING]
+            self.is_cut = self.unfinished = True
+            return data
+        self.held = data[end:]
+        self.is_cut = self.is_cut and not end
+        self.unfinished = self.is_cut or bool(self.held)
+        return data[:end]
+
+
 class Decoder:
     """Bytes in, the data of each whole event out, however the bytes were split.
 
@@ -74,16 +109,14 @@ class Decoder:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._rest = b""
+        self._events = WholeEvents(limit)
 
     def feed(self, data: bytes) -> list[bytes]:
         """The data of the events that end in these bytes."""
-        data = self._rest + data
-        end = end_of_last_event(data)
-        self._rest = data[end:]
-        if len(self._rest) > self._limit:
+        whole = self._events.feed(data)
+        if self._events.is_cut:
             raise ValueError(f"an event is larger than {self._limit} bytes")
-        return [found for event in _EVENT_END.split(data[:end]) if (found := data_of(event)) is not None]
+        return [found for event in _EVENT_END.split(whole) if (found := data_of(event)) is not None]
 
 
 def encode(data: bytes) -> bytes:

@@ -45,12 +45,8 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
     parts = sections(file.read_text())
     (method, path, *given), request = parts["request"]
     settings: dict[str, Any] = dict(word.split("=") for word in given)
-    if "style" not in settings and "stream_style" in settings:
-        settings["style"] = settings.pop("stream_style")
-    if settings.get("connector"):
-        settings["flattens"] = settings.pop("connector") == "langchain"
-    if release := settings.pop("compat", None):
-        settings |= {"release": release, "style": STYLES[release]}
+    if "compat" in settings:
+        settings["stream_style"] = STYLES[settings["compat"]]
     talk = Conversation(
         route=BY_PATH[method, path], headers=((b"x-request-id", b"corpus"),), models=("demo",), **settings
     )

@@ -168,7 +168,7 @@ def test_a_time_is_in_utc_and_has_milliseconds(milliseconds: int) -> None:
 
 def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
     talk = ended()
-    RequestLog(log.writer, "json").exchanges([talk.exchange])
+    RequestLog(log.writer, "json").records([talk.exchange])
     (line,) = map(json.loads, log.lines())
     assert line.pop("time").endswith("Z")
     assert line == {
@@ -192,7 +192,7 @@ def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
 def test_a_text_line_starts_with_what_the_eye_looks_for_and_leaves_out_what_is_unknown(log: Log) -> None:
     talk = Conversation(models=(), headers=((b"x-request-id", b"id-1"),))
     talk.ask(b"no JSON")
-    RequestLog(log.writer, "text").exchanges([talk.exchange])
+    RequestLog(log.writer, "text").records([talk.exchange])
     (line,) = log.lines()
     time, rest = line.split(b" ", 1)
     assert time.endswith(b"Z")
@@ -203,7 +203,7 @@ def test_a_text_line_starts_with_what_the_eye_looks_for_and_leaves_out_what_is_u
 
 @FORMATS
 def test_no_prompt_reply_or_key_is_logged(form: Format, log: Log) -> None:
-    RequestLog(log.writer, form).exchanges([ended().exchange])
+    RequestLog(log.writer, form).records([ended().exchange])
     (line,) = log.lines()
     assert b"id-1" in line
     assert not [secret for secret in (b"a prompt", b"a reply", b"secret") if secret in line]
@@ -214,7 +214,7 @@ def test_a_client_cannot_make_a_line_long_by_the_name_of_a_model(form: Format, l
     talk = Conversation(headers=((b"x-request-id", b"id-1"),))
     talk.ask({"messages": [], "model": "x" * 50_000})
     talk.leave()
-    RequestLog(log.writer, form).exchanges([talk.exchange])
+    RequestLog(log.writer, form).records([talk.exchange])
     (line,) = log.lines()
     assert len(line) < 1000
 
@@ -222,7 +222,7 @@ def test_a_client_cannot_make_a_line_long_by_the_name_of_a_model(form: Format, l
 @FORMATS
 def test_without_a_writer_nothing_is_logged(form: Format) -> None:
     RequestLog(None, form).other("id-1", "GET", "/", 200, 0.0)
-    RequestLog(None, form).exchanges([ended().exchange])
+    RequestLog(None, form).records([ended().exchange])
 
 
 @pytest.mark.usefixtures("own_logging")

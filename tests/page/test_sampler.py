@@ -11,7 +11,7 @@ import pytest
 from gateway.page.recent_requests import Recent
 from gateway.page.sampler import _Rate
 from gateway.page.vllm_metrics import VllmLoad, read
-from gateway.relay.exchange import Exchange
+from gateway.relay.record import Record
 from tests.support.fake_vllm import METRICS
 
 TWO_ENGINES = METRICS + METRICS.replace(b'engine="0"', b'engine="1"').replace(b"0.25", b"0.5")
@@ -55,7 +55,7 @@ class Ended:
 
 def added(*ended: Ended, to: Recent | None = None) -> Recent:
     recent = to or Recent()
-    recent.add([cast(Exchange, one) for one in ended])  # which has more than is looked at here
+    recent.add([cast(Record, one) for one in ended])  # which has more than is looked at here
     return recent
 
 

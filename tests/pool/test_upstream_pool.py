@@ -23,7 +23,7 @@ def upstream(
 
 def broken(made: Upstream, times: int, now: float = 0.0) -> Upstream:
     for _ in range(times):
-        made.broke(now)
+        made.record_failure(now)
     return made
 
 
@@ -64,44 +64,44 @@ def test_three_broken_calls_in_a_row_make_an_upstream_fail_for_fifteen_seconds(
 
 def test_a_success_ends_the_row_of_broken_calls() -> None:
     made = broken(upstream(), 3)
-    made.succeeded()
+    made.record_success()
     broken(made, 2)
     assert not made.failing(0)
 
 
 def test_a_trial_that_breaks_makes_it_fail_again_at_once() -> None:
     made = broken(upstream(), 3, now=0)
-    made.broke(20)
+    made.record_failure(20)
     assert made.failing(20)
 
 
 def test_the_upstream_with_the_fewest_calls_in_flight_is_chosen() -> None:
     few = upstream("few", in_flight=1)
     pool = UpstreamPool((upstream("many", in_flight=2), few, upstream("more", in_flight=3)))
-    assert all(pool.choose("m", 0) is few for _ in range(6))
+    assert all(pool.select("m", 0) is few for _ in range(6))
 
 
 def test_ties_go_round() -> None:
     pool = UpstreamPool((upstream("a"), upstream("b"), upstream("c")))
-    chosen = Counter(one.host for _ in range(9) if (one := pool.choose("m", 0)))
+    chosen = Counter(one.host for _ in range(9) if (one := pool.select("m", 0)))
     assert chosen == {"a": 3, "b": 3, "c": 3}
 
 
 def test_ties_go_round_for_each_model_however_the_models_alternate() -> None:
     pool = UpstreamPool((upstream("a1", models=("a",)), upstream("a2", models=("a",)), upstream("b", models=("b",))))
-    chosen = Counter(one.host for at in range(12) if (one := pool.choose("ab"[at % 2], 0)))
+    chosen = Counter(one.host for at in range(12) if (one := pool.select("ab"[at % 2], 0)))
     assert chosen == {"a1": 3, "a2": 3, "b": 6}
 
 
 @pytest.mark.parametrize("model", ["other", None])
 def test_a_model_that_none_serves_is_for_any_of_them_to_refuse(model: str | None) -> None:
     pool = UpstreamPool((upstream("a"), upstream("b")))
-    assert {one.host for _ in range(4) if (one := pool.choose(model, 0))} == {"a", "b"}
+    assert {one.host for _ in range(4) if (one := pool.select(model, 0))} == {"a", "b"}
 
 
 def test_only_an_upstream_that_serves_the_model_is_chosen() -> None:
     right = upstream("right", state="down", models=("other", "m"), in_flight=9)
-    assert UpstreamPool((upstream("wrong", models=("other",)), right)).choose("m", 0) is right
+    assert UpstreamPool((upstream("wrong", models=("other",)), right)).select("m", 0) is right
 
 
 def test_one_that_serves_goes_before_one_that_fails_and_that_before_one_that_is_not_there() -> None:
@@ -109,85 +109,88 @@ def test_one_that_serves_goes_before_one_that_fails_and_that_before_one_that_is_
     failing = broken(upstream("failing", in_flight=5), 3)
     loading, down = upstream("loading", "loading", in_flight=1), upstream("down", "down", in_flight=2)
     pool = UpstreamPool((down, failing, loading, serving))
-    assert pool.choose("m", 0) is serving
-    assert pool.another("m", 0, instead_of=serving, ready=False) is failing
-    assert pool.another("m", 0, instead_of=serving, ready=True) is None
-    assert serving.left == 1
-    assert UpstreamPool((down, loading)).choose("m", 0) is loading
+    assert pool.select("m", 0) is serving
+    assert pool.select_other("m", 0, instead_of=serving, ready=False) is failing
+    assert pool.select_other("m", 0, instead_of=serving, ready=True) is None
+    assert serving.failovers == 1
+    assert UpstreamPool((down, loading)).select("m", 0) is loading
 
 
 @pytest.mark.parametrize("other", [upstream("b", "down"), broken(upstream("b"), 3)])
 def test_a_worse_one_does_not_stand_in_for_one_that_is_full(other: Upstream) -> None:
     good = upstream("a", in_flight=2)
-    pool = UpstreamPool((good, other), most_each=2)
-    assert pool.choose("m", 0) is None
+    pool = UpstreamPool((good, other), max_in_flight_per_upstream=2)
+    assert pool.select("m", 0) is None
     good.in_flight = 1
-    assert pool.choose("m", 0) is good
+    assert pool.select("m", 0) is good
 
 
 def test_one_that_failed_is_tried_again_in_its_turn_when_its_time_has_come() -> None:
     failed = broken(upstream("failed"), 3, now=0)
     pool = UpstreamPool((failed, upstream("busy", in_flight=1)))
-    assert pool.choose("m", 14.9) is not failed
-    assert pool.choose("m", 15) is failed
-    assert pool.choose("m", 15) is not failed  # one call is the trial
-    assert pool.choose("m", 30) is failed
-    failed.succeeded()
-    assert pool.choose("m", 30) is failed
+    assert pool.select("m", 14.9) is not failed
+    assert pool.select("m", 15) is failed
+    assert pool.select("m", 15) is not failed  # one call is the trial
+    assert pool.select("m", 30) is failed
+    failed.record_success()
+    assert pool.select("m", 30) is failed
 
 
 def test_calls_that_are_tried_again_are_a_part_of_all_calls() -> None:
     first = upstream("first")
     pool = UpstreamPool((first, upstream("second")))
-    retried = [pool.another("m", 0, instead_of=first, ready=True) for _ in range(150)]
-    assert sum(one is not None for one in retried) == first.left == 100
+    retried = [pool.select_other("m", 0, instead_of=first, ready=True) for _ in range(150)]
+    assert sum(one is not None for one in retried) == first.failovers == 100
     for _ in range(40):
-        pool.choose("m", 0)
-    retried = [pool.another("m", 0, instead_of=first, ready=True) for _ in range(50)]
+        pool.select("m", 0)
+    retried = [pool.select_other("m", 0, instead_of=first, ready=True) for _ in range(50)]
     assert sum(one is not None for one in retried) == 10
 
 
 def test_calls_for_which_there_is_no_room_earn_no_second_tries() -> None:
     first = upstream("first")
-    pool = UpstreamPool((first, upstream("second")), most_each=1)
-    while pool.another("m", 0, instead_of=first, ready=True):
+    pool = UpstreamPool((first, upstream("second")), max_in_flight_per_upstream=1)
+    while pool.select_other("m", 0, instead_of=first, ready=True):
         continue
     for one in pool:
         one.in_flight = 1
-    assert [pool.choose("m", 0) for _ in range(100)] == [None] * 100
+    assert [pool.select("m", 0) for _ in range(100)] == [None] * 100
     for one in pool:
         one.in_flight = 0
-    assert pool.another("m", 0, instead_of=first, ready=True) is None
+    assert pool.select_other("m", 0, instead_of=first, ready=True) is None
 
 
 def test_one_that_fails_its_calls_is_said_to_be_down() -> None:
     failed = broken(upstream(), 3, now=0)
-    assert failed.standing(1) == ("down", "its last calls broke, 3 in a row")
-    assert failed.standing(15) == ("serving", failed.why)
+    assert failed.status(1) == ("down", "its last calls broke, 3 in a row")
+    assert failed.status(15) == ("serving", failed.why)
 
 
 def test_there_is_room_for_so_many_calls_on_each_and_in_all() -> None:
     first, second = upstream("first", in_flight=2), upstream("second", in_flight=1)
-    assert UpstreamPool((first, second), most_each=2).choose("m", 0) is second
-    assert UpstreamPool((first, second), most=3).choose("m", 0) is None
-    assert UpstreamPool((first, second), most=4, most_each=1).choose("m", 0) is None
-    assert UpstreamPool((first,), most_each=2).choose("m", 0) is None
-    assert UpstreamPool((first,), most=2).choose("m", 0) is None
-    assert UpstreamPool((first,), most=3).choose("m", 0) is first
-    assert UpstreamPool((first, second), most_each=1).another("m", 0, instead_of=first, ready=True) is None
+    assert UpstreamPool((first, second), max_in_flight_per_upstream=2).select("m", 0) is second
+    assert UpstreamPool((first, second), max_in_flight=3).select("m", 0) is None
+    assert UpstreamPool((first, second), max_in_flight=4, max_in_flight_per_upstream=1).select("m", 0) is None
+    assert UpstreamPool((first,), max_in_flight_per_upstream=2).select("m", 0) is None
+    assert UpstreamPool((first,), max_in_flight=2).select("m", 0) is None
+    assert UpstreamPool((first,), max_in_flight=3).select("m", 0) is first
+    assert (
+        UpstreamPool((first, second), max_in_flight_per_upstream=1).select_other("m", 0, instead_of=first, ready=True)
+        is None
+    )
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_the_only_upstream_is_chosen_however_it_is(state: State) -> None:
     only = broken(upstream(state=state, models=()), 3)
-    assert UpstreamPool((only,)).choose("m", 0) is only
-    assert UpstreamPool((only,)).another("m", 0, instead_of=only, ready=False) is None
+    assert UpstreamPool((only,)).select("m", 0) is only
+    assert UpstreamPool((only,)).select_other("m", 0, instead_of=only, ready=False) is None
 
 
 def test_no_second_upstream_is_left_where_the_first_alone_serves_the_model() -> None:
     first = upstream("first")
     pool = UpstreamPool((first, upstream("second", models=("x",))))
-    assert pool.another("m", 0, instead_of=first, ready=False) is None
+    assert pool.select_other("m", 0, instead_of=first, ready=False) is None
 
 
 UPSTREAMS = st.builds(
@@ -203,10 +206,10 @@ UPSTREAMS = st.builds(
 @settings(deadline=None, max_examples=50)
 def test_some_upstream_is_always_chosen_and_never_the_one_left_out(many: list[Upstream], model: str | None) -> None:
     pool = UpstreamPool(tuple(many))
-    first = pool.choose(model, 0)
+    first = pool.select(model, 0)
     assert first in many
     assert first is not None
-    assert pool.another(model, 0, instead_of=first, ready=False) is not first
+    assert pool.select_other(model, 0, instead_of=first, ready=False) is not first
 
 
 def test_the_pools_models_are_each_named_once_in_the_upstreams_order() -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from gateway.dialects.text_stream import Style
 from gateway.relay import exchange as exchange_module
-from gateway.relay.exchange import HELD_EVENT, Exchange
+from gateway.relay.buffered_call import BufferedCall
+from gateway.relay.exchange import HELD_EVENT
 from gateway.upstream.credentials import FixedKey
 from gateway.wire.heads import AnswerHead, Header, RequestHead, answer_head
 from gateway.wire.sse import Decoder
@@ -340,7 +341,7 @@ def test_a_simplified_stream_in_the_repr_style_is_the_same_however_it_was_split(
 
 
 def test_a_gateway_that_streams_nothing_asks_for_a_whole_answer() -> None:
-    talk = answering(SIMPLIFIED_STREAM, JSON, whole=True)
+    talk = answering(SIMPLIFIED_STREAM, JSON, disable_streaming=True)
     talk.exchange.upstream_body(completion())
     talk.exchange.upstream_end()
     assert orjson.loads(talk.connections[0].request_body)["stream"] is False
@@ -496,7 +497,7 @@ def test_a_body_announced_too_large_is_refused_before_it_comes(length: bytes) ->
 
 
 def test_a_body_that_grows_too_large_is_refused_at_the_byte_too_many() -> None:
-    talk = Conversation(limits=replace(LIMITS, max_body=10))
+    talk = Conversation(limits=replace(LIMITS, max_body_bytes=10))
     talk.begin()
     talk.exchange.request_body(b"x" * 10)
     assert talk.client.status == 0
@@ -510,7 +511,7 @@ def test_a_body_that_grows_too_large_is_refused_at_the_byte_too_many() -> None:
 def test_a_body_of_exactly_the_limit_is_taken() -> None:
     content = orjson.dumps(OPENAI_WHOLE)
     headers = ((b"content-length", b"%d" % len(content)),)
-    talk = sent_off(content, headers=headers, limits=replace(LIMITS, max_body=len(content)))
+    talk = sent_off(content, headers=headers, limits=replace(LIMITS, max_body_bytes=len(content)))
     assert talk.connections[0].request_body == content
 
 
@@ -750,7 +751,7 @@ def test_a_stream_that_breaks_off_anywhere_ends_with_an_error_event_on_a_boundar
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_simplified_stream_that_breaks_off_ends_with_an_error_event(style: Style) -> None:
-    talk = answering(SIMPLIFIED_STREAM, style=style)
+    talk = answering(SIMPLIFIED_STREAM, stream_style=style)
     talk.exchange.upstream_body(EVENTS[1] + EVENTS[2][:20])
     talk.lose(answered=True)
     if style == "answer_part":
@@ -943,7 +944,7 @@ def seconds_until_the_end(talk: Conversation) -> float:
     """Let time pass tick by tick, until the exchange has ended."""
     start = talk.clock.now
     while not talk.client.ending:
-        assert talk.clock.now - start < 2 * LIMITS.total, "no limit ended it"
+        assert talk.clock.now - start < 2 * LIMITS.total_timeout, "no limit ended it"
         talk.clock.advance(TICK)
     talk.assert_settled()
     return talk.clock.now - start
@@ -958,7 +959,7 @@ def test_a_first_token_that_does_not_come_is_a_504(body: object, state: str) -> 
         talk.connect()
     if state == "answering":
         talk.head(200, SSE)
-    assert seconds_until_the_end(talk) == LIMITS.first_token
+    assert seconds_until_the_end(talk) == LIMITS.first_token_timeout
     assert_answered(talk, 504, "first_token_timeout")
     assert talk.exchange.outcome == "timeout:first_token"
     assert [connection.given_back for connection in talk.connections] == ["discarded"] * len(talk.connections)
@@ -969,21 +970,21 @@ def test_the_first_token_is_waited_for_from_the_end_of_the_request() -> None:
     talk.begin()
     content = orjson.dumps(OPENAI_STREAM)
     for piece in (content[:10], content[10:20], content[20:]):
-        talk.clock.advance(LIMITS.body / 4)
+        talk.clock.advance(LIMITS.body_timeout / 4)
         talk.exchange.request_body(piece)
     talk.exchange.request_end()
-    assert seconds_until_the_end(talk) == LIMITS.first_token
+    assert seconds_until_the_end(talk) == LIMITS.first_token_timeout
     assert talk.exchange.outcome == "timeout:first_token"
 
 
-@pytest.mark.parametrize("gap", [0.0, 1.0, LIMITS.idle - TICK])
+@pytest.mark.parametrize("gap", [0.0, 1.0, LIMITS.idle_timeout - TICK])
 def test_a_stream_that_stops_ends_with_an_error_event_after_the_idle_limit(gap: float) -> None:
     talk = answering()
-    talk.clock.advance(LIMITS.idle + TICK)
+    talk.clock.advance(LIMITS.idle_timeout + TICK)
     talk.exchange.upstream_body(EVENTS[0])
     talk.clock.advance(gap)
     talk.exchange.upstream_body(EVENTS[1])
-    assert seconds_until_the_end(talk) == LIMITS.idle
+    assert seconds_until_the_end(talk) == LIMITS.idle_timeout
     assert_ends_with_an_error_event(talk, EVENTS[0] + EVENTS[1], "idle_timeout")
     assert talk.exchange.outcome == "timeout:idle"
     assert talk.connections[0].given_back == "discarded"
@@ -992,7 +993,7 @@ def test_a_stream_that_stops_ends_with_an_error_event_after_the_idle_limit(gap: 
 def test_the_idle_limit_before_the_first_whole_event_is_a_504() -> None:
     talk = answering()
     talk.exchange.upstream_body(EVENTS[0][:10])
-    assert seconds_until_the_end(talk) == LIMITS.idle
+    assert seconds_until_the_end(talk) == LIMITS.idle_timeout
     assert_answered(talk, 504, "idle_timeout")
 
 
@@ -1000,9 +1001,9 @@ def test_a_stream_that_never_stops_for_long_runs_until_the_total_limit() -> None
     talk = answering()
     while not talk.client.ending:
         talk.exchange.upstream_body(EVENTS[1])
-        talk.clock.advance(LIMITS.idle - TICK)
+        talk.clock.advance(LIMITS.idle_timeout - TICK)
     assert talk.exchange.outcome == "timeout:total"
-    assert talk.exchange.ended_at == talk.exchange.started_at + LIMITS.total
+    assert talk.exchange.ended_at == talk.exchange.started_at + LIMITS.total_timeout
     assert last_events(talk.client.content)[-1] == b"[DONE]"
     talk.assert_settled()
 
@@ -1011,10 +1012,10 @@ def test_while_the_client_is_paused_the_idle_limit_waits() -> None:
     talk = answering()
     talk.exchange.upstream_body(EVENTS[0])
     talk.exchange.client_paused()
-    talk.clock.advance(10 * LIMITS.idle + 1)
+    talk.clock.advance(10 * LIMITS.idle_timeout + 1)
     assert not talk.client.ending
     talk.exchange.client_resumed()
-    assert seconds_until_the_end(talk) == LIMITS.idle
+    assert seconds_until_the_end(talk) == LIMITS.idle_timeout
     assert talk.exchange.outcome == "timeout:idle"
 
 
@@ -1022,7 +1023,7 @@ def test_while_the_client_is_paused_the_total_limit_runs() -> None:
     talk = answering()
     talk.exchange.upstream_body(EVENTS[0])
     talk.exchange.client_paused()
-    assert seconds_until_the_end(talk) == LIMITS.total
+    assert seconds_until_the_end(talk) == LIMITS.total_timeout
     assert talk.exchange.outcome == "timeout:total"
 
 
@@ -1032,7 +1033,7 @@ def test_a_whole_answer_has_the_total_limit_alone(body: object, pieces: int) -> 
     talk = answering(body, JSON)
     for _ in range(pieces):
         talk.exchange.upstream_body(b"{")
-    assert seconds_until_the_end(talk) == LIMITS.total
+    assert seconds_until_the_end(talk) == LIMITS.total_timeout
     assert talk.exchange.outcome == "timeout:total"
     if pieces and body is OPENAI_WHOLE:
         assert (talk.client.content, talk.client.ending) == (b"{", "abort")
@@ -1045,9 +1046,9 @@ def test_a_body_that_stops_coming_is_a_408(pieces: int) -> None:
     talk = Conversation()
     talk.begin()
     for _ in range(pieces):
-        talk.clock.advance(LIMITS.body - TICK)
+        talk.clock.advance(LIMITS.body_timeout - TICK)
         talk.exchange.request_body(b" " * 12_000)
-    assert seconds_until_the_end(talk) == LIMITS.body
+    assert seconds_until_the_end(talk) == LIMITS.body_timeout
     assert_answered(talk, 408, "body_timeout")
     assert talk.client.header(b"connection") == b"close"
     assert talk.transport.asked == []
@@ -1055,10 +1056,10 @@ def test_a_body_that_stops_coming_is_a_408(pieces: int) -> None:
 
 @pytest.mark.parametrize(("bytes_a_second", "seconds"), [(1, 11), (512, 22), (1000, 103), (2000, 103)])
 def test_a_body_that_drips_is_ended_by_its_rate_or_by_the_total_limit(bytes_a_second: int, seconds: float) -> None:
-    talk = Conversation(limits=replace(LIMITS, max_body=1_000_000))
+    talk = Conversation(limits=replace(LIMITS, max_body_bytes=1_000_000))
     talk.begin()
     while not talk.client.ending:
-        assert talk.clock.now - talk.exchange.started_at <= LIMITS.total
+        assert talk.clock.now - talk.exchange.started_at <= LIMITS.total_timeout
         talk.exchange.request_body(b" " * bytes_a_second)
         talk.clock.advance(1)
     assert talk.exchange.ended_at is not None
@@ -1083,16 +1084,16 @@ def a_reader_that_has_not_read_its_last_answer() -> Conversation:
 
 def a_stream_that_is_long() -> Conversation:
     talk = answering(OPENAI_STREAM)
-    while talk.clock.now - talk.exchange.started_at < LIMITS.total - 1:
+    while talk.clock.now - talk.exchange.started_at < LIMITS.total_timeout - 1:
         talk.exchange.upstream_body(EVENTS[1])
         talk.clock.advance(1)
     return talk
 
 
 def an_upload_that_takes_most_of_the_time() -> Conversation:
-    talk = Conversation(limits=replace(LIMITS, body=LIMITS.total))
+    talk = Conversation(limits=replace(LIMITS, body_timeout=LIMITS.total_timeout))
     talk.begin()
-    talk.clock.advance(LIMITS.total - 1)
+    talk.clock.advance(LIMITS.total_timeout - 1)
     talk.exchange.request_body(orjson.dumps(OPENAI_WHOLE))
     talk.exchange.request_end()
     talk.connect()
@@ -1112,25 +1113,25 @@ def test_a_limit_that_passes_by_the_clients_doing_is_not_held_against_the_upstre
     made: Callable[[], Conversation],
 ) -> None:
     talk = made()
-    talk.clock.advance(LIMITS.total)
+    talk.clock.advance(LIMITS.total_timeout)
     assert talk.exchange.outcome == "timeout:total"
     assert talk.upstreams[0].broken_in_a_row == 0
 
 
 def test_an_upstream_that_never_answers_is_held_to_it() -> None:
     talk = sent_off(OPENAI_WHOLE)
-    talk.clock.advance(LIMITS.total)
+    talk.clock.advance(LIMITS.total_timeout)
     assert talk.exchange.outcome == "timeout:total"
     assert talk.upstreams[0].broken_in_a_row == 1
 
 
 def test_the_wait_for_room_is_no_wait_for_the_first_token() -> None:
-    talk = busy(OPENAI_STREAM, limits=replace(LIMITS, queue=LIMITS.first_token + 9))
-    talk.clock.advance(LIMITS.first_token + 8)
+    talk = busy(OPENAI_STREAM, limits=replace(LIMITS, queue_timeout=LIMITS.first_token_timeout + 9))
+    talk.clock.advance(LIMITS.first_token_timeout + 8)
     talk.crowd(0)
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     talk.connect()
-    talk.clock.advance(LIMITS.first_token - 1)
+    talk.clock.advance(LIMITS.first_token_timeout - 1)
     assert talk.path.in_flight
     talk.clock.advance(1 + TICK)
     assert talk.exchange.outcome == "timeout:first_token"
@@ -1141,21 +1142,21 @@ def test_the_wait_for_room_is_no_wait_for_the_first_token() -> None:
 
 def busy(body: object = OPENAI_WHOLE, **settings: Any) -> Conversation:
     """A conversation that waits for the calls of others to end."""
-    talk = Conversation(most_each=1, **settings)
+    talk = Conversation(max_in_flight_per_upstream=1, **settings)
     talk.crowd(1)
     talk.ask(body)
     assert not talk.transport.asked
-    assert len(talk.path.waiting) == 1
+    assert len(talk.path.queue) == 1
     return talk
 
 
 def test_a_call_waits_for_room_and_then_goes_on() -> None:
     talk = busy(upstreams=2)
-    talk.clock.advance(LIMITS.queue - TICK)
+    talk.clock.advance(LIMITS.queue_timeout - TICK)
     talk.crowd(0)
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     assert len(talk.transport.asked) == 1
-    assert not talk.path.waiting
+    assert not talk.path.queue
     talk.connect()
     talk.head(200, JSON)
     talk.exchange.upstream_body(b"{}")
@@ -1166,14 +1167,14 @@ def test_a_call_waits_for_room_and_then_goes_on() -> None:
 
 def test_a_call_that_waits_too_long_is_a_429() -> None:
     talk = busy()
-    assert seconds_until_the_end(talk) == LIMITS.queue
+    assert seconds_until_the_end(talk) == LIMITS.queue_timeout
     assert_answered(talk, 429, "too_many_requests")
     assert talk.client.header(b"retry-after") == b"1"
     assert talk.exchange.outcome == "refused"
 
 
 def test_a_call_too_many_to_wait_is_a_429_at_once() -> None:
-    talk = Conversation(most_each=1, max_queue=0)
+    talk = Conversation(max_in_flight_per_upstream=1, max_queue=0)
     talk.crowd(1)
     talk.ask(OPENAI_WHOLE)
     assert_answered(talk, 429, "too_many_requests")
@@ -1189,21 +1190,21 @@ def test_a_request_too_many_is_a_429_before_its_body_comes() -> None:
 def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
     talk = busy()
     talk.leave()
-    assert not talk.path.waiting
+    assert not talk.path.queue
     assert talk.exchange.status == 499
     talk.crowd(0)
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     assert not talk.transport.asked
     talk.assert_settled()
 
 
 def test_the_first_that_came_is_the_first_that_goes() -> None:
-    talk = Conversation(most=1)
+    talk = Conversation(max_in_flight=1)
     talk.ask(OPENAI_WHOLE)
     talk.connect()
     waiting = []
     for _ in range(3):
-        one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
+        one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
         one.request(orjson.dumps(OPENAI_WHOLE))
         waiting.append(one)
     assert [one.status for one in waiting] == [0, 0, 429]
@@ -1217,12 +1218,12 @@ def test_the_first_that_came_is_the_first_that_goes() -> None:
 
 
 def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
-    talk = Conversation(upstreams=2, most_each=1, most=3)
+    talk = Conversation(upstreams=2, max_in_flight_per_upstream=1, max_in_flight=3)
     talk.ask(OPENAI_WHOLE)
     first = talk.exchange.upstream
     other = next(one for one in talk.upstreams if one is not first)
     other.in_flight += 1
-    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
+    one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert one.upstream is None
     other.in_flight -= 1
@@ -1233,47 +1234,47 @@ def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
 def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = busy(max_queue=1)
     looks: list[str | None] = []
-    monkeypatch.setattr(talk.path.pool, "choose", lambda model, now, hears: looks.append(model))
-    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
+    monkeypatch.setattr(talk.path.pool, "select", lambda model, now, audio: looks.append(model))
+    one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert (one.status, len(looks)) == (429, 1)
 
 
 def test_room_for_several_is_for_as_many() -> None:
     talk = busy(upstreams=2, max_queue=3)
-    others = [Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(2)]
+    others = [BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(2)]
     for one in others:
         one.request(orjson.dumps(OPENAI_WHOLE))
     talk.crowd(0)
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     assert {talk.exchange.upstream, others[0].upstream} == set(talk.upstreams)
-    assert list(talk.path.waiting) == [others[1]]
+    assert list(talk.path.queue) == [others[1]]
 
 
 def test_those_that_wait_take_no_places_at_the_drains_end() -> None:
-    talk = Conversation(most=1, max_queue=5)
+    talk = Conversation(max_in_flight=1, max_queue=5)
     talk.ask(OPENAI_WHOLE)
     talk.connect()
-    others = [Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(5)]
+    others = [BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([])) for _ in range(5)]
     for one in others:
         one.request(orjson.dumps(OPENAI_WHOLE))
     talk.path.drain.ends_at = talk.clock.now
-    for one in talk.path.due():
-        one.look_at_limits()
+    for call in talk.path.overdue():
+        call.check_timeouts()
     assert {one.outcome for one in (talk.exchange, *others)} == {"drained"}
     assert len(talk.transport.asked) == 1
     assert not talk.path.in_flight
 
 
 def test_one_that_another_upstream_could_serve_does_not_wait_behind_one_that_it_cannot() -> None:
-    talk = Conversation(upstreams=2, most_each=1)
+    talk = Conversation(upstreams=2, max_in_flight_per_upstream=1)
     talk.upstreams[1].models = ("other",)
     talk.crowd(1)
     talk.ask(OPENAI_WHOLE)
-    one = Exchange(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
+    one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps({**OPENAI_WHOLE, "model": "other"}))
     talk.upstreams[1].in_flight -= 1
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     assert (talk.exchange.upstream, one.upstream) == (None, talk.upstreams[1])
 
 
@@ -1298,7 +1299,7 @@ def test_what_one_upstream_refuses_another_answers(body: object) -> None:
     assert talk.connections[1].request_body == talk.connections[0].request_body
     talk.exchange.upstream_answer(*whole_answer(body))
     assert (talk.client.status, talk.exchange.outcome) == (200, "done")
-    assert (first.broken_in_a_row, second.broken_in_a_row, first.left) == (1, 0, 1)
+    assert (first.broken_in_a_row, second.broken_in_a_row, first.failovers) == (1, 0, 1)
     talk.assert_settled()
 
 
@@ -1336,7 +1337,7 @@ def test_a_refusal_is_remembered_where_the_other_cannot_be_reached() -> None:
 
 @pytest.mark.parametrize("state", ["down", "loading", "full", "failing"])
 def test_a_refusal_is_relayed_where_no_other_is_ready(state: str) -> None:
-    talk = Conversation(upstreams=2, most_each=1)
+    talk = Conversation(upstreams=2, max_in_flight_per_upstream=1)
     other = talk.upstreams[1]
     talk.upstreams[1].chosen_at = 1  # so that the first is asked first
     talk.ask(OPENAI_WHOLE)
@@ -1379,7 +1380,7 @@ def test_what_still_runs_at_the_end_of_the_drain_gets_an_error() -> None:
 
 @pytest.mark.parametrize("state", ["receiving", "queued", "connecting", "waiting"])
 def test_what_has_not_begun_at_the_end_of_the_drain_gets_a_503(state: str) -> None:
-    talk = Conversation(most_each=1)
+    talk = Conversation(max_in_flight_per_upstream=1)
     talk.crowd(int(state == "queued"))
     talk.begin() if state == "receiving" else talk.ask(OPENAI_WHOLE)
     if state == "waiting":
@@ -1474,11 +1475,11 @@ def test_what_happens_after_the_client_has_left_reaches_nobody(state: str) -> No
     talk.exchange.upstream_body(DONE)
     talk.exchange.client_paused()
     talk.exchange.client_resumed()
-    talk.exchange.look_at_limits()
+    talk.exchange.check_timeouts()
     talk.exchange.upstream_lost("late", answered=True)
     talk.exchange.upstream_end()
     talk.leave()
-    talk.clock.advance(LIMITS.total)
+    talk.clock.advance(LIMITS.total_timeout)
     assert talk.exchange.outcome == "client_left"
     talk.assert_settled()
 

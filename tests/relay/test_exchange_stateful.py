@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.relay.exchange import STALE_WITHIN, Limits
+from gateway.relay.buffered_call import STALE_WITHIN
+from gateway.relay.data_path import CallLimits
 from gateway.wire.errors import NoneReady
 from gateway.wire.heads import Header
 from gateway.wire.routes import Route
@@ -67,16 +68,16 @@ PIECES = {
 
 # The largest body is smaller than two requests, so that a second piece may be one too many.
 LIMITS = st.builds(
-    Limits,
-    max_body=st.just(150),
+    CallLimits,
+    max_body_bytes=st.just(150),
     max_requests=st.just(8),
-    queue=st.sampled_from([1.0, 6.0]),
-    header=st.just(13.0),
-    client_write=st.just(17.0),
-    first_token=st.sampled_from([2.0, 16.0]),
-    idle=st.sampled_from([1.0, 4.0]),
-    total=st.sampled_from([12.0, 64.0]),
-    body=st.sampled_from([2.0, 8.0]),
+    queue_timeout=st.sampled_from([1.0, 6.0]),
+    header_timeout=st.just(13.0),
+    client_write_timeout=st.just(17.0),
+    first_token_timeout=st.sampled_from([2.0, 16.0]),
+    idle_timeout=st.sampled_from([1.0, 4.0]),
+    total_timeout=st.sampled_from([12.0, 64.0]),
+    body_timeout=st.sampled_from([2.0, 8.0]),
 )
 # A limit is seen at the next look.
 LATE = TICK
@@ -89,7 +90,9 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     @initialize()
     def first_request(self) -> None:
-        limits = replace(RECORDED, max_body=150, first_token=2, idle=2, total=12, body=2)
+        limits = replace(
+            RECORDED, max_body_bytes=150, first_token_timeout=2, idle_timeout=2, total_timeout=12, body_timeout=2
+        )
         self.begin("stream", limits, upstreams=1, served=("demo",))
 
     @precondition(lambda self: self.over)
@@ -102,7 +105,7 @@ class ExchangeMachine(RuleBasedStateMachine):
         steps=st.sampled_from([1, 1, 2, 2, 3, 4, 0]),
     )
     def another_request(
-        self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], full: bool, steps: int
+        self, asked: str, limits: CallLimits, upstreams: int, served: tuple[str, ...], full: bool, steps: int
     ) -> None:
         """What follows has often gone well for some steps."""
         self.teardown()
@@ -110,7 +113,9 @@ class ExchangeMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.it_goes_on()
 
-    def begin(self, asked: str, limits: Limits, upstreams: int, served: tuple[str, ...], *, full: bool = False) -> None:
+    def begin(
+        self, asked: str, limits: CallLimits, upstreams: int, served: tuple[str, ...], *, full: bool = False
+    ) -> None:
         """A request's head comes; `full` where other calls have all the room."""
         route, self.content = ASKED[asked]
         self.credentials = CredentialsRecorder()
@@ -119,7 +124,7 @@ class ExchangeMachine(RuleBasedStateMachine):
             limits=limits,
             upstreams=upstreams,
             models=served,
-            most_each=1,
+            max_in_flight_per_upstream=1,
             credentials=self.credentials,
         )
         self.talk.crowd(1 if full else 0)
@@ -156,7 +161,7 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     @property
     def queued(self) -> bool:
-        return len(self.talk.path.waiting) > 0
+        return len(self.talk.path.queue) > 0
 
     @property
     def dialling(self) -> bool:
@@ -224,7 +229,7 @@ class ExchangeMachine(RuleBasedStateMachine):
     def room_comes(self) -> None:
         queued = self.queued
         self.talk.crowd(0)
-        self.talk.path.waiting.room()
+        self.talk.path.queue.wake()
         assert not self.queued
         assert self.dialling or not queued
 
@@ -377,16 +382,16 @@ class ExchangeMachine(RuleBasedStateMachine):
             return
         now = self.now - LATE
         if self.received_at is None:
-            assert now < self.heard_at + self.limits.body
+            assert now < self.heard_at + self.limits.body_timeout
             return
         if self.queued:
-            assert now < self.received_at + self.limits.queue
+            assert now < self.received_at + self.limits.queue_timeout
             self.queued_at = self.now  # what waits here is no wait for the upstream
-        assert now < max(self.exchange.started_at + self.limits.total, self.received_at)
+        assert now < max(self.exchange.started_at + self.limits.total_timeout, self.received_at)
         if self.exchange.streaming and self.first_byte_at is None:
-            assert now < max(self.received_at, self.queued_at) + self.limits.first_token
+            assert now < max(self.received_at, self.queued_at) + self.limits.first_token_timeout
         elif self.exchange.streaming and not self.paused:
-            assert now < self.heard_at + self.limits.idle
+            assert now < self.heard_at + self.limits.idle_timeout
 
     @invariant()
     def no_limit_strikes_early(self) -> None:
@@ -394,19 +399,21 @@ class ExchangeMachine(RuleBasedStateMachine):
         if not outcome.startswith("timeout:") or ended_at is None:
             return
         which, limits = outcome.removeprefix("timeout:"), self.limits
-        total = self.exchange.started_at + limits.total
+        total = self.exchange.started_at + limits.total_timeout
         if which == "total":
             assert ended_at >= total
         elif which == "body":
-            assert ended_at >= min(self.heard_at + limits.body, self.exchange.started_at + limits.body, total)
+            assert ended_at >= min(
+                self.heard_at + limits.body_timeout, self.exchange.started_at + limits.body_timeout, total
+            )
         elif which == "first_token":
             assert self.exchange.streaming
             assert self.received_at is not None
-            assert ended_at >= self.received_at + limits.first_token
+            assert ended_at >= self.received_at + limits.first_token_timeout
         elif which == "idle":
             assert self.exchange.streaming
             assert not self.paused
-            assert ended_at >= self.heard_at + limits.idle
+            assert ended_at >= self.heard_at + limits.idle_timeout
 
     @invariant()
     def a_pause_reaches_the_connection(self) -> None:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects.body_limits import Bounds
+from gateway.dialects.body_limits import BodyLimits
 from gateway.wire.errors import BadRequest
 from tests.support.fake_vllm import FakeVllm
 from tests.support.gateway_process import running
 
 CHAT = "/v1/chat/completions"
-BOUNDS = Bounds(copies=4, tokens=100, messages=3, depth=6)
+BOUNDS = BodyLimits(max_n=4, max_new_tokens=100, max_messages=3, max_json_depth=6)
 TURN = {"role": "user", "content": "hi"}
 
 
@@ -63,10 +63,10 @@ def test_depth_is_counted_as_it_is(value: Any) -> None:
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     body = {"a": value}
-    bounds = Bounds(copies=1, tokens=None, messages=1, depth=depth(body))
+    bounds = BodyLimits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body))
     bounds.check(body)
     with pytest.raises(BadRequest):
-        Bounds(copies=1, tokens=None, messages=1, depth=depth(body) - 1).check(body)
+        BodyLimits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body) - 1).check(body)
 
 
 @pytest.mark.usefixtures("way")

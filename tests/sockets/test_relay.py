@@ -389,7 +389,7 @@ def test_64_clients_at_once(gateway: Gateway, fake: FakeVllm) -> None:
 @pytest.mark.parametrize(
     ("broken", "method", "path"),
     [
-        ("gateway.relay.exchange.simplified.from_body", "POST", CHAT),
+        ("gateway.dialects.reader.simplified.from_body", "POST", CHAT),
         ("gateway.observability.metrics.Metrics.text", "GET", "/metrics"),
     ],
 )

@@ -32,10 +32,15 @@ JSON: list[Header] = [(b"content-type", b"application/json"), (b"content-length"
 TEXT = b'{"text":"Hi"}'
 
 
-def upload(length: int | None = 9, *, upstreams: int = 1, most_each: int = 4) -> Conversation:
+def upload(length: int | None = 9, *, upstreams: int = 1, max_in_flight_per_upstream: int = 4) -> Conversation:
     """An upload whose head says this length, or none."""
     headers = (KIND,) if length is None else (KIND, (b"content-length", b"%d" % length))
-    return Conversation(route=TRANSCRIPTIONS, headers=headers, upstreams=upstreams, most_each=most_each)
+    return Conversation(
+        route=TRANSCRIPTIONS,
+        headers=headers,
+        upstreams=upstreams,
+        max_in_flight_per_upstream=max_in_flight_per_upstream,
+    )
 
 
 def answer(talk: Conversation) -> None:
@@ -123,7 +128,7 @@ def test_an_end_that_comes_with_what_fills_the_connection_is_the_end_of_waiting(
 
 
 def test_a_connection_that_is_full_at_once_keeps_the_client_waiting() -> None:
-    talk = upload(LIMITS.max_body)
+    talk = upload(LIMITS.max_body_bytes)
     talk.begin()
     talk.exchange.request_body(b"x" * (HELD + 1))
     talk.connect(during_send=talk.exchange.upstream_paused)
@@ -135,7 +140,7 @@ def test_a_connection_that_is_full_at_once_keeps_the_client_waiting() -> None:
 
 
 def test_one_that_is_too_large_is_refused_by_its_head_or_when_it_is() -> None:
-    talk = upload(LIMITS.max_body + 1)
+    talk = upload(LIMITS.max_body_bytes + 1)
     talk.begin()
     assert talk.client.status == 413
     assert talk.transport.asked == []
@@ -144,7 +149,7 @@ def test_one_that_is_too_large_is_refused_by_its_head_or_when_it_is() -> None:
     talk = upload(None)
     talk.begin()
     connection = talk.connect()
-    talk.exchange.request_body(b"x" * LIMITS.max_body)
+    talk.exchange.request_body(b"x" * LIMITS.max_body_bytes)
     assert talk.client.status == 0
     talk.exchange.request_body(b"x")
     talk.exchange.request_body(b"x")
@@ -221,16 +226,16 @@ def test_another_upstream_is_asked_where_this_one_takes_no_connection() -> None:
 
 
 def test_one_that_waits_for_room_goes_up_when_there_is_some() -> None:
-    talk = upload(most_each=1)
+    talk = upload(max_in_flight_per_upstream=1)
     talk.crowd(1)
     talk.begin()
     talk.exchange.request_body(b"abc")
     assert talk.transport.asked == []
-    talk.clock.advance(LIMITS.queue - 1)
+    talk.clock.advance(LIMITS.queue_timeout - 1)
     talk.crowd(0)
-    talk.path.waiting.room()
+    talk.path.queue.wake()
     assert talk.connect().request_body == b"abc"
-    talk.clock.advance(LIMITS.body - 1)
+    talk.clock.advance(LIMITS.body_timeout - 1)
     assert talk.client.status == 0, "it could not come while it waited"
     talk.clock.advance(2)
     assert talk.client.status == 408
@@ -241,7 +246,7 @@ def test_one_that_stops_is_refused() -> None:
     talk = upload()
     talk.begin()
     connection = talk.connect()
-    talk.clock.advance(LIMITS.body - 1)
+    talk.clock.advance(LIMITS.body_timeout - 1)
     talk.exchange.request_body(b"abc")
     talk.clock.advance(2)
     assert (talk.client.status, connection.given_back) == (408, "discarded")
@@ -255,15 +260,15 @@ def test_the_time_in_which_the_upstream_takes_nothing_is_not_the_clients() -> No
     talk.connect()
     talk.exchange.request_body(b"abc")
     talk.exchange.upstream_paused()
-    talk.clock.advance(3 * LIMITS.body)
+    talk.clock.advance(3 * LIMITS.body_timeout)
     talk.exchange.upstream_resumed()
-    talk.clock.advance(LIMITS.body - 1)
+    talk.clock.advance(LIMITS.body_timeout - 1)
     assert talk.client.status == 0
     talk.exchange.request_body(b"def")
     talk.exchange.request_end()
-    talk.clock.advance(2 * LIMITS.body)
+    talk.clock.advance(2 * LIMITS.body_timeout)
     assert talk.client.status == 0, "now it is the upstream's"
-    talk.clock.advance(LIMITS.total)
+    talk.clock.advance(LIMITS.total_timeout)
     assert (talk.client.status, talk.exchange.outcome) == (504, "timeout:total")
     talk.assert_settled()
 
@@ -276,7 +281,7 @@ def test_a_stream_of_text_has_its_limits_and_its_end() -> None:
     talk.exchange.request_end()
     talk.head(200, [(b"content-type", b"text/event-stream")])
     talk.exchange.upstream_body(b"data: {}\n\n")
-    talk.clock.advance(LIMITS.idle + 1)
+    talk.clock.advance(LIMITS.idle_timeout + 1)
     assert talk.client.content.endswith(DONE)
     assert talk.exchange.outcome == "timeout:idle"
     talk.assert_settled()
@@ -464,7 +469,7 @@ class UploadMachine(RuleBasedStateMachine):
 
     @initialize(sized=st.booleans(), crowded=st.booleans())
     def begin(self, sized: bool, crowded: bool) -> None:
-        self.talk = upload(60_000 if sized else None, upstreams=2, most_each=1)
+        self.talk = upload(60_000 if sized else None, upstreams=2, max_in_flight_per_upstream=1)
         self.talk.crowd(int(crowded))
         self.dials_answered = 0
         self.all_came = self.head_came = False
@@ -497,7 +502,7 @@ class UploadMachine(RuleBasedStateMachine):
     @rule()
     def there_is_room(self) -> None:
         self.talk.crowd(0)
-        self.talk.path.waiting.room()
+        self.talk.path.queue.wake()
 
     @precondition(lambda self: self.dialling)
     @rule(well=st.booleans())

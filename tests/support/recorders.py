@@ -9,11 +9,15 @@ from typing import Any
 
 import orjson
 
-from gateway.dialects.body_limits import Bounds
-from gateway.pool.admission_queue import Waiting
+from gateway.dialects.body_limits import BodyLimits
+from gateway.dialects.reader import BodyReader
+from gateway.pool.admission_queue import AdmissionQueue
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.relay.exchange import DataPath, Drain, Exchange, Limits
+from gateway.relay.buffered_call import BufferedCall
+from gateway.relay.data_path import CallLimits, DataPath, Drain
+from gateway.relay.exchange import Exchange
 from gateway.relay.interfaces import Caller
+from gateway.relay.record import Record
 from gateway.relay.upload import Upload
 from gateway.upstream.credentials import FixedKey
 from gateway.wire.errors import GatewayError
@@ -25,16 +29,16 @@ CHAT, COMPLETIONS, MODELS = (_BY_PATH[f"/v1/{path}"] for path in ("chat/completi
 RESPONSES, MESSAGES = _BY_PATH["/v1/responses"], _BY_PATH["/v1/messages"]
 TRANSCRIPTIONS = _BY_PATH["/v1/audio/transcriptions"]
 # No limit is a multiple of another, so that none is kept by chance.
-LIMITS = Limits(
-    max_body=100_000,
+LIMITS = CallLimits(
+    max_body_bytes=100_000,
     max_requests=8,
-    queue=7,
-    first_token=32,
-    idle=5,
-    total=103,
-    header=13,
-    body=11,
-    client_write=17,
+    queue_timeout=7,
+    first_token_timeout=32,
+    idle_timeout=5,
+    total_timeout=103,
+    header_timeout=13,
+    body_timeout=11,
+    client_write_timeout=17,
 )
 
 
@@ -261,7 +265,7 @@ class CredentialsRecorder:
 
 
 class Conversation:
-    """An exchange among recorders. `settings` are the data path's; the upstreams serve `models`."""
+    """An exchange among recorders. `settings` are the data path's and its reader's; the upstreams serve `models`."""
 
     def __init__(
         self,
@@ -271,9 +275,9 @@ class Conversation:
         route: Route = CHAT,
         query: str = "",
         headers: tuple[Header, ...] = (),
-        limits: Limits = LIMITS,
-        most: float = 4,
-        most_each: float = 4,
+        limits: CallLimits = LIMITS,
+        max_in_flight: float = 4,
+        max_in_flight_per_upstream: float = 4,
         max_queue: int = 2,
         **settings: Any,
     ) -> None:
@@ -285,37 +289,44 @@ class Conversation:
         self.clock = FakeClock()
         self.client = ClientRecorder()
         self.transport = TransportRecorder()
-        self.finished: list[Exchange] = []
+        self.finished: list[Record] = []
         self.connections: list[ConnectionRecorder] = []
         defaults: dict[str, Any] = {
-            "model": None,
-            "style": "openai",
-            "system_role": "system",
-            "whole": False,
-            "flattens": False,
-            "release": None,
             "keys": None,
             "head_limits": HeadLimits(8192, 100, 1024),
-            "media_domains": frozenset(),
             "cross_origin": False,
             "traced": None,
-            "bounds": Bounds(copies=128, tokens=None, messages=2048, depth=1024),
             "credentials": FixedKey(),
         }
+        reading: dict[str, Any] = {
+            "body_limits": BodyLimits(max_n=128, max_new_tokens=None, max_messages=2048, max_json_depth=1024),
+            "media_domains": frozenset(),
+            "model": None,
+            "stream_style": "openai",
+            "system_role": "system",
+            "disable_streaming": False,
+            "connector": "generic",
+            "compat": None,
+        }
+        reading |= {name: settings.pop(name) for name in reading if name in settings}
+        pool = UpstreamPool(
+            tuple(self.upstreams), max_in_flight=max_in_flight, max_in_flight_per_upstream=max_in_flight_per_upstream
+        )
         self.path = DataPath(
             routes={},
-            pool=UpstreamPool(tuple(self.upstreams), most=most, most_each=most_each),
+            pool=pool,
+            reader=BodyReader(models=pool, **reading),
             transport=self.transport,
             time=self.clock.time,
             in_flight=set(),
-            waiting=Waiting(max_queue),
+            queue=AdmissionQueue(max_queue),
             drain=Drain(),
             finished=self._finish,
             limits=limits,
             **{**defaults, **settings},
         )
         self.request_head = RequestHead(list(headers))
-        kind = Upload if route.body == "upload" else Exchange
+        kind = Upload if route.body == "upload" else BufferedCall
         self.exchange = kind(self.path, self.client, route, route.path + query, self.request_head)
         self._look()
 
@@ -326,14 +337,15 @@ class Conversation:
         self.others = others
 
     def _look(self) -> None:
-        for exchange in self.path.due():
-            exchange.look_at_limits()
+        for call in self.path.overdue():
+            call.check_timeouts()
         self.clock.call_later(TICK, self._look)
 
-    def _finish(self, exchange: Exchange) -> None:
-        assert exchange not in self.path.in_flight, "in flight after its end"
-        assert exchange not in self.finished, "finished twice"
-        self.finished.append(exchange)
+    def _finish(self, record: Record) -> None:
+        assert isinstance(record, Exchange)
+        assert record not in self.path.in_flight, "in flight after its end"
+        assert record not in self.finished, "finished twice"
+        self.finished.append(record)
 
     def begin(self) -> None:
         """The client sends its request's head."""
@@ -376,6 +388,6 @@ class Conversation:
         assert self.exchange.outcome
         assert self.finished == [self.exchange]
         assert not self.path.in_flight
-        assert not self.path.waiting
+        assert not self.path.queue
         assert [upstream.in_flight for upstream in self.upstreams] == [self.others] * len(self.upstreams)
         assert all(connection.given_back or connection.is_lost for connection in self.connections)
