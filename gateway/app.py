@@ -17,9 +17,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway.config.load import asks_for_traces
-from gateway.config.secrets import client_keys, token_client
+from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings
-from gateway.config.tls import upstream_tls
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader, Models
 from gateway.housekeeping import FinishedRequests, run_periodic_work
@@ -63,12 +62,11 @@ class State(TypedDict):
     sampler: Sampler | None
 
 
-def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
+def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = None) -> Starlette:
     """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
     description = describe(relayed, page=settings.page)
     paths = frozenset(description["paths"])
-    by_digest = client_keys(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -77,9 +75,9 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
             max_in_flight=settings.max_in_flight,
             max_in_flight_per_upstream=settings.max_in_flight_per_upstream or settings.max_in_flight,
         )
-        credentials = create_credentials(settings)
-        prober = create_prober(settings, pool, credentials)
-        connections = ConnectionPool(settings.connect_timeout, upstream_tls(settings))
+        credentials = create_credentials(settings, secrets)
+        prober = create_prober(settings, secrets, pool, credentials)
+        connections = ConnectionPool(settings.connect_timeout, secrets.upstream_tls)
         in_flight: set[Call] = set()
         queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
         metrics = Metrics(pool, in_flight, queue, time.monotonic)
@@ -114,7 +112,7 @@ def create_app(settings: Settings, log: LineWriter | None = None) -> Starlette:
                 client_write_timeout=settings.client_write_timeout,
             ),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
-            keys=None if by_digest is None else Keys(by_digest),
+            keys=None if secrets.client_keys is None else Keys(secrets.client_keys),
             credentials=credentials,
             cross_origin=bool(settings.cors_origins),
             traced=None if tracer is None else tracer.to_upstream,
@@ -207,15 +205,15 @@ def create_tracer(settings: Settings) -> Tracer | None:
     return Tracer(tls=settings.tls_cert_file is not None)
 
 
-def create_credentials(settings: Settings) -> FixedKey | Tokens:
+def create_credentials(settings: Settings, secrets: Secrets) -> FixedKey | Tokens:
     """What the upstreams are shown."""
-    if (client := token_client(settings)) is not None:
-        return Tokens(client, upstream_tls(settings))
+    if secrets.token_client is not None:
+        return Tokens(secrets.token_client, secrets.upstream_tls)
     key = settings.upstream_api_key
     return FixedKey(key.get_secret_value() if key else None)
 
 
-def create_prober(settings: Settings, pool: UpstreamPool, credentials: FixedKey | Tokens) -> Prober:
+def create_prober(settings: Settings, secrets: Secrets, pool: UpstreamPool, credentials: FixedKey | Tokens) -> Prober:
     """What probes the upstreams as these settings say."""
     return Prober(
         pool,
@@ -223,7 +221,7 @@ def create_prober(settings: Settings, pool: UpstreamPool, credentials: FixedKey 
         model=settings.model,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
-        tls=upstream_tls(settings),
+        tls=secrets.upstream_tls,
         probe_audio="audio" in settings.routes and len(settings.upstreams) > 1,
         credentials=credentials,
     )

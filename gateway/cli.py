@@ -43,8 +43,7 @@ def main() -> None:
 def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> None:
     """Serve, in front of a vLLM that already runs."""
     try:
-        settings, warnings = load(env_file, upstreams=",".join(upstreams) or None, **given)
-        run_server(settings, warnings)
+        run_server(*load(env_file, upstreams=",".join(upstreams) or None, **given))
     except (SettingsError, CannotListen) as error:
         _stop(error)
 
@@ -68,7 +67,7 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
         model_server = build(ModelServerSettings, env_file, model=model, python=python)
         warnings = differing(ModelServerSettings, env_file)
         # Its warnings are told by the gateway itself, which is another process.
-        settings, _ = load(env_file, host=environ["GATEWAY_HOST"])
+        settings, *_ = load(env_file, host=environ["GATEWAY_HOST"])
     except SettingsError as error:
         _stop(error)
     else:
@@ -188,11 +187,11 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
     """Show the settings, what is wrong and how the upstreams are; exit 0 if a call would succeed."""
     try:
-        settings, warnings = load(env_file, upstreams=",".join(upstreams) or None)
+        loaded = load(env_file, upstreams=",".join(upstreams) or None)
     except SettingsError as error:
         _stop(error, status=1)
     else:
-        sys.exit(0 if run_check(settings, warnings, click.echo, in_container=runs_in_container()) else 1)
+        sys.exit(0 if run_check(*loaded, click.echo, in_container=runs_in_container()) else 1)
 
 
 @main.command("settings")

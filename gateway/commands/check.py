@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from gateway.app import create_credentials, create_prober
+from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings, is_loopback, names_of
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 
@@ -19,13 +20,15 @@ from gateway.pool.upstream_pool import Upstream, UpstreamPool
 _CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 
 
-def check(settings: Settings, warnings: list[str], say: Callable[[str], None], *, in_container: bool) -> bool:
+def check(
+    settings: Settings, secrets: Secrets, warnings: list[str], say: Callable[[str], None], *, in_container: bool
+) -> bool:
     """Say everything, a line at a time; whether a chat call would succeed now."""
     for names, value in shown(settings):
         say(f"{names} = {value}")
     for warning in warnings:
         say(f"warning: {warning}")
-    upstreams = asyncio.run(_probed(settings))
+    upstreams = asyncio.run(_probed(settings, secrets))
     for upstream in upstreams:
         say(f"{upstream['url']} is {upstream['state']}{_because(upstream)}")
         if upstream["state"] != "serving" and in_container and _is_loopback(upstream["url"]):
@@ -52,10 +55,10 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
         yield names_of(field)[0], "(not set)" if value in (None, "") else str(value)
 
 
-async def _probed(settings: Settings) -> list[dict[str, Any]]:
+async def _probed(settings: Settings, secrets: Secrets) -> list[dict[str, Any]]:
     pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
-    credentials = create_credentials(settings)
-    prober = create_prober(settings, pool, credentials)
+    credentials = create_credentials(settings, secrets)
+    prober = create_prober(settings, secrets, pool, credentials)
     async with credentials.renewing(), prober.probing():
         await prober.probe_all()
         return prober.report(time.monotonic())

@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 
 from gateway.app import create_app
+from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings, is_loopback
 from gateway.observability.logs import LineWriter, configure
 from gateway.server.listener import listen
@@ -17,7 +18,7 @@ from gateway.server.uvicorn_server import create_server
 _log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, warnings: list[str]) -> None:
+def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
     share_heap()
     listeners = [listen(settings.host, settings.port)]
@@ -33,9 +34,9 @@ def serve(settings: Settings, warnings: list[str]) -> None:
     for warning in warnings:
         _log.warning(warning)
     try:
-        server = create_server(settings, create_app(settings, writer))
+        server = create_server(settings, secrets, create_app(settings, secrets, writer))
         signal.signal(signal.SIGHUP, server.handle_hangup)
-        if settings.api_keys_file is None and not settings.api_keys and not is_loopback(settings.host):
+        if secrets.client_keys is None and not is_loopback(settings.host):
             _log.warning(
                 "anyone who reaches %s may call: set GATEWAY_API_KEYS or GATEWAY_API_KEYS_FILE, or "
                 "GATEWAY_HOST=127.0.0.1 behind a proxy that asks for keys",

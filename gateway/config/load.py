@@ -13,16 +13,15 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from gateway.config.secrets import client_keys, doubts_about_tokens, token_client
+from gateway.config.secrets import Secrets, doubts_about_tokens, read_secrets
 from gateway.config.settings import CLIENT_KEY, EnvironmentSettings, Settings, SettingsError, names_of, usable
-from gateway.config.tls import own_tls, upstream_tls
 
 T = TypeVar("T", bound=EnvironmentSettings)
 _Sources = tuple[Mapping[str, str], ...]
 
 
-def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, list[str]]:
-    """The gateway's settings and the warnings about them.
+def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Secrets, list[str]]:
+    """The gateway's settings, the secrets that they name, and the warnings about them.
 
     `given` comes from the command line and wins over the environment, which wins over `env_file`.
     Raises SettingsError for a wrong value, an unknown `GATEWAY_` name or a file that cannot be read.
@@ -30,15 +29,11 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, li
     sources = _sources(env_file)
     _refuse_unknown({name for source in sources for name in source})
     settings = build(Settings, env_file, **given)
-    client_keys(settings)
-    token_client(settings)
-    if settings.upstream_ca_file is not None:
-        upstream_tls(settings)
-    own_tls(settings)
+    secrets = read_secrets(settings)
     if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
         raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
-    doubts = (*doubts_about_tokens(settings), *_doubts_about_traces())
-    return settings, [*_differing_names(Settings, sources), *doubts]
+    doubts = (*doubts_about_tokens(settings, secrets.token_client), *_doubts_about_traces())
+    return settings, secrets, [*_differing_names(Settings, sources), *doubts]
 
 
 def asks_for_traces() -> bool:

@@ -1,15 +1,40 @@
-"""Whom we let in and who we are to the token server: the keys and secrets that the settings name."""
+"""The keys, tokens and certificates that the settings name, read once a start."""
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from gateway.config.settings import Settings, SettingsError, is_loopback, names_of
+from gateway.config.tls import own_tls, upstream_tls
 from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.upstream.credentials import TokenClient
 
 _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Whom we let in, who we are to the token server, whom we trust, and our own certificate; None where there is none.
+
+    `client_keys` are those that clients must bring, by their SHA-256. `upstream_tls` is for calls, probes and the
+    fetching of tokens.
+    """
+
+    client_keys: dict[bytes, Key] | None
+    token_client: TokenClient | None
+    upstream_tls: ssl.SSLContext | None
+    own_tls: ssl.SSLContext | None
+
+
+def read_secrets(settings: Settings) -> Secrets:
+    """All that these settings name. Raises SettingsError for what is missing, cannot be read or is wrong."""
+    tokens = token_client(settings)
+    return Secrets(
+        client_keys(settings), tokens, upstream_tls(settings, None if tokens is None else tokens.url), own_tls(settings)
+    )
 
 
 def client_keys(settings: Settings) -> dict[bytes, Key] | None:
@@ -53,12 +78,11 @@ def token_client(settings: Settings) -> TokenClient | None:
     )
 
 
-def doubts_about_tokens(settings: Settings) -> Iterable[str]:
+def doubts_about_tokens(settings: Settings, client: TokenClient | None) -> Iterable[str]:
     """A sentence for each thing about tokens that may not be as it was meant."""
     given = [names_of(field)[0] for field in _OF_TOKENS if getattr(settings, field) is not None]
     if settings.upstream_api_key is not None and given:
         yield f"GATEWAY_UPSTREAM_API_KEY and {given[0]} are both set: the key is used, and no token."
-    client = token_client(settings)
     # RFC 6749, 3.2: what is asked for a token has TLS; inside a cluster something else may see to that.
     if client is not None and client.url.startswith("http:") and not is_loopback(urlsplit(client.url).hostname or ""):
         yield "GATEWAY_UPSTREAM_TOKEN_URL has no TLS: whoever is on the way there can read the client's secret."

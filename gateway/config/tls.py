@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ssl
 
-from gateway.config.secrets import token_client
 from gateway.config.settings import Settings, SettingsError
 
 
-def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
+def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | None:
     """Whom calls, probes and the fetching of tokens trust.
 
     None where nothing that is called has TLS, as to read all certificates takes 1.5 MB.
 
     Raises SettingsError for a file that cannot be read or holds none.
     """
-    tokens = token_client(settings)
-    called = settings.upstreams if tokens is None else (*settings.upstreams, tokens.url)
+    called = settings.upstreams if token_url is None else (*settings.upstreams, token_url)
     if not any(url.startswith("https:") for url in called):
         return None
     file = settings.upstream_ca_file

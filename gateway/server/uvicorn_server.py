@@ -7,8 +7,9 @@ import contextlib
 import itertools
 import logging
 import socket
+import ssl
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import FrameType
 from typing import cast
 
@@ -16,7 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.config.secrets import client_keys
+from gateway.config.secrets import Secrets, client_keys
 from gateway.config.settings import Settings, SettingsError
 from gateway.config.tls import load_certificate, own_tls
 from gateway.relay.data_path import DataPath, Drain
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 _KEEP_ALIVE = 75
 
 
-def create_server(settings: Settings, app: Starlette) -> Server:
+def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Server:
     """A server of `app` on both ways in, or, as `settings` say, through the app alone."""
     protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else Protocol
     if missing := missing_in(HttpToolsProtocol):
@@ -43,7 +44,6 @@ def create_server(settings: Settings, app: Starlette) -> Server:
             ", ".join(missing),
         )
         protocol = HttpToolsProtocol
-    tls = own_tls(settings)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -57,9 +57,13 @@ def create_server(settings: Settings, app: Starlette) -> Server:
         timeout_keep_alive=_KEEP_ALIVE,
         # Calls end by a limit of their own, with an error; this one is for what does not.
         timeout_graceful_shutdown=round(settings.drain_timeout) + 3,
-        ssl_context_factory=None if tls is None else lambda config, default: tls,
+        ssl_context_factory=_as_factory(secrets.own_tls),
     )
     return Server(config, settings)
+
+
+def _as_factory(tls: ssl.SSLContext | None) -> Callable[..., ssl.SSLContext] | None:
+    return None if tls is None else lambda config, default: tls
 
 
 class Server(uvicorn.Server):

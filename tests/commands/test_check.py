@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.commands.check import check
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 
 
@@ -19,7 +20,8 @@ from gateway.config.settings import Settings
 )
 def test_an_upstream_at_localhost_inside_a_container_is_warned_of(url: str, in_container: bool, warned: bool) -> None:
     said: list[str] = []
+    settings = Settings(GATEWAY_UPSTREAMS=(url,))
 
-    assert not check(Settings(GATEWAY_UPSTREAMS=(url,)), [], said.append, in_container=in_container)
+    assert not check(settings, read_secrets(settings), [], said.append, in_container=in_container)
 
     assert any("the container itself" in line for line in said) == warned

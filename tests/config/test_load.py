@@ -132,7 +132,7 @@ def test_a_setting_is_read_by_its_name(field: str, raw: str, value: Any, monkeyp
     assert value_of(Settings(), field) != value
     set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(f"GATEWAY_{field.upper()}", raw)
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert value_of(settings, field) == value
     assert warnings == []
 
@@ -190,7 +190,7 @@ LOGGING_PROPAGATE=true
 def test_a_replaced_services_own_file_of_settings_will_do(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text(REPLACED)
-    settings, warnings = load(file)
+    settings, _, warnings = load(file)
 
     assert (settings.model, settings.upstreams) == ("Intel/neural-chat-7b-v3-3", ("http://vllm:8008",))
     assert (settings.disable_streaming, settings.output_guard, settings.port) == (False, True, 9000)
@@ -208,7 +208,7 @@ def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
 def test_a_setting_is_read_by_its_older_name(alias: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(alias, RAW[field])
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert value_of(settings, field) == READ[field]
     assert warnings == []
 
@@ -221,7 +221,7 @@ def test_the_name_beats_its_alias_with_a_warning_if_they_differ(
     set_what_it_needs(field, monkeypatch, but=f"GATEWAY_{field.upper()}")
     monkeypatch.setenv(alias, "1")
     monkeypatch.setenv(name, RAW[field])
-    settings, (warning,) = load()
+    settings, _, (warning,) = load()
     assert value_of(settings, field) == READ[field]
     assert warning == f"{name} and {alias} are both set and differ: {name} is used."
 
@@ -230,7 +230,7 @@ def test_the_name_beats_its_alias_with_a_warning_if_they_differ(
 def test_a_name_and_an_alias_that_agree_are_no_cause_to_warn(quote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_MODEL", f"{quote}m{quote}")
     monkeypatch.setenv("LLM_MODEL_NAME", "m")
-    assert load()[1] == []
+    assert load()[2] == []
 
 
 @pytest.mark.parametrize("quote", ['"', "'"])
@@ -251,7 +251,7 @@ def test_quotes_that_are_no_pair_around_it_belong_to_the_value(value: str, monke
 def test_an_empty_value_is_none_at_all(field: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     default = value_of(Settings(), field)
     monkeypatch.setenv(f"GATEWAY_{field.upper()}", empty)
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert value_of(settings, field) == default
     assert warnings == []
 
@@ -260,7 +260,7 @@ def test_an_empty_value_is_none_at_all(field: str, empty: str, monkeypatch: pyte
 def test_an_empty_value_lets_the_alias_speak(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_MODEL", empty)
     monkeypatch.setenv("LLM_MODEL_NAME", "m")
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert (settings.model, warnings) == ("m", [])
 
 
@@ -304,7 +304,7 @@ def test_what_kubernetes_injects_is_ignored_and_an_alias_still_honoured(
     monkeypatch.setenv(name, value)
     assert load()[0].port == 9000
     monkeypatch.setenv("LLM_USVC_PORT", "9100")
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert (settings.port, warnings) == (9100, [])
 
 
@@ -322,7 +322,7 @@ def test_the_command_line_beats_the_environment_and_that_the_file(
     (tmp_path / "env").write_text(f'{file_name}="from the file"\nGATEWAY_HOST=::1\n')
     assert load(tmp_path / "env")[0].model == "from the file"
     monkeypatch.setenv(set_name, "from the environment")
-    settings, _ = load(tmp_path / "env")
+    settings, *_ = load(tmp_path / "env")
     assert (settings.model, settings.host) == ("from the environment", "::1")
     assert load(tmp_path / "env", model="given", host=None)[0].model == "given"
 
@@ -330,7 +330,7 @@ def test_the_command_line_beats_the_environment_and_that_the_file(
 def test_a_warning_names_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "env").write_text("GATEWAY_MODEL=from-the-file\n")
     monkeypatch.setenv("LLM_MODEL_NAME", "from-the-environment")
-    settings, (warning,) = load(tmp_path / "env")
+    settings, _, (warning,) = load(tmp_path / "env")
     used = "LLM_MODEL_NAME" if settings.model == "from-the-environment" else "GATEWAY_MODEL"
     assert warning.endswith(f"{used} is used.")
 

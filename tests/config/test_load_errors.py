@@ -156,7 +156,7 @@ def test_the_api_key_is_neither_shown_by_the_settings_nor_by_an_error_of_another
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GATEWAY_UPSTREAM_API_KEY", "hidden")
-    settings, _ = load()
+    settings, *_ = load()
     assert settings.upstream_api_key is not None
     assert settings.upstream_api_key.get_secret_value() == "hidden"
     assert "hidden" not in repr(settings) + str(settings) + str(settings.model_dump()) + settings.model_dump_json()
@@ -188,7 +188,7 @@ def test_what_is_missing_to_ask_for_tokens_is_named(given: tuple[str, ...], monk
 def test_a_key_beats_tokens_with_a_warning(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     set_tokens(monkeypatch, *given)
     monkeypatch.setenv("LLM_VLLM_API_KEY", "key")
-    settings, (warning,) = load()
+    settings, _, (warning,) = load()
     assert warning == f"GATEWAY_UPSTREAM_API_KEY and {given[0]} are both set: the key is used, and no token."
     assert token_client(settings) is None
 
@@ -205,7 +205,7 @@ def test_a_key_beats_tokens_with_a_warning(given: list[str], monkeypatch: pytest
 )
 def test_a_token_server_without_tls_is_warned_of(url: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     set_tokens(monkeypatch, *TOKENS, url=url)
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert ["GATEWAY_UPSTREAM_TOKEN_URL has no TLS" in warning for warning in warnings] == [True] * warned
     assert "hidden" not in repr(settings.upstream_client_secret) + repr(token_client(settings)).replace(
         "id='hidden'", ""
@@ -221,7 +221,7 @@ def test_a_password_in_the_token_url_is_refused_and_not_in_the_error(monkeypatch
 
 
 def test_settings_of_no_environment_are_the_documented_defaults() -> None:
-    settings, warnings = load()
+    settings, _, warnings = load()
     assert warnings == []
     assert settings == Settings()
     assert (settings.host, settings.port, settings.upstreams) == ("0.0.0.0", 9000, ("http://localhost:8008",))

@@ -16,6 +16,7 @@ from typing import Any
 import uvloop
 
 from gateway.app import create_app
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 from gateway.observability.logs import LineWriter
 from gateway.pool.upstream_pool import UpstreamPool
@@ -59,11 +60,12 @@ async def counted(*keys: str) -> tuple[int, float, int]:
     Where there are `keys` the requests bring none, and are refused.
     """
     settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0, GATEWAY_API_KEYS=keys)
+    secrets = read_secrets(settings)
     log = LineWriter(os.open(os.devnull, os.O_WRONLY))
-    app = create_app(settings, log)
+    app = create_app(settings, secrets, log)
     async with app.router.lifespan_context(app) as state:
         assert state is not None
-        config = create_server(settings, app).config
+        config = create_server(settings, secrets, app).config
         config.load()
         assert config.http_protocol_class is Shortcut
         loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from gateway.app import create_app
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 from gateway.server.http_protocol import Protocol
 from gateway.server.uvicorn_server import create_server
@@ -199,7 +200,7 @@ def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth
             looks.append((counter, self))
 
     settings = Settings()
-    server = create_server(settings, create_app(settings, None))
+    server = create_server(settings, read_secrets(settings), create_app(settings, read_secrets(settings)))
     server.config.load()
 
     def accepted() -> Protocol:

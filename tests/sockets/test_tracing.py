@@ -432,13 +432,13 @@ def test_traces_are_asked_for_by_the_standard_variables(
 
 def test_who_asks_for_another_protocol_is_told_which_is_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    assert load()[1] == []
+    assert load()[2] == []
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
-    (warning,) = load()[1]
+    (warning,) = load()[2]
     assert "OTEL_EXPORTER_OTLP_PROTOCOL is grpc" in warning
     assert "http/protobuf" in warning
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-    assert load()[1] == []
+    assert load()[2] == []
 
 
 def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_install(
@@ -456,12 +456,13 @@ def test_without_what_it_needs_nothing_is_traced_and_the_log_says_what_to_instal
 OFF = """
 import asyncio, sys
 from gateway.app import create_app
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 from gateway.server.uvicorn_server import create_server
 async def run():
     settings = Settings(GATEWAY_PORT=0)
-    app = create_app(settings)
-    create_server(settings, app).config.load()
+    app = create_app(settings, read_secrets(settings))
+    create_server(settings, read_secrets(settings), app).config.load()
     async with app.router.lifespan_context(app) as state:
         assert state["data_path"].traced is None
 asyncio.run(run())

@@ -20,6 +20,7 @@ import uvloop
 
 from gateway import housekeeping
 from gateway.app import create_app
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings, names_of
 from gateway.observability import logs
 from gateway.observability.logs import LineWriter
@@ -109,7 +110,8 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     listeners = [listen("127.0.0.1", port) for port in (0, settings.get("metrics_port")) if port is not None]
     given = {"upstreams": upstreams, "port": 0, "drain_timeout": 2, "shortcut": SHORTCUT, **settings}
     chosen = Settings(**{names_of(field)[0]: value for field, value in given.items()})
-    server = create_server(chosen, create_app(chosen, writer))
+    secrets = read_secrets(chosen)
+    server = create_server(chosen, secrets, create_app(chosen, secrets, writer))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from gateway.app import create_app
+from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings, names_of
 from gateway.observability.logs import LineWriter
 from gateway.server.listener import listen
@@ -143,7 +144,8 @@ class Way:
         self.port: int = listener.getsockname()[1]
         given = {"upstreams": (await self.upstream.start(),), "port": 0, "drain_timeout": 1, **self._settings}
         settings = Settings(**{names_of(field)[0]: value for field, value in given.items()})
-        server = self._server = create_server(settings, create_app(settings, self._log))
+        secrets = read_secrets(settings)
+        server = self._server = create_server(settings, secrets, create_app(settings, secrets, self._log))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             assert (
