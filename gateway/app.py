@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,6 +35,7 @@ from gateway.relay.exchange import LIMIT_HEADERS
 from gateway.relay.interfaces import Call
 from gateway.server import endpoints
 from gateway.server.asgi import Relay
+from gateway.server.context import Parts, State
 from gateway.server.middleware import Cors, PortRoute, RequestContext
 from gateway.server.openapi import describe
 from gateway.server.responses import refused
@@ -48,18 +49,6 @@ if TYPE_CHECKING:
     from gateway.observability.tracing import Tracer
 
 _log = logging.getLogger(__name__)
-
-
-class State(TypedDict):
-    """What the handlers find in `request.state`."""
-
-    data_path: DataPath
-    prober: Prober
-    metrics: Metrics
-    metrics_port: int | None
-    request_log: RequestLog
-    finished: FinishedRequests
-    sampler: Sampler | None
 
 
 def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = None) -> Starlette:
@@ -123,13 +112,15 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
         async with credentials.renewing(), prober.probing():
             yield {
-                "data_path": data_path,
-                "prober": prober,
-                "metrics": metrics,
-                "metrics_port": settings.metrics_port,
-                "request_log": request_log,
-                "finished": finished,
-                "sampler": sampler,
+                "parts": Parts(
+                    data_path=data_path,
+                    prober=prober,
+                    metrics=metrics,
+                    metrics_port=settings.metrics_port,
+                    request_log=request_log,
+                    flush=finished.flush,
+                    sampler=sampler,
+                )
             }
         looking.cancel()
         if sampler is not None:

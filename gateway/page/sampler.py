@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import orjson
@@ -145,7 +145,7 @@ class Sampler:
         await self._ask()
         return orjson.dumps(self._report() | {"history": self._history.series()})
 
-    async def watch(self) -> AsyncIterator[bytes]:
+    async def watch(self) -> AsyncGenerator[bytes, None]:
         """The same as an event and, with each sample, one of how all is then, until the gateway ends."""
         self._watchers += 1
         try:

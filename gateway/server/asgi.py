@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED, Exchange
 from gateway.relay.upload import Upload
+from gateway.server.context import context_of, state_of
 from gateway.wire.errors import GatewayError
 from gateway.wire.heads import AnswerHead
 from gateway.wire.routes import RESPONSE_ID, Route
@@ -36,9 +37,10 @@ class Relay:
         """One request, until its answer is written or its client has gone."""
         if not all(map(RESPONSE_ID.fullmatch, scope["path_params"].values())):
             raise HTTPException(404)
-        scope["relayed"] = True
+        state, context = state_of(scope), context_of(scope)
+        context.relayed = True
         client = _AsgiClient()
-        path, head = scope["state"]["data_path"], scope["head"]
+        path, head = state["parts"].data_path, context.head
         # Starlette answers HEAD wherever it answers GET; the exchange asks by GET, the server drops the body.
         query = scope["query_string"].decode("latin-1")
         target = self._route.path.format(**scope["path_params"])
@@ -51,7 +53,7 @@ class Relay:
         exchange = client.exchange = kind(path, client, self._route, target, head)
         if self._route.body == "upload":
             # Whose reader may wait for something else: it then sees at once that the client has left.
-            scope["state"].get("leaving", []).append(client.resume)
+            state.get("leaving", []).append(client.resume)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)

@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.page.document import Document
+from gateway.page.sampler import Sampler
 from gateway.relay.exchange import KEY_NEEDED
+from gateway.server.context import Parts, context_of, state_of
 from gateway.server.responses import to_response
 from gateway.wire.errors import Unauthorized
 
@@ -22,9 +24,19 @@ Handler = Callable[[Request], Awaitable[Response]]
 _WATCH_ENDS = 5.0
 
 
+def _parts(request: Request) -> Parts:
+    return state_of(request.scope)["parts"]
+
+
+def _sampler(request: Request) -> Sampler:
+    sampler = _parts(request).sampler
+    assert sampler is not None  # these handlers are there where the page is
+    return sampler
+
+
 def _has_key(request: Request) -> bool:
     """Whether there are no keys, or one was brought."""
-    keys, digest = request.state.data_path.keys, request.scope["head"].key
+    keys, digest = _parts(request).data_path.keys, context_of(request.scope).head.key
     return keys is None or (digest is not None and keys.find(digest) is not None)
 
 
@@ -34,7 +46,7 @@ def guarded(handler: Handler) -> Handler:
     async def asks_for_key(request: Request) -> Response:
         if _has_key(request):
             return await handler(request)
-        return to_response(Unauthorized(KEY_NEEDED), request.scope["request_id"])
+        return to_response(Unauthorized(KEY_NEEDED), context_of(request.scope).request_id)
 
     return asks_for_key
 
@@ -46,13 +58,13 @@ async def health(request: Request) -> Response:
 
 async def health_check(request: Request) -> Response:
     """200 only when a chat call would succeed now, else 503; with how each upstream is and, given a key, where."""
-    prober = request.state.prober
+    prober = _parts(request).prober
     await prober.probe_all()
     upstreams = prober.report(time.monotonic())
     if not _has_key(request):
         for upstream in upstreams:
             del upstream["url"]
-    draining = request.state.data_path.drain.began
+    draining = _parts(request).data_path.drain.began
     serving = not draining and any(upstream["state"] == "serving" for upstream in upstreams)
     body: dict[str, Any] = {
         "Service Title": "vllm-gateway",
@@ -65,22 +77,22 @@ async def health_check(request: Request) -> Response:
 
 async def ping(request: Request) -> Response:
     """What load balancers of GPU workers ask for: 200 serving, 204 loading, else 503; nothing is probed for it."""
-    states = {upstream["state"] for upstream in request.state.prober.report(time.monotonic())}
-    if request.state.data_path.drain.began or not states & {"serving", "loading"}:
+    states = {upstream["state"] for upstream in _parts(request).prober.report(time.monotonic())}
+    if _parts(request).data_path.drain.began or not states & {"serving", "loading"}:
         return JSONResponse({"status": "unhealthy"}, 503)
     return JSONResponse({"status": "healthy"}) if "serving" in states else Response(status_code=204)
 
 
 async def statistics(request: Request) -> Response:
     """How long the last chat calls took, in seconds."""
-    request.state.finished.flush()
-    return JSONResponse(request.state.metrics.latencies.report())
+    _parts(request).flush()
+    return JSONResponse(_parts(request).metrics.latencies.report())
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus's exposition format."""
-    request.state.finished.flush()
-    return Response(request.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    _parts(request).flush()
+    return Response(_parts(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def page(document: Document) -> Handler:
@@ -94,7 +106,7 @@ def page(document: Document) -> Handler:
 
 async def status(request: Request) -> Response:
     """How the gateway and its upstreams are, and were in the last five minutes."""
-    content = await request.state.sampler.report()
+    content = await _sampler(request).report()
     return Response(content, headers={"cache-control": "no-store"}, media_type="application/json")
 
 
@@ -104,7 +116,7 @@ async def status_stream(request: Request) -> Response:
     from sse_starlette import EventSourceResponse
 
     async def events() -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(request.state.sampler.watch()) as watched:
+        async with contextlib.aclosing(_sampler(request).watch()) as watched:
             async for event in watched:
                 if not _has_key(request):  # its key has been taken back
                     return

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from gateway.relay.data_path import DataPath
+from gateway.server.context import Parts, state_of
 from gateway.wire.errors import BadRequest, Draining, GatewayError, HeadTimeout, HeadTooLarge
 from gateway.wire.heads import lines, new_request_id, too_large
 
@@ -273,7 +274,7 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        cycle.scope["state"]["leaving"] = []
+        state_of(cycle.scope)["leaving"] = []
         super()._start_asgi_task(cycle, app)
 
     def _arm(self, seconds: float) -> None:
@@ -293,8 +294,8 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def _path(self) -> DataPath:
-        path: DataPath = self.app_state["data_path"]
-        return path
+        parts: Parts = self.app_state["parts"]
+        return parts.data_path
 
     def look(self, now: float) -> None:
         """To be called again and again, with the loop's time: what the client keeps us waiting for has its limits.
@@ -360,7 +361,7 @@ class Protocol(HttpToolsProtocol):
         if self._running is not None:
             self._running.disconnected = True
             self._running.message_event.set()
-            for call in self._running.scope["state"]["leaving"]:
+            for call in state_of(self._running.scope)["leaving"]:
                 call()
         self._tenth.discard(self)
         super().connection_lost(exc)
@@ -396,8 +397,9 @@ class Protocol(HttpToolsProtocol):
         ]
         self.transport.write(STATUS_LINE[error.status] + lines(headers) + b"\r\n" + content)
         self.transport.close()
-        self.app_state["metrics"].other("unknown", error.status)
-        self.app_state["request_log"].other(request_id, "-", "-", error.status, 0.0)
+        parts: Parts = self.app_state["parts"]
+        parts.metrics.other("unknown", error.status)
+        parts.request_log.other(request_id, "-", "-", error.status, 0.0)
 
     def cut(self) -> None:
         """The time to end in good order is over."""

@@ -12,9 +12,10 @@ from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.relay.exchange import FAILED
+from gateway.server.context import context_of, state_of
 from gateway.server.responses import no_path, to_response
 from gateway.wire.errors import GatewayError
-from gateway.wire.heads import RequestHead, fault_of, new_request_id
+from gateway.wire.heads import RequestHead, fault_of
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Cors(CORSMiddleware):
             return
         headers = Headers(scope=scope)
         if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= set(headers):
-            scope["preflight"] = self.preflight_response(headers)
+            context_of(scope).preflight = self.preflight_response(headers)
         await self.simple_response(scope, receive, send, headers)
 
 
@@ -73,38 +74,38 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        head = scope["head"] = RequestHead(list(scope["headers"]))  # the server may yet add trailers to its own
-        request_id = scope["request_id"] = head.request_id = head.request_id or new_request_id()
+        context = context_of(scope)
+        request_id = context.request_id
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if "relayed" not in scope:
+                if not context.relayed:
                     message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            fault = _fault_of(scope)
-            app: ASGIApp = scope.get("preflight", self._app) if fault is None else to_response(fault, request_id)
+            fault = _fault_of(scope, context.head)
+            app = (context.preflight or self._app) if fault is None else to_response(fault, request_id)
             await app(scope, receive, send_with_id)
         except Exception:
             _log.exception("the handler of %r failed (request id %s)", scope["path"], request_id)
             error = GatewayError(FAILED)
-            scope.pop("relayed", None)
+            context.relayed = False
             if status == 0:
                 await to_response(error, request_id)(scope, receive, send_with_id)
-        if "relayed" in scope:
+        if context.relayed:
             return
-        state = scope["state"]
+        parts = state_of(scope)["parts"]
         route = scope["path"] if status != 404 and scope["path"] in self._paths else "unknown"
-        state["metrics"].other(route, status)
+        parts.metrics.other(route, status)
         if route not in _QUIET or status >= 400:
-            state["request_log"].other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
+            parts.request_log.other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
 
 
-def _fault_of(scope: Scope) -> GatewayError | None:
+def _fault_of(scope: Scope, head: RequestHead) -> GatewayError | None:
     """Why a request is refused by its head alone."""
     path, raw = scope["path"], scope.get("raw_path") or b""
     # No path that there is needs to be encoded; who stands before us may not have decoded it. A line feed is what a
@@ -112,5 +113,5 @@ def _fault_of(scope: Scope) -> GatewayError | None:
     if b"%" in raw or path.endswith("\n"):
         return no_path(path)
     target = len(raw or path) + len(scope["query_string"])
-    limits = scope["state"]["data_path"].head_limits
-    return fault_of(scope["head"], target, limits, scope["http_version"])
+    limits = state_of(scope)["parts"].data_path.head_limits
+    return fault_of(head, target, limits, scope["http_version"])

@@ -6,6 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.server.context import context_of
 from gateway.wire.errors import GatewayError, MethodNotAllowed, NotFound
 from gateway.wire.sse import Ends
 
@@ -35,4 +36,4 @@ async def refused(request: Request, exception: Exception) -> Response:
         error = no_path(path)
     headers = dict(exception.headers) if exception.headers else None
     ends: Ends = "messages" if path.startswith("/v1/messages") else "done"
-    return to_response(error, request.scope["request_id"], headers, ends)
+    return to_response(error, context_of(request.scope).request_id, headers, ends)

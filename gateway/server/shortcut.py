@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED
+from gateway.server.context import Parts
 from gateway.server.http_protocol import Protocol, SharedState
 from gateway.wire.errors import GatewayError
 from gateway.wire.head_cache import SameHead
@@ -72,8 +73,9 @@ class Shortcut(Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self.server is None or self.server[1] != self.app_state["metrics_port"]:
-            self._routes = self._path.routes
+        parts: Parts = self.app_state["parts"]
+        if self.server is None or self.server[1] != parts.metrics_port:
+            self._routes = parts.data_path.routes
 
     def data_received(self, data: bytes) -> None:
         if self._same is not None and self.cycle is self and self.response_complete and not self._in_message:
@@ -95,7 +97,8 @@ class Shortcut(Protocol):
             self._failed(exchange, error)
 
     def _begin(self, head: RequestHead, route: Route) -> BufferedCall:
-        path = self.app_state["data_path"]
+        parts: Parts = self.app_state["parts"]
+        path = parts.data_path
         exchange = self._exchange = BufferedCall(path, self, route, route.path, head)
         self.cycle = self
         self.keep_alive = not path.drain.began

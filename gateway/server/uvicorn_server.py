@@ -20,7 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.config.secrets import Secrets, client_keys
 from gateway.config.settings import Settings, SettingsError
 from gateway.config.tls import load_certificate, own_tls
-from gateway.relay.data_path import DataPath, Drain
+from gateway.relay.data_path import Drain
+from gateway.server.context import Parts
 from gateway.server.http_protocol import LAST_CALL, Protocol, SharedState, missing_in
 from gateway.server.listener import BACKLOG, accept_the_last
 from gateway.server.memory import settle
@@ -103,7 +104,7 @@ class Server(uvicorn.Server):
                 _log.info("certificate read again")
 
     def _reread_keys(self) -> None:
-        keys = self._data_path.keys
+        keys = self._parts.data_path.keys
         try:
             found = client_keys(self._settings)
         except SettingsError as error:
@@ -129,13 +130,13 @@ class Server(uvicorn.Server):
         return stop
 
     @property
-    def _data_path(self) -> DataPath:
-        path: DataPath = self.lifespan.state["data_path"]
-        return path
+    def _parts(self) -> Parts:
+        parts: Parts = self.lifespan.state["parts"]
+        return parts
 
     @property
     def _drain(self) -> Drain:
-        return self._data_path.drain
+        return self._parts.data_path.drain
 
     def _look(self, counter: int) -> None:
         """At a tenth of the connections, so that each has its turn once a second: all at once would hold up events."""
@@ -195,9 +196,8 @@ class Server(uvicorn.Server):
 
     async def _end_what_still_runs(self) -> None:
         """After a second signal, or for what no limit has ended: each gets its error, and its log line."""
-        state = self.lifespan.state
         self._drain.ends_at = time.monotonic()
-        for call in state["data_path"].overdue():
+        for call in self._parts.data_path.overdue():
             call.check_timeouts()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=1)
@@ -206,4 +206,4 @@ class Server(uvicorn.Server):
             if isinstance(connection, Protocol):
                 connection.cut()
         await asyncio.sleep(0)
-        state["finished"].flush()
+        self._parts.flush()

@@ -72,10 +72,10 @@ async def counted(*keys: str) -> tuple[int, float, int]:
         connection = Shortcut(config, SharedState(), dict(state), _loop=loop)
         client = Sink()
         connection.connection_made(client)
-        pool: UpstreamPool = state["data_path"].pool
+        pool: UpstreamPool = state["parts"].data_path.pool
         (upstream,) = pool
         upstream.models, upstream.state = (MODEL,), "serving"
-        server = UpstreamConnection(state["data_path"].transport, upstream)
+        server = UpstreamConnection(state["parts"].data_path.transport, upstream)
         server.connection_made(Sink())
         server._owner.keep(server)
         answer = response("200 OK", completion())

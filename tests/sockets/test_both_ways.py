@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -398,7 +399,8 @@ def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(
     clock: Any = _Loop()  # the part of an event loop that is asked for
     monkeypatch.setattr(data.transport, "connect", data.connect_now)
     config = uvicorn.Config(_app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=75)
-    connection = protocol(config, SharedState(), {"data_path": data.path}, _loop=clock)
+    parts = SimpleNamespace(data_path=data.path, metrics_port=None)  # those that are asked for
+    connection = protocol(config, SharedState(), {"parts": parts}, _loop=clock)
     connection.connection_made(transport)
     for number in range(1, 201):
         connection.data_received(post())

@@ -464,7 +464,7 @@ async def run():
     app = create_app(settings, read_secrets(settings))
     create_server(settings, read_secrets(settings), app).config.load()
     async with app.router.lifespan_context(app) as state:
-        assert state["data_path"].traced is None
+        assert state["parts"].data_path.traced is None
 asyncio.run(run())
 print([name for name in sys.modules if name.partition(".")[0] in ("opentelemetry", "google", "requests")])
 """

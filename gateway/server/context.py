@@ -1,0 +1,62 @@
+"""What the server and the application's handlers find: the gateway's parts, and what is known of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict, cast
+
+from starlette.responses import Response
+from starlette.types import Scope
+
+from gateway.observability.logs import RequestLog
+from gateway.observability.metrics import Metrics
+from gateway.page.sampler import Sampler
+from gateway.relay.data_path import DataPath
+from gateway.upstream.prober import Prober
+from gateway.wire.heads import RequestHead, new_request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One gateway's parts. `flush` has the finished requests counted, traced and logged; `sampler` is the page's."""
+
+    data_path: DataPath
+    prober: Prober
+    metrics: Metrics
+    metrics_port: int | None
+    request_log: RequestLog
+    flush: Callable[[], None]
+    sampler: Sampler | None
+
+
+class State(TypedDict):
+    """The lifespan's state, of which ASGI gives each request a copy; `leaving` is called once the client has left."""
+
+    parts: Parts
+    leaving: NotRequired[list[Callable[[], None]]]
+
+
+@dataclass(slots=True)
+class Context:
+    """One request of the application: its head and id, whether an exchange answers it, and what answers a preflight."""
+
+    head: RequestHead
+    request_id: str
+    relayed: bool = False
+    preflight: Response | None = None
+
+
+def state_of(scope: Mapping[str, object]) -> State:
+    """The gateway's state, as this request has it."""
+    return cast(State, scope["state"])
+
+
+def context_of(scope: Scope) -> Context:
+    """The request's context, which the first that asks makes."""
+    context: Context | None = scope.get("gateway")
+    if context is None:
+        head = RequestHead(list(scope["headers"]))  # the server may yet add trailers to its own list
+        head.request_id = request_id = head.request_id or new_request_id()
+        context = scope["gateway"] = Context(head, request_id)
+    return context
