@@ -40,7 +40,7 @@ from gateway.server.middleware import Cors, PortRoute, RequestContext
 from gateway.server.openapi import describe
 from gateway.server.responses import refused
 from gateway.upstream.connections import ConnectionPool
-from gateway.upstream.credentials import FixedKey, Tokens
+from gateway.upstream.credentials import ClientCredentials, FixedKey
 from gateway.upstream.prober import Prober
 from gateway.wire.heads import HeadLimits
 from gateway.wire.routes import ROUTES
@@ -196,15 +196,17 @@ def create_tracer(settings: Settings) -> Tracer | None:
     return Tracer(tls=settings.tls_cert_file is not None)
 
 
-def create_credentials(settings: Settings, secrets: Secrets) -> FixedKey | Tokens:
+def create_credentials(settings: Settings, secrets: Secrets) -> FixedKey | ClientCredentials:
     """What the upstreams are shown."""
     if secrets.token_client is not None:
-        return Tokens(secrets.token_client, secrets.upstream_tls)
+        return ClientCredentials(secrets.token_client, secrets.upstream_tls)
     key = settings.upstream_api_key
     return FixedKey(key.get_secret_value() if key else None)
 
 
-def create_prober(settings: Settings, secrets: Secrets, pool: UpstreamPool, credentials: FixedKey | Tokens) -> Prober:
+def create_prober(
+    settings: Settings, secrets: Secrets, pool: UpstreamPool, credentials: FixedKey | ClientCredentials
+) -> Prober:
     """What probes the upstreams as these settings say."""
     return Prober(
         pool,

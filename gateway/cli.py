@@ -12,7 +12,7 @@ import click
 from gateway.commands.check import check as run_check
 from gateway.commands.check import runs_in_container
 from gateway.commands.serve import serve as run_server
-from gateway.config.load import build, differing, environment, load
+from gateway.config.load import build, child_environment, differing, load
 from gateway.config.settings import CLIENT_KEY, ModelServerSettings, Settings, SettingsError, base_url, own_url, table
 from gateway.modelserver.preflight import CannotStart
 from gateway.server.listener import CannotListen
@@ -61,7 +61,7 @@ def up(model: str | None, python: str | None, env_file: str | None) -> None:
     from gateway.commands.up import up as run_both
 
     try:
-        environ = environment(env_file)
+        environ = child_environment(env_file)
         # What is tried out on a laptop is not for its whole network.
         environ.setdefault("GATEWAY_HOST", "127.0.0.1")
         model_server = build(ModelServerSettings, env_file, model=model, python=python)
@@ -138,7 +138,7 @@ def chat(
         sys.exit(client.STOPPED)
     else:
         given = {name: value for name, value in fields.items() if value is not None}
-        sys.exit(client.run(client.Asking(url, key, system, given, as_json), asked))
+        sys.exit(client.run(client.ChatOptions(url, key, system, given, as_json), asked))
 
 
 @main.command("demo-model")
@@ -148,7 +148,7 @@ def demo_model(folder: Path) -> None:
     from gateway.modelserver.demo_model import write_demo_model
 
     try:
-        write_demo_model(folder, environment())
+        write_demo_model(folder, child_environment())
     except CannotStart as error:
         _stop(error, status=1)
 
@@ -176,7 +176,7 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 
     try:
         wanted = quantizing.Quantizing(folder=folder, **given)
-        quantizing.quantize(wanted, environment(), Path(python) if python else None)
+        quantizing.quantize(wanted, child_environment(), Path(python) if python else None)
     except CannotStart as error:
         _stop(error, status=1)
 

@@ -53,7 +53,7 @@ class Failed(Exception):
 
 
 @dataclass(frozen=True)
-class Asking:
+class ChatOptions:
     """Whom to ask, and how; `fields` are those of the request beside its messages."""
 
     url: str
@@ -157,10 +157,10 @@ def read_prompt(prompt: str | None) -> str | None:
     return "\n\n".join(texts)
 
 
-def run(asking: Asking, prompt: str | None) -> int:
+def run(options: ChatOptions, prompt: str | None) -> int:
     """Ask once, or without a prompt talk with whom is at the terminal; the exit status."""
     try:
-        chat = Chat(asking, Output(), CtrlC())
+        chat = Chat(options, Output(), CtrlC())
         return chat.talk() if prompt is None else chat.ask(prompt)
     except Unwritable as error:
         if isinstance(error.__cause__, BrokenPipeError):
@@ -172,20 +172,20 @@ def run(asking: Asking, prompt: str | None) -> int:
 class Chat:
     """A conversation with a gateway, which is told all of it with each question."""
 
-    def __init__(self, asking: Asking, output: Output, ctrl_c: CtrlC) -> None:
-        self._asking = asking
+    def __init__(self, options: ChatOptions, output: Output, ctrl_c: CtrlC) -> None:
+        self._options = options
         self._output = output
         self._ctrl_c = ctrl_c
-        self._messages: list[Json] = [{"role": "system", "content": asking.system}] if asking.system else []
+        self._messages: list[Json] = [{"role": "system", "content": options.system}] if options.system else []
         # To read all of the system's certificates takes a while.
-        secure = asking.url.startswith("https:")
+        secure = options.url.startswith("https:")
         self._tls = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def talk(self) -> int:
         """Ask what is typed, until the end."""
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # input() then edits its line, and knows those before
-        _note(f"Talking to {self._asking.url}. Ctrl-C stops an answer. {_LEAVING}")
+        _note(f"Talking to {self._options.url}. Ctrl-C stops an answer. {_LEAVING}")
         while True:
             try:
                 with self._ctrl_c.heard():
@@ -221,7 +221,7 @@ class Chat:
         return failure.status if failure else 0
 
     def _end(self, answer: Answer, failure: Failed | None) -> None:
-        if self._asking.as_json:
+        if self._options.as_json:
             error = {"error": failure.error} if failure else {}
             self._output.write(orjson.dumps(vars(answer) | error).decode() + "\n", "utf-8")
             return
@@ -243,34 +243,34 @@ class Chat:
             if text and not answer.text:
                 answer.seconds_to_first_token = _since(began)
             answer.text += text
-            if not self._asking.as_json:
+            if not self._options.as_json:
                 self._output.write(text)
 
-        asking = self._asking
+        options = self._options
         # In the simplified form, in which the gateway chooses the model and samples as it usually does.
-        body = {"messages": messages, "streaming": True, "stream_style": "openai", **asking.fields}
+        body = {"messages": messages, "streaming": True, "stream_style": "openai", **options.fields}
         body["stream_options"] = {"include_usage": True}
         headers = {"content-type": "application/json"}
-        if asking.key:
-            headers["authorization"] = f"Bearer {asking.key}"
+        if options.key:
+            headers["authorization"] = f"Bearer {options.key}"
         # No limit but for the connecting: the gateway has its own, and tells of them.
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         try:
             with (
                 # A proxy that is set for downloads has no part in this.
                 httpx.Client(trust_env=False, timeout=timeout, verify=self._tls) as client,
-                client.stream("POST", asking.url + _CHAT, content=orjson.dumps(body), headers=headers) as reply,
+                client.stream("POST", options.url + _CHAT, content=orjson.dumps(body), headers=headers) as reply,
             ):
                 answer.request_id = reply.headers.get("x-request-id")
-                _read(reply, answer, take, asking.url)
+                _read(reply, answer, take, options.url)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             message = (
-                f"{asking.url} cannot be reached ({_reason(error)}): `vllm-gateway up` or `serve` starts a gateway, "
+                f"{options.url} cannot be reached ({_reason(error)}): `vllm-gateway up` or `serve` starts a gateway, "
                 "--url names another."
             )
             raise Failed({"message": message, "code": "unreachable"}, UNREACHABLE) from None
         except httpx.HTTPError as error:
-            raise _broke_off(asking.url, _reason(error)) from None
+            raise _broke_off(options.url, _reason(error)) from None
 
 
 def _read(reply: httpx.Response, answer: Answer, take: Callable[[str], None], url: str) -> None:

@@ -60,7 +60,7 @@ def up(
 ) -> int:
     """Run both until a signal or until one of them dies; the result is the exit status.
 
-    `environ` is the environment of both, from `config.environment`.
+    `environ` is the environment of both, from `config.load.child_environment`.
     """
     display = display or Display()
     try:
@@ -126,7 +126,7 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
 def _read_app(settings: ModelServerSettings) -> vllm_app.App:
     try:
         return vllm_app.read(settings.app_config)
-    except vllm_args.Wrong as error:
+    except vllm_args.OptionError as error:
         raise CannotStart(str(error)) from None
 
 

@@ -58,7 +58,7 @@ def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str
     return list(_differing_names(kind, _sources(env_file)))
 
 
-def environment(env_file: str | Path | None = None) -> dict[str, str]:
+def child_environment(env_file: str | Path | None = None) -> dict[str, str]:
     """What a child process gets: the environment, over what the file of settings says."""
     _, *file = _sources(env_file)
     return {**(file[0] if file else {}), **os.environ}

@@ -42,7 +42,7 @@ _BLOCKED = {"mixtral": "mixtral", "deepseek_v2": "deepseek", "deepseek_v3": "dee
 
 
 def own(folder: Path, uid: int, gid: int) -> None:
-    """Give a new folder to that user; raises Wrong if the user could not write there, or not read what is mounted.
+    """Give a new folder to that user. Raises OptionError if the user cannot write there, or not read the mounts.
 
     One that holds what is not of this stack may be somebody's own, and is left as it is.
     """
@@ -55,27 +55,29 @@ def own(folder: Path, uid: int, gid: int) -> None:
     for kept in (folder, *(folder / name for name in ("cache", "fp8", "home", "hub", "inc", "prometheus"))):
         if kept.exists() and not os.access(kept, os.R_OK | os.W_OK | os.X_OK):
             owner = kept.stat().st_uid
-            raise vllm_args.Wrong(
+            raise vllm_args.OptionError(
                 f"{kept} (LLM_VLLM_DATA_DIR) belongs to user {owner}, and user {uid} cannot write there: "
                 f"`sudo chown -R {uid}` the folder, or set UID={owner} in the .env file."
             )
     for mounted in (__file__, vllm_args.__file__):
         if not os.access(mounted, os.R_OK):
-            raise vllm_args.Wrong(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
+            raise vllm_args.OptionError(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
 
 
 def serve(environ: Mapping[str, str], data: Path) -> None:
-    """Become `vllm serve`. Raises Wrong."""
+    """Become `vllm serve`. Raises OptionError."""
     app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
-    found = vllm_args.environment(environ)
+    found = vllm_args.vllm_environment(environ)
     options = app.options + vllm_args.options(environ)
     # The files of settings come with values for what vllm-app has other names for.
     for sentence in vllm_args.differing(environ):
         _warn(sentence)
     if vllm_args.is_on(environ, "IF_FP8_QUANTIZATION"):
         if environ.get("QUANTIZATION"):
-            raise vllm_args.Wrong("QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them.")
+            raise vllm_args.OptionError(
+                "QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing: unset one of them."
+            )
         model, more = _in_fp8(model, environ, data)
         options = more + options
         if environ.get("LLM_DEVICE") == "hpu":
@@ -92,7 +94,9 @@ def _model(environ: Mapping[str, str], app: vllm_app.App) -> str:
         _warn("LLM_VLLM_MODEL_NAME and vllm-app's model_path differ: LLM_VLLM_MODEL_NAME is used.")
     if model := named or app.model:
         return model
-    raise vllm_args.Wrong("LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set.")
+    raise vllm_args.OptionError(
+        "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set."
+    )
 
 
 def _warn(sentence: str) -> None:
@@ -110,7 +114,7 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
             sys.stderr.write(f"There is no checkpoint in FP8 at {checkpoint}, so that only the cache is in FP8.\n")
         return model, options
     if device == "cpu" and _is_static(checkpoint):
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"{checkpoint} was calibrated on a dataset (static FP8), which only GPUs serve: "
             "remove it, and quantize again with FP8_DATASET_PATH unset."
         )
@@ -126,10 +130,10 @@ def _checkpoint(model: str, environ: Mapping[str, str], data: Path) -> Path:
 
 
 def _count(environ: Mapping[str, str], name: str, default: str) -> str:
-    """A whole number from 1. Raises Wrong."""
+    """A whole number from 1. Raises OptionError."""
     value = environ.get(name) or default
     if not value.isdecimal() or int(value) < 1:
-        raise vllm_args.Wrong(f"{name} must be a whole number, 1 or more, but it is {value!r}.")
+        raise vllm_args.OptionError(f"{name} must be a whole number, 1 or more, but it is {value!r}.")
     return value
 
 
@@ -138,7 +142,7 @@ def _is_static(checkpoint: Path) -> bool:
     try:
         config = json.loads((checkpoint / "config.json").read_text())
     except ValueError as error:
-        raise vllm_args.Wrong(f"{checkpoint}/config.json is no JSON ({error}): quantize again.") from None
+        raise vllm_args.OptionError(f"{checkpoint}/config.json is no JSON ({error}): quantize again.") from None
     try:
         groups = config["quantization_config"]["config_groups"].values()
         return any(group["input_activations"]["dynamic"] is False for group in groups)
@@ -148,20 +152,20 @@ def _is_static(checkpoint: Path) -> bool:
 
 
 def _scales(model: str, data: Path) -> Path:
-    """Where calibration on this kind of Gaudi has left its scales. Raises Wrong."""
+    """Where calibration on this kind of Gaudi has left its scales. Raises OptionError."""
     found = _found_scales(model, data)
     if len(found) == 1:
         return found[0]
     folder = _inc(model, data)
     if (folder / _UNFINISHED).exists():
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"The calibration that was to leave its scales in {folder} did not end well: calibrate again."
         )
     if found:
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"There are scales for Gaudi 2 and for Gaudi 3 in {folder}: set QUANT_CONFIG to the one to use."
         )
-    raise vllm_args.Wrong(
+    raise vllm_args.OptionError(
         f"There are no scales in {folder}: make them with docker/hpu/fp8/docker-compose.yaml, or set QUANT_CONFIG to a "
         "maxabs_quant_g2.json or _g3.json in the data folder."
     )
@@ -178,23 +182,25 @@ def _inc(model: str, data: Path) -> Path:
 
 
 def quantize(environ: Mapping[str, str], data: Path) -> None:
-    """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises Wrong."""
+    """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises OptionError."""
     model = _model(environ, vllm_app.read(environ.get("VLLM_APP_CONFIG")))
     dataset = environ.get("FP8_DATASET_PATH")
     if dataset and not Path(dataset).is_file():
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"There is no dataset {dataset}: put the file into the data folder (LLM_VLLM_DATA_DIR), which is /data "
             "here, and set FP8_DATASET_PATH to /data/NAME."
         )
     samples = _count(environ, "FP8_DATASET_SAMPLES", "512")
     if environ.get("LLM_DEVICE") == "hpu":
         if not dataset:
-            raise vllm_args.Wrong("Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder.")
+            raise vllm_args.OptionError(
+                "Gaudi's FP8 is calibrated: set FP8_DATASET_PATH to a dataset in the data folder."
+            )
         _calibrate(model, [sys.executable, "-P", str(_SCRIPTS / "dataset.py"), dataset], samples, environ, data)
         return
     checkpoint = _checkpoint(model, environ, data)
     if checkpoint.exists():
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"{model} is quantized already: to do it anew, remove fp8/{checkpoint.name} in the data folder "
             "(LLM_VLLM_DATA_DIR)."
         )
@@ -204,11 +210,11 @@ def quantize(environ: Mapping[str, str], data: Path) -> None:
         argv += ["--dataset", dataset, "--samples", samples, "--length", length]
     if revision := environ.get("LLM_VLLM_MODEL_REVISION"):
         argv += ["--revision", revision]
-    os.execve(argv[0], argv, vllm_args.environment(environ))
+    os.execve(argv[0], argv, vllm_args.vllm_environment(environ))
 
 
 def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[str, str], data: Path) -> None:
-    """By a copy of vLLM-Gaudi's scripts, as they write beside themselves, with what `rewrite` makes. Raises Wrong."""
+    """By a copy of vLLM-Gaudi's scripts, as they write beside themselves, with what `rewrite` makes."""
     _check_name(model)
     with tempfile.TemporaryDirectory() as work:
         scripts = Path(shutil.copytree(_CALIBRATION, Path(work) / "calibration"))
@@ -225,15 +231,15 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
                 unfinished.parent.mkdir(parents=True, exist_ok=True)
                 unfinished.touch()
             sys.stderr.write(f"Starting: {shlex.join(argv)}\n")
-            if subprocess.run(argv, env=vllm_args.environment(environ), check=False).returncode:
-                raise vllm_args.Wrong("Nothing was calibrated; what was in the way stands above.")
+            if subprocess.run(argv, env=vllm_args.vllm_environment(environ), check=False).returncode:
+                raise vllm_args.OptionError("Nothing was calibrated; what was in the way stands above.")
     unfinished.unlink()
     made = ", ".join(str(file) for file in _found_scales(model, data))
     sys.stderr.write(f"Calibrated: {made}. IF_FP8_QUANTIZATION=true serves by it.\n")
 
 
 def _check_name(model: str) -> None:
-    """A folder may have another name than what is in it, and the scripts go by the name. Raises Wrong."""
+    """A folder may have another name than what is in it, and the scripts go by the name. Raises OptionError."""
     config = Path(model) / "config.json"
     if not config.is_file():
         return
@@ -242,7 +248,7 @@ def _check_name(model: str) -> None:
     named = next((each for each in set(_BLOCKED.values()) if each in name), None)
     if named != expected or (expected and not name.startswith(expected)):
         must = f"begin with {expected}" if expected else f"be without {named}"
-        raise vllm_args.Wrong(
+        raise vllm_args.OptionError(
             f"{model} holds a model of the kind {kind}, and what FP8 leaves out is chosen by the folder's name, which "
             f"must {must}: rename it."
         )
@@ -270,8 +276,8 @@ def main(arguments: list[str]) -> int:
             case ["healthy"]:
                 return 0 if healthy() else 1
             case _:
-                raise vllm_args.Wrong(f"no such command: {shlex.join(arguments)}")
-    except (vllm_args.Wrong, OSError) as error:
+                raise vllm_args.OptionError(f"no such command: {shlex.join(arguments)}")
+    except (vllm_args.OptionError, OSError) as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
     return 0

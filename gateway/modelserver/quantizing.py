@@ -71,7 +71,9 @@ def command(
     if wanted.revision is not None:
         argv += ["--revision", wanted.revision]
     # PYTHONPATH and its like are for our Python, not for that one.
-    clean = {name: value for name, value in vllm_args.environment(environ).items() if not name.startswith("PYTHON")}
+    clean = {
+        name: value for name, value in vllm_args.vllm_environment(environ).items() if not name.startswith("PYTHON")
+    }
     return argv, clean | {"PYTHONPATH": str(packages)}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gateway.modelserver.vllm_args import Wrong
+from gateway.modelserver.vllm_args import OptionError
 
 _MODES = ("piecewise", "full", "full_decode_only", "full_and_piecewise")
 _GRAPHS = {"cuda_graph_mode": "cudagraph_mode", "cuda_graph_capture_sizes": "cudagraph_capture_sizes"}
@@ -65,26 +65,26 @@ class App(NamedTuple):
 
 
 def read(file: str | Path | None) -> App:
-    """What the file that VLLM_APP_CONFIG names says; no file says nothing. Raises Wrong, which names file and key."""
+    """What the file that VLLM_APP_CONFIG names says; no file says nothing. Raises OptionError, naming file and key."""
     if not file:
         return App(None, [])
     where = f"{file} (VLLM_APP_CONFIG)"
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise Wrong(f"{where} cannot be read ({error.strerror}): name vllm-app's config.json.") from None
+        raise OptionError(f"{where} cannot be read ({error.strerror}): name vllm-app's config.json.") from None
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"{where} is no JSON ({error}): correct it.") from None
+        raise OptionError(f"{where} is no JSON ({error}): correct it.") from None
     try:
         return from_config(config, Path(file).absolute().parent)
-    except Wrong as error:
-        raise Wrong(f"{where}: {error}") from None
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
 
 
 def from_config(config: object, folder: Path) -> App:
-    """`folder` is where the file lies, and its paths begin. Raises Wrong, which names key and value."""
+    """`folder` is where the file lies, and its paths begin. Raises OptionError, which names key and value."""
     if not isinstance(config, dict):
-        raise Wrong("it must be an object of vllm-app's keys.")
+        raise OptionError("it must be an object of vllm-app's keys.")
     for key in config:
         _check_key(key)
     # As with variables, an empty value is none.
@@ -92,7 +92,7 @@ def from_config(config: object, folder: Path) -> App:
     for key, value in given.items():
         allowed, is_right = _KEYS[key]
         if not is_right(value):
-            raise Wrong(f"{key} must be {allowed}, but it is {json.dumps(value)}.")
+            raise OptionError(f"{key} must be {allowed}, but it is {json.dumps(value)}.")
     model = given.get("model_path")
     options = _option("--compilation-config", _GRAPHS, given) + _option(
         "--override-generation-config", _SAMPLING, given
@@ -104,7 +104,7 @@ def _check_key(key: str) -> None:
     if key not in _KEYS:
         near = difflib.get_close_matches(key, _KEYS, n=1)
         advice = f"did you mean {near[0]}?" if near else "remove it, or name vllm-app's own file."
-        raise Wrong(f"{key} is not a key of vllm-app's: {advice}")
+        raise OptionError(f"{key} is not a key of vllm-app's: {advice}")
 
 
 def _from_path(path: str, folder: Path) -> str:

@@ -32,12 +32,12 @@ _OURS = [name for names in _OPTIONS.values() for name in names] + [*_FLAGS.value
 NOT_VLLMS = frozenset(name for name in _OURS if name.startswith("VLLM_"))
 
 
-class Wrong(Exception):
+class OptionError(Exception):
     """What cannot be started, in a sentence."""
 
 
 def options(environ: Mapping[str, str]) -> list[str]:
-    """vLLM's options for these variables, of which an empty one is none. Raises Wrong, for odd EXTRA_ARGS too."""
+    """vLLM's options for these variables, of which an empty one is none. Raises OptionError, for odd EXTRA_ARGS too."""
     found: list[str] = []
     for option, names in _OPTIONS.items():
         if given := _given(names, environ):
@@ -48,7 +48,7 @@ def options(environ: Mapping[str, str]) -> list[str]:
         # Last, so that the person's word is the one that counts.
         return found + shlex.split(extra)
     except ValueError as error:
-        raise Wrong(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
+        raise OptionError(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
 
 
 def differing(environ: Mapping[str, str]) -> list[str]:
@@ -67,10 +67,10 @@ def _given(names: Iterable[str], environ: Mapping[str, str]) -> list[str]:
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:
-    """Whether a variable says yes. Raises Wrong for another word than those for yes and no."""
+    """Whether a variable says yes. Raises OptionError for another word than those for yes and no."""
     word = environ.get(name, "").lower()
     if word not in _YES | _NO:
-        raise Wrong(f"{name} must be true or false, but it is {word!r}.")
+        raise OptionError(f"{name} must be true or false, but it is {word!r}.")
     return word in _YES
 
 
@@ -86,7 +86,7 @@ def fp8(device: str, *, prepared: bool) -> list[str]:
     return [] if prepared else ["--kv-cache-dtype", "fp8_e5m2"]
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
+def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """vLLM's environment: without what is empty or not for it, and with the keys under the names that it reads."""
     found = {name: value for name, value in environ.items() if value and name not in NOT_VLLMS}
     if key := environ.get("LLM_VLLM_API_KEY"):

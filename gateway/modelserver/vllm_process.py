@@ -66,7 +66,7 @@ def launch(
     argv += ["--host", "127.0.0.1", "--port", str(settings.port), *options]
     try:
         argv += vllm_args.options((_DEMO_OPTIONS if demo else {}) | given)
-    except vllm_args.Wrong as error:
+    except vllm_args.OptionError as error:
         raise CannotStart(str(error)) from None
     return Launch(argv, _environment(settings, environ, demo=demo, local=local))
 
@@ -80,7 +80,7 @@ def _environment(
         found["VLLM_CPU_KVCACHE_SPACE"] = str(space)
     if settings.hf_token is not None:
         found["HF_TOKEN"] = settings.hf_token.get_secret_value()
-    return vllm_args.environment(found)
+    return vllm_args.vllm_environment(found)
 
 
 class ModelServer:

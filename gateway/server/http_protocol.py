@@ -62,7 +62,7 @@ _ATTRIBUTES = (
 )
 
 
-def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
+def missing_names(protocol: type[asyncio.Protocol]) -> list[str]:
     """The names that we need of uvicorn's protocol and that the installed one lacks."""
     attributes = protocol.__init__.__code__.co_names
     methods = [name for name in _METHODS if not hasattr(protocol, name)]
@@ -70,7 +70,7 @@ def missing_in(protocol: type[asyncio.Protocol]) -> list[str]:
 
 
 # Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
-LAST_CALL = 1.0
+DRAIN_GRACE = 1.0
 
 # Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
 _LEFT = getattr(select, "POLLRDHUP", 0)
@@ -123,7 +123,7 @@ class _Flow(FlowControl):
             self._writable = None
 
 
-class _Deaf:
+class _ClosedParser:
     """The parser of a connection that was refused."""
 
     @staticmethod
@@ -138,10 +138,10 @@ class SharedState(ServerState):
         # The headers that every answer has as they are written; they are made anew once a second.
         self.default_lines = b""
         # The connections once more, in ten parts that are looked at in turn.
-        self.tenths: list[set[Protocol]] = [set() for _ in range(10)]
+        self.sweep_groups: list[set[HttpProtocol]] = [set() for _ in range(10)]
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
 
     server_state: SharedState
@@ -158,7 +158,7 @@ class Protocol(HttpToolsProtocol):
         "_refused",
         "_running",
         "_stuck_since",
-        "_tenth",
+        "_sweep_group",
         "_unsent",
     )
 
@@ -188,8 +188,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self.flow = _Flow(self.transport)
         self._awaited_since = self.loop.time()
-        self._tenth = min(self.server_state.tenths, key=len)
-        self._tenth.add(self)
+        self._sweep_group = min(self.server_state.sweep_groups, key=len)
+        self._sweep_group.add(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -238,7 +238,7 @@ class Protocol(HttpToolsProtocol):
 
         So nothing more is read, and its answer closes the connection.
         """
-        self.parser = cast(Any, _Deaf)
+        self.parser = cast(Any, _ClosedParser)
 
     def on_message_complete(self) -> None:
         self._ends_message()
@@ -297,8 +297,8 @@ class Protocol(HttpToolsProtocol):
         parts: Parts = self.app_state["parts"]
         return parts.data_path
 
-    def look(self, now: float) -> None:
-        """To be called again and again, with the loop's time: what the client keeps us waiting for has its limits.
+    def check_timeouts(self, now: float) -> None:
+        """Enforce the client-side timeouts; called about once a second per connection, with the loop's time.
 
         For all connections at once, as a timer for each would cost more than all of this.
         """
@@ -347,7 +347,7 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """No more is accepted: one that is idle may still get one request, whose answer closes it."""
         if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(LAST_CALL, self._close_if_idle)
+            self.loop.call_later(DRAIN_GRACE, self._close_if_idle)
         else:
             super().shutdown()
 
@@ -363,7 +363,7 @@ class Protocol(HttpToolsProtocol):
             self._running.message_event.set()
             for call in state_of(self._running.scope)["leaving"]:
                 call()
-        self._tenth.discard(self)
+        self._sweep_group.discard(self)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -372,7 +372,7 @@ class Protocol(HttpToolsProtocol):
 
     def _stop(self, error: GatewayError) -> None:
         self._refused = True
-        self.parser = cast(Any, _Deaf)
+        self.parser = cast(Any, _ClosedParser)
         if not self._in_body:
             if self.cycle is None or self.cycle.response_complete:
                 self._refuse(error)

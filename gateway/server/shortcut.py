@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED
 from gateway.server.context import Parts
-from gateway.server.http_protocol import Protocol, SharedState
+from gateway.server.http_protocol import HttpProtocol, SharedState
 from gateway.wire.errors import GatewayError
 from gateway.wire.head_cache import SameHead
 from gateway.wire.heads import AnswerHead, RequestHead, fault_of
@@ -24,7 +24,7 @@ from gateway.wire.routes import Route
 _log = logging.getLogger(__name__)
 
 
-class Shortcut(Protocol):
+class Shortcut(HttpProtocol):
     """Drives an exchange by plain callbacks, with no scope and no task; is its client, too.
 
     Taken for a plain request on a data-path route while nothing else is in flight on the

@@ -22,7 +22,7 @@ from gateway.config.settings import Settings, SettingsError
 from gateway.config.tls import load_certificate, own_tls
 from gateway.relay.data_path import Drain
 from gateway.server.context import Parts
-from gateway.server.http_protocol import LAST_CALL, Protocol, SharedState, missing_in
+from gateway.server.http_protocol import DRAIN_GRACE, HttpProtocol, SharedState, missing_names
 from gateway.server.listener import BACKLOG, accept_the_last
 from gateway.server.memory import settle
 from gateway.server.shortcut import Shortcut
@@ -36,8 +36,8 @@ _KEEP_ALIVE = 75
 
 def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Server:
     """A server of `app` on both ways in, or, as `settings` say, through the app alone."""
-    protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else Protocol
-    if missing := missing_in(HttpToolsProtocol):
+    protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else HttpProtocol
+    if missing := missing_names(HttpToolsProtocol):
         _log.warning(
             "uvicorn %s is not the one that the shortcut was made for (it lacks %s): every request goes through the "
             "app; install the version that pyproject.toml names.",
@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
         """Ten times a second."""
         if self._hung_up:
             self._reread()
-        self._look(counter)
+        self._check_connections(counter)
         if self._signalled_at is not None:
             self._drain.began = True
             if time.monotonic() - self._signalled_at >= self._drain_delay:
@@ -138,20 +138,20 @@ class Server(uvicorn.Server):
     def _drain(self) -> Drain:
         return self._parts.data_path.drain
 
-    def _look(self, counter: int) -> None:
+    def _check_connections(self, counter: int) -> None:
         """At a tenth of the connections, so that each has its turn once a second: all at once would hold up events."""
         now = asyncio.get_running_loop().time()
-        for connection in list(self._shared.tenths[counter % 10]):
+        for connection in list(self._shared.sweep_groups[counter % 10]):
             try:
-                connection.look(now)
+                connection.check_timeouts(now)
             except Exception:
                 # A bug of ours, which must not be the end of the server.
                 _log.exception("the look at a connection failed")
 
-    async def _look_again_and_again(self) -> None:
+    async def _check_connections_periodically(self) -> None:
         for counter in itertools.count():
             await asyncio.sleep(0.1)
-            self._look(counter)
+            self._check_connections(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])  # which gives a handshake a minute
@@ -178,7 +178,7 @@ class Server(uvicorn.Server):
                     connecting.append(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
         # In TLS they shake hands first: one that does not, or does it wrong, is not to hold up or end the others.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_CALL):
+            async with asyncio.timeout(DRAIN_GRACE):
                 await asyncio.gather(*connecting, return_exceptions=True)
 
     def _protocol(self) -> asyncio.Protocol:
@@ -188,7 +188,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._drain.began = True
         self._drain.ends_at = time.monotonic() + self._drain_timeout
-        looking = asyncio.create_task(self._look_again_and_again())
+        looking = asyncio.create_task(self._check_connections_periodically())
         await self._accept_the_last(sockets or ())
         await super().shutdown(sockets)
         looking.cancel()
@@ -203,7 +203,7 @@ class Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=1)
         await asyncio.sleep(0)  # for what the system did not take at once
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol):
+            if isinstance(connection, HttpProtocol):
                 connection.cut()
         await asyncio.sleep(0)
         self._parts.flush()

@@ -7,7 +7,7 @@ import ssl
 REFUSED = "connection refused"
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What the system said first, where one error led to another."""
     before, seen = error, {error}  # as one that is raised again may lead back to itself
     while (earlier := before.__cause__ or before.__context__) is not None and earlier not in seen:

@@ -13,7 +13,7 @@ import httptools
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Caller
-from gateway.upstream.connect_errors import reason
+from gateway.upstream.connect_errors import describe_error
 from gateway.wire.head_cache import SameHead
 from gateway.wire.heads import AnswerHead, Header, answer_head
 
@@ -248,7 +248,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._until_close and self._head_done and exc is None:
             exchange.upstream_end()
             return
-        exchange.upstream_lost("it closed the connection" if exc is None else reason(exc), answered=self._answered)
+        exchange.upstream_lost(
+            "it closed the connection" if exc is None else describe_error(exc), answered=self._answered
+        )
 
     def _forget(self) -> None:
         if self.idle_since:
@@ -337,7 +339,7 @@ class ConnectionPool:
         except TimeoutError:
             exchange.upstream_unreachable("it took no connection", timed_out=self._connect_timeout)
         except (OSError, ssl.CertificateError, UnicodeError) as error:
-            exchange.upstream_unreachable(reason(error))
+            exchange.upstream_unreachable(describe_error(error))
         else:
             connection.exchange = exchange
             exchange.upstream_connected(connection)

@@ -18,7 +18,7 @@ from urllib.parse import quote_plus
 import httpx
 import orjson
 
-from gateway.upstream.connect_errors import reason
+from gateway.upstream.connect_errors import describe_error
 from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class NoToken(Exception):
     """Why there is none, in words that hold no secret and no address."""
 
 
-class Tokens:
+class ClientCredentials:
     """Tokens by the client credentials of OAuth (RFC 6749, 4.4).
 
     `value` is None while there is none; `why` says why the last try gave none, empty where it did. One task asks for
@@ -209,7 +209,7 @@ class Tokens:
         except (httpx.TimeoutException, TimeoutError):
             raise NoToken(f"the token server gave no answer within {_PATIENCE:g} s") from None
         except httpx.ConnectError as error:
-            raise NoToken(f"the token server cannot be reached ({reason(error)})") from None
+            raise NoToken(f"the token server cannot be reached ({describe_error(error)})") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NoToken(f"the token server's answer broke off ({type(error).__name__})") from None
         if status != 200:

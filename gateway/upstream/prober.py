@@ -13,8 +13,8 @@ from typing import Any, Literal
 import httpx
 
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
-from gateway.upstream.connect_errors import REFUSED, reason
-from gateway.upstream.credentials import FixedKey, Tokens
+from gateway.upstream.connect_errors import REFUSED, describe_error
+from gateway.upstream.credentials import ClientCredentials, FixedKey
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +23,10 @@ _EAGER = 1.0
 _PATIENCE = 5.0
 
 
-class _Shown(httpx.Auth):
+class _UpstreamAuth(httpx.Auth):
     """What the upstreams are shown, as it is now; what one refuses is renewed, and it is asked once more."""
 
-    def __init__(self, credentials: FixedKey | Tokens) -> None:
+    def __init__(self, credentials: FixedKey | ClientCredentials) -> None:
         self._credentials = credentials
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
@@ -52,7 +52,7 @@ class Prober:
         interval: float,
         model: str | None,
         system_role: Literal["system", "merge"],
-        credentials: FixedKey | Tokens,
+        credentials: FixedKey | ClientCredentials,
         tls: ssl.SSLContext | None = None,
         reads_template: bool = True,
         probe_audio: bool = False,
@@ -75,7 +75,7 @@ class Prober:
             timeout=_PATIENCE,
             # One that trusts nobody, where there is no TLS, as httpx would read every certificate.
             verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            auth=_Shown(credentials),
+            auth=_UpstreamAuth(credentials),
             limits=httpx.Limits(max_keepalive_connections=0),
         )
         self._running: dict[Upstream, asyncio.Task[None]] = {}
@@ -121,7 +121,7 @@ class Prober:
         except (httpx.TimeoutException, TimeoutError):
             state, why = "down", f"no answer within {_PATIENCE:g} s"
         except httpx.ConnectError as error:
-            state, why = _unconnected(upstream, reason(error))
+            state, why = _unconnected(upstream, describe_error(error))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":

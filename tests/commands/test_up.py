@@ -41,10 +41,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 RUN = """
 import sys
-from gateway.config.load import build, environment, load
+from gateway.config.load import build, child_environment, load
 from gateway.config.settings import ModelServerSettings
 from gateway.commands.up import up
-sys.exit(up(build(ModelServerSettings, None), load()[0], environment()))
+sys.exit(up(build(ModelServerSettings, None), load()[0], child_environment()))
 """
 
 

@@ -277,17 +277,17 @@ def test_gaudis_batches_and_experts_can_be_set(gaudi: Gaudi) -> None:
 
 
 def test_a_calibration_that_fails_is_told(gaudi: Gaudi) -> None:
-    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated; what was in the way stands above"):
+    with pytest.raises(vllm_args.OptionError, match="Nothing was calibrated; what was in the way stands above"):
         gaudi.quantize(FAIL="1")
     # What the scripts left is not taken for the scales.
     assert (gaudi.data / "inc/mixtral-8x7b/maxabs_quant_g3.json").exists()
-    with pytest.raises(vllm_args.Wrong, match="did not end well: calibrate again"):
+    with pytest.raises(vllm_args.OptionError, match="did not end well: calibrate again"):
         entrypoint._scales("Org/Mixtral-8x7B", gaudi.data)
     gaudi.quantize()
     assert entrypoint._scales("Org/Mixtral-8x7B", gaudi.data).exists()
     (gaudi.data.parent / "dataset.py").write_text("import sys; sys.exit(1)")
     gaudi.said.unlink()
-    with pytest.raises(vllm_args.Wrong, match="Nothing was calibrated"):
+    with pytest.raises(vllm_args.OptionError, match="Nothing was calibrated"):
         gaudi.quantize()
     assert not gaudi.said.exists()
 
@@ -313,5 +313,5 @@ def test_what_fp8_leaves_out_is_not_missed_for_a_folders_name(
     if message is None:
         assert gaudi.quantize(str(model))[0].startswith(f"-m {model} ")
     else:
-        with pytest.raises(vllm_args.Wrong, match=message):
+        with pytest.raises(vllm_args.OptionError, match=message):
             gaudi.quantize(str(model))

@@ -95,7 +95,7 @@ def test_each_key_may_be_missing(config: dict[str, Any], expected: dict[str, Any
 def test_what_is_wrong_is_named(config: Any, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    with pytest.raises(vllm_args.Wrong) as raised:
+    with pytest.raises(vllm_args.OptionError) as raised:
         vllm_app.read(file)
     assert str(raised.value) == f"{file} (VLLM_APP_CONFIG): {sentence}"
 
@@ -130,13 +130,13 @@ def test_without_a_file_there_is_nothing(none: str | None) -> None:
 def test_a_file_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(vllm_args.Wrong) as raised:
+    with pytest.raises(vllm_args.OptionError) as raised:
         vllm_app.read(file)
     assert str(raised.value).startswith(f"{file} (VLLM_APP_CONFIG) is no JSON (")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(vllm_args.Wrong) as raised:
+    with pytest.raises(vllm_args.OptionError) as raised:
         vllm_app.read(tmp_path)
     assert str(raised.value) == (
         f"{tmp_path} (VLLM_APP_CONFIG) cannot be read (Is a directory): name vllm-app's config.json."
@@ -152,7 +152,7 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*WHOLE, "other"]), VALUES) | VALUES)
 def test_any_json_is_translated_or_refused(config: Any) -> None:
-    with contextlib.suppress(vllm_args.Wrong):
+    with contextlib.suppress(vllm_args.OptionError):
         app = vllm_app.from_config(config, Path("/app"))
         assert all(isinstance(json.loads(value), dict) for value in app.options[1::2])
         assert all("\0" not in word for word in [app.model or "", *app.options])

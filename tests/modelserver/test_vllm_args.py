@@ -39,12 +39,12 @@ def test_options(given: dict[str, str], expected: str | list[str]) -> None:
 
 
 def test_extra_args_that_no_shell_would_take() -> None:
-    with pytest.raises(vllm_args.Wrong, match="EXTRA_ARGS cannot be split as a shell would"):
+    with pytest.raises(vllm_args.OptionError, match="EXTRA_ARGS cannot be split as a shell would"):
         vllm_args.options({"EXTRA_ARGS": "'"})
 
 
 def test_another_word_than_yes_and_no() -> None:
-    with pytest.raises(vllm_args.Wrong, match="VLLM_EAGER must be true or false, but it is 'maybe'"):
+    with pytest.raises(vllm_args.OptionError, match="VLLM_EAGER must be true or false, but it is 'maybe'"):
         vllm_args.options({"VLLM_EAGER": "maybe"})
 
 
@@ -74,7 +74,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
         "LLM_VLLM_API_KEY": "key",
         "HUGGING_FACE_HUB_TOKEN": "token",
     }
-    found = vllm_args.environment(given)
+    found = vllm_args.vllm_environment(given)
     assert not {"VLLM_DTYPE", "VLLM_EAGER", "VLLM_APP_CONFIG", "VLLM_ENABLE_EXPERT_PARALLEL"} & set(found)
     assert "CUDA_VISIBLE_DEVICES" not in found
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
@@ -83,7 +83,7 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
 
 
 def test_a_token_by_its_newer_name_wins() -> None:
-    assert vllm_args.environment({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"})["HF_TOKEN"] == "a"
+    assert vllm_args.vllm_environment({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"})["HF_TOKEN"] == "a"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.server.http_protocol import Protocol, SharedState, missing_in
+from gateway.server.http_protocol import HttpProtocol, SharedState, missing_names
 from gateway.server.shortcut import Shortcut
 from gateway.wire.heads import answer_head
 from tests.support.fake_vllm import (
@@ -391,9 +391,9 @@ class _Answering(Conversation):
         exchange.upstream_end()
 
 
-@pytest.mark.parametrize("protocol", [Shortcut, Protocol])
+@pytest.mark.parametrize("protocol", [Shortcut, HttpProtocol])
 def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(
-    protocol: type[Protocol], monkeypatch: pytest.MonkeyPatch
+    protocol: type[HttpProtocol], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transport, data = Sink(), _Answering()
     clock: Any = _Loop()  # the part of an event loop that is asked for
@@ -415,7 +415,7 @@ def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(
 
 
 def test_the_installed_uvicorn_has_all_that_the_shortcut_needs() -> None:
-    assert missing_in(HttpToolsProtocol) == []
+    assert missing_names(HttpToolsProtocol) == []
 
 
 def test_a_uvicorn_that_lacks_something_is_named_for_it() -> None:
@@ -425,7 +425,7 @@ def test_a_uvicorn_that_lacks_something_is_named_for_it() -> None:
 
         def on_body(self, body: bytes) -> None: ...
 
-    lacking = missing_in(Other)
+    lacking = missing_names(Other)
     assert {"on_headers_complete", "send_400_response", "pipeline"} <= set(lacking)
     assert not {"on_body", "cycle", "data_received"} & set(lacking)
 

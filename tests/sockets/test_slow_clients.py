@@ -15,7 +15,7 @@ import pytest
 from gateway.app import create_app
 from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
-from gateway.server.http_protocol import Protocol
+from gateway.server.http_protocol import HttpProtocol
 from gateway.server.uvicorn_server import create_server
 from tests.support import fake_vllm, gateway_process, load
 from tests.support.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
@@ -192,21 +192,21 @@ def test_clients_that_do_not_read_take_little_memory_and_slow_no_other(fake: Fak
 
 
 def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth_at_a_time() -> None:
-    looks: list[tuple[int, Protocol]] = []
+    looks: list[tuple[int, HttpProtocol]] = []
     counter = 0
 
-    class Looked(Protocol):
-        def look(self, now: float) -> None:
+    class Looked(HttpProtocol):
+        def check_timeouts(self, now: float) -> None:
             looks.append((counter, self))
 
     settings = Settings()
     server = create_server(settings, read_secrets(settings), create_app(settings, read_secrets(settings)))
     server.config.load()
 
-    def accepted() -> Protocol:
+    def accepted() -> HttpProtocol:
         return Looked(server.config, server._shared, {})
 
-    async def look_again_and_again() -> list[Protocol]:
+    async def look_again_and_again() -> list[HttpProtocol]:
         nonlocal counter
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as clients:
@@ -221,8 +221,8 @@ def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth
                     for connection in connections[5:]:
                         connection.transport.close()
                     await asyncio.sleep(0)
-                    assert sum(map(len, server._shared.tenths)) == 5
-                server._look(counter)
+                    assert sum(map(len, server._shared.sweep_groups)) == 5
+                server._check_connections(counter)
         return connections
 
     connections = asyncio.run(look_again_and_again())

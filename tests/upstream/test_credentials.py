@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from gateway.upstream import credentials as module
-from gateway.upstream.credentials import TokenClient, Tokens
+from gateway.upstream.credentials import ClientCredentials, TokenClient
 from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 from tests.support.fake_vllm import Hold, Step, response
 from tests.support.gateway_process import free_port
@@ -31,8 +31,8 @@ def answers(status: str = "200 OK", **changed: Any) -> list[Step]:
 
 
 @contextlib.asynccontextmanager
-async def fetched(server: TokenServer) -> AsyncIterator[Tokens]:
-    tokens = Tokens(TokenClient(f"{server.url}/token?tenant=1", CLIENT, SECRET))
+async def fetched(server: TokenServer) -> AsyncIterator[ClientCredentials]:
+    tokens = ClientCredentials(TokenClient(f"{server.url}/token?tenant=1", CLIENT, SECRET))
     async with tokens.renewing():
         yield tokens
 
@@ -211,7 +211,7 @@ def test_a_token_server_that_is_down_is_asked_ever_less_often(monkeypatch: pytes
     times: list[float] = []
 
     async def ask() -> None:
-        tokens = Tokens(TokenClient(f"http://127.0.0.1:{free_port()}/token", CLIENT, SECRET))
+        tokens = ClientCredentials(TokenClient(f"http://127.0.0.1:{free_port()}/token", CLIENT, SECRET))
         fetch = tokens._fetch
 
         async def counted() -> tuple[str, float]:

@@ -30,7 +30,7 @@ _SEED = 42
 _MOST_MEMORY = 8 << 30
 
 
-class Wrong(Exception):
+class DatasetError(Exception):
     """What is wrong with a dataset, in a sentence."""
 
 
@@ -61,7 +61,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         called = f"{module}.{name}"
         if not re.fullmatch(r"(numpy|pandas)(\.\w+)*|builtins\.(slice|bytearray)", called):
-            raise Wrong(
+            raise DatasetError(
                 f"it asks for {called}, which a DataFrame of text does not need, and which could run code here: "
                 "save it as .jsonl or .parquet where it was made"
             )
@@ -73,7 +73,7 @@ def _is(one: Any, *names: str) -> bool:
 
 
 def _whole(one: Any) -> list[Any]:
-    """The elements of an array, of one of strings, or of an index, in C's order. Raises Wrong."""
+    """The elements of an array, of one of strings, or of an index, in C's order. Raises DatasetError."""
     if _is(one, "_new_Index"):
         return _whole(one.given[1]["data"])
     if _is(one, "_reconstruct") and isinstance(one.state[4], list):
@@ -81,7 +81,7 @@ def _whole(one: Any) -> list[Any]:
     if _is(one, "__pyx_unpickle_NDArrayBacked"):
         parts = one.state or one.given[2]
         return _whole(next(part for part in parts if _is(part, "_reconstruct")))
-    raise Wrong("its parts are not those of a DataFrame of text")
+    raise DatasetError("its parts are not those of a DataFrame of text")
 
 
 def _places(one: Any) -> Iterable[int]:
@@ -93,9 +93,9 @@ def _places(one: Any) -> Iterable[int]:
 
 
 def _columns(frame: Any) -> dict[str, list[Any]]:
-    """The two that are asked for, of the notes that an unpickler has made of a DataFrame. Raises Wrong."""
+    """The two that are asked for, of the notes that an unpickler has made of a DataFrame. Raises DatasetError."""
     if not _is(frame, "DataFrame"):
-        raise Wrong(f"it holds a {type(frame).__name__}, not a DataFrame")
+        raise DatasetError(f"it holds a {type(frame).__name__}, not a DataFrame")
     blocks, (names, *_) = frame.state["_mgr"].given
     names, found = _whole(names), {}
     _check_columns(names)
@@ -133,7 +133,7 @@ def _csv(path: Path) -> Any:
     for row in rows:
         # A comma at the end of each line is a spreadsheet's habit.
         if any(row.pop(None, [])):
-            raise Wrong(f"a row has more fields than the first line has names: {row['question'][:40]!r}…")
+            raise DatasetError(f"a row has more fields than the first line has names: {row['question'][:40]!r}…")
     return rows
 
 
@@ -154,35 +154,35 @@ def _check_columns(names: Iterable[Any]) -> None:
     missing = [column for column in COLUMNS if column not in names]
     if missing:
         others = ", ".join(map(str, names)) or "nothing"
-        raise Wrong(f"it has no column {' and no column '.join(missing)}, only {others}")
+        raise DatasetError(f"it has no column {' and no column '.join(missing)}, only {others}")
 
 
 def read(path: Path, samples: int) -> list[dict[str, str]]:
-    """At most `samples` rows, the same at each call. Raises Wrong."""
+    """At most `samples` rows, the same at each call. Raises DatasetError."""
     kind = next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
     if kind is None:
-        raise Wrong(f"its name ends with none of {', '.join(_READERS)}")
+        raise DatasetError(f"its name ends with none of {', '.join(_READERS)}")
     try:
         found = [_checked(row, number) for number, row in enumerate(_READERS[kind](path))]
-    except Wrong:
+    except DatasetError:
         raise
     # Whatever the readers make of what is not of their kind.
     except Exception as error:
-        raise Wrong(f"it cannot be read ({type(error).__name__}: {error})") from None
+        raise DatasetError(f"it cannot be read ({type(error).__name__}: {error})") from None
     rows = [row for row in found if row["question"]]
     if not rows:
-        raise Wrong("it has no row with a question")
+        raise DatasetError("it has no row with a question")
     return random.Random(_SEED).sample(rows, min(samples, len(rows)))
 
 
 def _checked(row: Any, number: int) -> dict[str, str]:
     if not isinstance(row, dict):
-        raise Wrong(f"row {number} is a {type(row).__name__}, not an object")
+        raise DatasetError(f"row {number} is a {type(row).__name__}, not an object")
     _check_columns(row)
     text = {name: "" if row[name] is None else row[name] for name in COLUMNS}
     for name, value in text.items():
         if not isinstance(value, str):
-            raise Wrong(f"{name} of row {number} is a {type(value).__name__}, not text")
+            raise DatasetError(f"{name} of row {number} is a {type(value).__name__}, not text")
     return text
 
 
@@ -209,7 +209,7 @@ def main() -> int:
             pandas.DataFrame(rows, dtype=object).to_pickle(given.target, protocol=4)
         else:
             given.target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    except (Wrong, OSError) as error:
+    except (DatasetError, OSError) as error:
         # Libraries' words may have lines of their own.
         reason = " ".join(str(error).split()).rstrip(".")
         sys.stderr.write(f"vllm-gateway: the dataset {given.source} cannot be used: {reason}.\n")

@@ -51,7 +51,7 @@ _QUESTIONS = [
 _ANSWER = 48
 
 
-class Wrong(Exception):
+class QuantizeError(Exception):
     """Why there is no checkpoint, in a sentence."""
 
 
@@ -64,12 +64,12 @@ class Data(NamedTuple):
 
 
 def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -> str:
-    """Write the checkpoint to `folder`, which must not exist; a report of a few lines. Raises Wrong.
+    """Write the checkpoint to `folder`, which must not exist; a report of a few lines. Raises QuantizeError.
 
     All of it or nothing is there afterwards.
     """
     if folder.exists():
-        raise Wrong(f"{folder} exists already: remove it, or name another folder.")
+        raise QuantizeError(f"{folder} exists already: remove it, or name another folder.")
     rows = _rows(data) if data else []
     source = _source(name, revision)
     before = _size(source)
@@ -85,7 +85,7 @@ def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -
             compared = _make(name, source, made, scheme, [(row, data.length) for row in rows] if data else [])
             made.rename(folder)
     except OSError as error:
-        raise Wrong(f"{folder} cannot be written: {error.strerror or error}.") from None
+        raise QuantizeError(f"{folder} cannot be written: {error.strerror or error}.") from None
     same, tokens = sum(same for same, _ in compared), sum(tokens for _, tokens in compared)
     whole = sum(same == tokens for same, tokens in compared)
     after = _size(folder)
@@ -100,7 +100,7 @@ def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -
 def _make(
     name: str, source: Path, folder: Path, scheme: str, rows: list[tuple[dict[str, str], int]]
 ) -> list[tuple[int, int]]:
-    """Write the checkpoint; of each answer how many tokens are as before, and how many there are. Raises Wrong."""
+    """Write the checkpoint; of each answer how many tokens are as before, and how many there are."""
     _say(f"Loading {name}.")
     model, tokenizer = _load(name, source)
     _say("Asking it, so that the quantized one can be compared.")
@@ -130,10 +130,10 @@ def _load(name: str, source: Path) -> tuple[Any, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise Wrong(f"{name} cannot be loaded: {error}") from None
+        raise QuantizeError(f"{name} cannot be loaded: {error}") from None
     # What is not in its files is made up at random.
     if missing := sorted(found["missing_keys"]):
-        raise Wrong(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: fetch it again.")
+        raise QuantizeError(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: fetch it again.")
     return model, tokenizer
 
 
@@ -143,7 +143,7 @@ def _rows(data: Data) -> list[dict[str, str]]:
         text = Path(work) / "text.jsonl"
         argv = [sys.executable, "-P", str(Path(__file__).with_name("dataset.py")), str(data.file), str(text)]
         if subprocess.run([*argv, "--samples", str(data.samples)], check=False).returncode:
-            raise Wrong("without its dataset nothing was quantized.")
+            raise QuantizeError("without its dataset nothing was quantized.")
         return [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
 
 
@@ -152,23 +152,23 @@ def _source(model: str, revision: str | None) -> Path:
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.count("/") != 1:
-            raise Wrong(f"{model} is neither a folder nor a hub's ORG/NAME.")
+            raise QuantizeError(f"{model} is neither a folder nor a hub's ORG/NAME.")
         try:
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise Wrong(f"{model} cannot be fetched from the hub: {error}") from None
+            raise QuantizeError(f"{model} cannot be fetched from the hub: {error}") from None
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise Wrong(f"{model} has no config.json that can be read: {error}.") from None
+        raise QuantizeError(f"{model} has no config.json that can be read: {error}.") from None
     if not isinstance(config, dict):
-        raise Wrong(f"{model} has a config.json that is no object.")
+        raise QuantizeError(f"{model} has a config.json that is no object.")
     if found := config.get("quantization_config"):
-        raise Wrong(
+        raise QuantizeError(
             f"{model} is quantized already ({found.get('quant_method', 'somehow')}): take the one it was made of."
         )
     if not any(folder.glob("*.safetensors")):
-        raise Wrong(f"{model} has no weights as *.safetensors.")
+        raise QuantizeError(f"{model} has no weights as *.safetensors.")
     return folder
 
 
@@ -184,7 +184,7 @@ def _check_disk(folder: Path, size: int) -> None:
     """FP8 halves what has 16 bits, but not everything is quantized, so that all of it may be needed."""
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
-        raise Wrong(f"{folder} has {_megabytes(free)} free, but the checkpoint may take {_megabytes(size)}.")
+        raise QuantizeError(f"{folder} has {_megabytes(free)} free, but the checkpoint may take {_megabytes(size)}.")
 
 
 def _prompt(tokenizer: Any, question: str, system: str = "") -> Any:
@@ -251,7 +251,7 @@ def main() -> int:
     data = Data(given.dataset, given.samples, given.length) if given.dataset else None
     try:
         _say(quantize(given.model, given.folder, data, given.revision))
-    except Wrong as error:
+    except QuantizeError as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
     except KeyboardInterrupt:
