@@ -6,11 +6,14 @@ import re
 import subprocess
 
 from gateway.config.settings import ModelServerSettings, names_of, table
+from gateway.relay import exchange
+from gateway.relay.buffered_call import BufferedCall
 from gateway.wire.routes import REFUSED, ROUTES
 from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 EXAMPLES = (ROOT / "examples" / "README.md").read_text()
 LOCKED = [
     *(
@@ -81,6 +84,31 @@ def test_every_promise_names_a_test_that_there_is() -> None:
     assert len(security) > 8
     promised = reliability + security
     assert [name for name in promised if f"def {name}(" not in tests] == []
+
+
+def test_the_drawing_of_the_house_has_every_room_and_no_other() -> None:
+    (drawing,) = re.findall(r"^gateway/\n((?:  .*\n)+)```", ARCHITECTURE, re.MULTILINE)
+    drawn = re.findall(r"^  (\S+)  ", drawing, re.MULTILINE)
+    rooms = [f"{path.name}/" for path in (ROOT / "gateway").iterdir() if path.is_dir() and path.name[0] != "_"]
+    files = [path.name for path in (ROOT / "gateway").glob("*.py") if path.name != "__init__.py"]
+    assert sorted(drawn) == sorted(rooms + files)
+
+
+def test_no_room_has_more_than_a_dozen_files_and_no_file_is_long() -> None:
+    folders = [path for path in (ROOT / "gateway").rglob("*") if path.is_dir()]
+    assert [folder for folder in folders if len(list(folder.glob("*.py"))) > 12] == []
+    files = (ROOT / "gateway").rglob("*.py")
+    assert [file for file in files if len(file.read_text().splitlines()) > 800] == []
+
+
+def test_the_table_of_states_has_those_of_the_exchange() -> None:
+    numbers = {name: value for name, value in vars(exchange).items() if name[0].isupper() and type(value) is int}
+    states = [name for name, value in numbers.items() if value <= exchange.ENDED]
+    table = ARCHITECTURE.partition("## The exchange's states")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert [*rows, "ENDED"] == states
+    for event in re.findall(r"`(\w+)`", table):
+        assert event.isupper() or event == "relay" or hasattr(BufferedCall, event), event
 
 
 def test_no_file_names_a_package_registry() -> None:
