@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections import deque
 from typing import Any
 
+from gateway.observability.ring import Ring
 from gateway.relay.record import Record
 
 # First tokens are kept of so many answers, failures of so many requests.
@@ -25,22 +25,19 @@ class Recent:
         self.requests = 0
         self.failed = 0
         self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
-        # In a row that is written over, the oldest first; what is not written yet came before all time.
-        self._came_at = array("d", [-math.inf]) * _FIRST_TOKENS
-        self._took = array("d", bytes(8 * _FIRST_TOKENS))
-        self._next = 0
+        # When each came, and how long it took.
+        self._first_tokens = Ring(_FIRST_TOKENS, 2)
 
     def add(self, records: list[Record]) -> None:
         """These have ended."""
         self.requests += len(records)
+        first_tokens: list[float] = []
         for record in records:
             if record.status >= 400 or record.outcome != "done":
                 self._failed(record)
             elif record.streaming and record.first_byte_at is not None:
-                at = self._next
-                self._came_at[at] = record.first_byte_at
-                self._took[at] = record.first_byte_at - record.started_at
-                self._next = (at + 1) % _FIRST_TOKENS
+                first_tokens += (record.first_byte_at, record.first_byte_at - record.started_at)
+        self._first_tokens.extend(first_tokens)
 
     def _failed(self, record: Record) -> None:
         if record.outcome == "client_left":
@@ -59,7 +56,7 @@ class Recent:
 
     def first_tokens(self, since: float) -> tuple[float, float] | None:
         """The median and the 99th percentile, in seconds, of those that came since; None where none did."""
-        took = sorted(took for at, took in zip(self._came_at, self._took, strict=True) if at > since)
+        took = sorted(took for at, took in zip(*self._first_tokens.columns(), strict=True) if at > since)
         if not took:
             return None
         p50, p99 = (took[math.ceil(share * len(took)) - 1] for share in (0.5, 0.99))

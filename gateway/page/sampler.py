@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 import time
-from array import array
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import orjson
 
+from gateway.observability.ring import Ring
 from gateway.page import vllm_metrics
 from gateway.page.recent_requests import Recent
 from gateway.page.vllm_metrics import VllmLoad
@@ -34,52 +34,44 @@ _GOOD_FOR = 3.0
 
 
 class _Rate:
-    """How fast a count grows; in rows that are written over, as the history is."""
+    """How fast a count grows."""
 
     def __init__(self) -> None:
-        self._at, self._counts = array("d", bytes(8 * _RATE_OF)), array("d", bytes(8 * _RATE_OF))
-        self._kept = self._next = 0
+        # The time and the count of each sample.
+        self._samples = Ring(_RATE_OF, 2)
 
     def add(self, now: float, count: float) -> None:
-        """It is so much now; after a gap, or a restart of what counts, it begins anew."""
-        last = self._next - 1
-        if self._kept and (count < self._counts[last] or now - self._at[last] >= _GOOD_FOR):
-            self._kept = 0
-        self._at[self._next], self._counts[self._next] = now, count
-        self._next = (self._next + 1) % _RATE_OF
-        self._kept = min(self._kept + 1, _RATE_OF)
+        """Add a sample; after a gap, or a restart of the counter, begin anew."""
+        at, counts = self._samples.columns()
+        if at and (count < counts[-1] or now - at[-1] >= _GOOD_FOR):
+            self._samples.clear()
+        self._samples.extend((now, count))
 
     @property
     def a_second(self) -> float | None:
         """None where it is not known yet."""
-        last, first = self._next - 1, self._next - self._kept
-        seconds = self._at[last] - self._at[first] if self._kept else 0
-        return (self._counts[last] - self._counts[first]) / seconds if seconds > 0 else None
+        at, counts = self._samples.columns()
+        seconds = at[-1] - at[0] if at else 0
+        return (counts[-1] - counts[0]) / seconds if seconds > 0 else None
 
 
 class _History:
-    """The figures of the last samples, in rows that are written over.
-
-    Objects that were made anew each second would lie amid those of many requests at once, and hold their memory when
-    they are over.
-    """
+    """The figures of the last samples."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._rows = {name: array("d", bytes(8 * _KEPT)) for name in names}
-        self._samples = 0
+        self._names = (*names,)
+        self._samples = Ring(_KEPT, len(self._names))
 
     def add(self, figures: dict[str, float | None]) -> None:
-        """One more sample, of these names; the oldest goes."""
-        for name, figure in figures.items():
-            self._rows[name][self._samples % _KEPT] = math.nan if figure is None else figure
-        self._samples += 1
+        """Add a sample that has all the names; the oldest goes."""
+        found = [figures[name] for name in self._names]
+        self._samples.extend([math.nan if figure is None else figure for figure in found])
 
     def series(self) -> dict[str, list[float | None]]:
         """By name, the oldest first."""
-        kept = range(max(0, self._samples - _KEPT), self._samples)
         return {
-            name: [None if math.isnan(figure := row[at % _KEPT]) else figure for at in kept]
-            for name, row in self._rows.items()
+            name: [None if math.isnan(figure) else figure for figure in column]
+            for name, column in zip(self._names, self._samples.columns(), strict=True)
         }
 
 
