@@ -24,8 +24,8 @@ from gateway.dialects.reader import BodyReader, Models
 from gateway.housekeeping import FinishedRequests, run_periodic_work
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
+from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.page.document import Document
-from gateway.page.recent_requests import Recent
 from gateway.page.sampler import Sampler
 from gateway.pool.admission_queue import AdmissionQueue
 from gateway.pool.keys import Keys
@@ -72,8 +72,9 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         metrics = Metrics(pool, in_flight, queue, time.monotonic)
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
-        recent = Recent() if settings.page else None
-        finished = FinishedRequests(metrics, request_log, tracer, recent)
+        page_figures = PageFigures() if settings.page else None
+        recent = RecentRequests(page_figures)
+        finished = FinishedRequests(metrics, recent, request_log, tracer)
         data_path = DataPath(
             routes={
                 (one.method.encode(), one.path.encode()): one
@@ -106,7 +107,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             cross_origin=bool(settings.cors_origins),
             traced=None if tracer is None else tracer.to_upstream,
         )
-        sampler = None if recent is None else Sampler(data_path, prober, recent)
+        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures)
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
@@ -116,6 +117,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                     data_path=data_path,
                     prober=prober,
                     metrics=metrics,
+                    recent=recent,
                     metrics_port=settings.metrics_port,
                     request_log=request_log,
                     flush=finished.flush,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gateway.observability.logs import RequestLog
 from gateway.observability.metrics import Metrics
-from gateway.page.recent_requests import Recent
+from gateway.observability.recent_requests import RecentRequests
 from gateway.page.sampler import Sampler
 from gateway.relay.data_path import DataPath
 from gateway.relay.record import Record
@@ -36,11 +36,13 @@ _LIMITS_AFTER = 1.0
 class FinishedRequests:
     """Data-path requests that have ended and are to be counted, traced and logged."""
 
-    def __init__(self, metrics: Metrics, request_log: RequestLog, tracer: Tracer | None, recent: Recent | None) -> None:
+    def __init__(
+        self, metrics: Metrics, recent: RecentRequests, request_log: RequestLog, tracer: Tracer | None
+    ) -> None:
         self._metrics = metrics
+        self._recent = recent
         self._request_log = request_log
         self._tracer = tracer
-        self._recent = recent
         self._waiting: list[Record] = []
 
     def add(self, record: Record) -> None:
@@ -55,10 +57,9 @@ class FinishedRequests:
             return
         finished, self._waiting = self._waiting, []
         self._metrics.finished(finished)
+        self._recent.add(finished)
         if self._tracer is not None:
             self._tracer.finished(finished)  # before their lines, which name the traces
-        if self._recent is not None:
-            self._recent.add(finished)
         self._request_log.records(finished)
 
 

@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.observability.latencies import Latencies
 from gateway.pool.admission_queue import AdmissionQueue
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.relay.interfaces import Call
@@ -44,7 +43,6 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
         # By route, form, model, status and outcome.
         self._requests: Counter[tuple[str, str, str, int, str]] = Counter()
-        self.latencies = Latencies()
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._first_token = _Histogram(
@@ -65,7 +63,6 @@ class Metrics(Collector):
         """Relayed requests have ended."""
         models = self._pool.models
         requests, total, added, first_token, per_event = [], [], [], [], []
-        done_total, done_first_token = [], []
         for record in records:
             started, ended = record.started_at, record.ended_at or record.started_at
             path, status, outcome = record.route.path, record.status, record.outcome
@@ -73,19 +70,12 @@ class Metrics(Collector):
             model = record.model
             model = sys.intern(model) if model and model in models else "unknown"
             requests.append((path, record.form or "none", model, status, outcome))
-            took = ended - started
-            total.append(took)
+            total.append(ended - started)
             if record.received_at is not None and record.sent_at is not None:
                 tail = ended - record.upstream_ended_at if record.upstream_ended_at is not None else 0
                 added.append(record.sent_at - record.received_at + tail)
-            done = status == 200 and outcome == "done" and record.route.body == "chat"
-            if done:
-                done_total.append(took)
             if record.streaming and record.first_byte_at is not None:
-                came = record.first_byte_at - started
-                first_token.append(came)
-                if done:
-                    done_first_token.append(came)
+                first_token.append(record.first_byte_at - started)
                 if record.events > 1:
                     per_event.append((ended - record.first_byte_at) / (record.events - 1))
             usage = record.usage
@@ -97,7 +87,6 @@ class Metrics(Collector):
         self._added.observe(added)
         self._first_token.observe(first_token)
         self._per_event.observe(per_event)
-        self.latencies.add(done_total, done_first_token)
 
     def other(self, route: str, status: int) -> None:
         """A request that is not relayed has ended; `route` is a path of ours or `unknown`. It has no outcome."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import orjson
 
+from gateway.observability.recent_requests import PageFigures
 from gateway.observability.ring import Ring
 from gateway.page import vllm_metrics
-from gateway.page.recent_requests import Recent
 from gateway.page.vllm_metrics import VllmLoad
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
@@ -99,7 +99,7 @@ class _Told:
 class Sampler:
     """The gateway's own figures always, as who looks wants to know what was; vLLM's only while someone watches."""
 
-    def __init__(self, data_path: DataPath, prober: Prober, recent: Recent) -> None:
+    def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures) -> None:
         self._path = data_path
         self._prober = prober
         self._recent = recent

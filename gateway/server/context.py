@@ -11,6 +11,7 @@ from starlette.types import Scope
 
 from gateway.observability.logs import RequestLog
 from gateway.observability.metrics import Metrics
+from gateway.observability.recent_requests import RecentRequests
 from gateway.page.sampler import Sampler
 from gateway.relay.data_path import DataPath
 from gateway.upstream.prober import Prober
@@ -24,6 +25,7 @@ class Parts:
     data_path: DataPath
     prober: Prober
     metrics: Metrics
+    recent: RecentRequests
     metrics_port: int | None
     request_log: RequestLog
     flush: Callable[[], None]

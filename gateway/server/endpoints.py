@@ -86,7 +86,7 @@ async def ping(request: Request) -> Response:
 async def statistics(request: Request) -> Response:
     """How long the last chat calls took, in seconds."""
     _parts(request).flush()
-    return JSONResponse(_parts(request).metrics.latencies.report())
+    return JSONResponse(_parts(request).recent.report())
 
 
 async def metrics(request: Request) -> Response:

@@ -214,8 +214,8 @@ def test_many_who_watch_cost_one_sampler_and_nobody_none(fake: FakeVllm, often: 
         taken = {next(one)["time"] for _ in range(10) for one in told}
         asked, passed = metrics_asked(fake) - before, time.monotonic() - began
         assert asked <= passed / often + 2
-        # Those of all of them, of whom one may be a sample or two behind another.
-        assert len(taken) <= 10 + 3
+        # Those of all of them, of whom one may be some samples behind another on a busy machine.
+        assert len(taken) <= passed / often + 3
         for watch in watches:
             watch.__exit__(None, None, None)
         time.sleep(5 * often)
