@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
-_RUNNING = "vllm:num_requests_running{"
-_WAITING = "vllm:num_requests_waiting{"
-_KV_CACHE = "vllm:kv_cache_usage_perc{"
-_GENERATED = "vllm:generation_tokens_total{"
-_ALL = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+_RUNNING = "vllm:num_requests_running"
+_WAITING = "vllm:num_requests_waiting"
+_KV_CACHE = "vllm:kv_cache_usage_perc"
+_GENERATED = "vllm:generation_tokens_total"
+_NAMES = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
+# With their brace, as other metrics' names begin with these.
+_STARTS = tuple(f"{name}{{" for name in _NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +30,20 @@ class VllmLoad:
 
 
 def read(text: str) -> VllmLoad | None:
-    """Of what vLLM's `/metrics` answers; None where it is not that."""
-    found: dict[str, list[float]] = {name: [] for name in _ALL}
-    for line in text.splitlines():
-        if line.startswith(_ALL):
-            name, value = line[: line.index("{") + 1], line.rpartition(" ")[2]
-            try:
-                found[name].append(float(value))
-            except ValueError:
-                return None
-    if not all(found.values()) or not all(math.isfinite(value) for values in found.values() for value in values):
+    """Read the text of vLLM's `/metrics`; None if a metric is missing, malformed or not finite."""
+    values: dict[str, list[float]] = {name: [] for name in _NAMES}
+    try:
+        for sample in _samples(text):
+            values[sample.name].append(float(sample.value))  # the parser makes an int of "2"
+    except (ValueError, IndexError, OverflowError):  # the parser's errors, which it does not document
         return None
-    return VllmLoad(sum(found[_RUNNING]), sum(found[_WAITING]), max(found[_KV_CACHE]), sum(found[_GENERATED]))
+    if not all(values.values()) or not all(map(math.isfinite, chain(*values.values()))):
+        return None
+    return VllmLoad(sum(values[_RUNNING]), sum(values[_WAITING]), max(values[_KV_CACHE]), sum(values[_GENERATED]))
+
+
+def _samples(text: str) -> Iterator[Sample]:
+    # vLLM tells of hundreds of metrics, and the parser is slow.
+    lines = [line for line in text.splitlines() if line.startswith(_STARTS)]
+    for family in text_string_to_metric_families("\n".join(lines)):
+        yield from family.samples

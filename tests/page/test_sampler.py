@@ -18,13 +18,29 @@ TWO_ENGINES = METRICS + METRICS.replace(b'engine="0"', b'engine="1"').replace(b"
         (TWO_ENGINES, VllmLoad(4, 2, 0.5, 404)),
         (b"", None),
         (b"<html>", None),
+        (METRICS.replace(b'"demo"', b'"my demo"'), VllmLoad(2, 1, 0.25, 202)),
+        (METRICS.replace(b'"demo"', b'"{a} 7, b=\\"c\\" \\\\"'), VllmLoad(2, 1, 0.25, 202)),
+        (METRICS.replace(b'{engine="0",model_name="demo"}', b"{}"), VllmLoad(2, 1, 0.25, 202)),
+        (METRICS.replace(b" 0.25", b"\t2.5e-1  1795215799000"), VllmLoad(2, 1, 0.25, 202)),
+        (METRICS.replace(b"\n", b"\r\n"), VllmLoad(2, 1, 0.25, 202)),
         (METRICS.replace(b"vllm:kv_cache_usage_perc", b"vllm:other"), None),
         (METRICS.replace(b" 2.0", b" many"), None),
         (METRICS.replace(b" 0.25", b" NaN"), None),
+        (METRICS.replace(b" 0.25", b" +Inf"), None),
+        (METRICS.replace(b" 0.25", b""), None),
+        (METRICS.replace(b" 0.25", b" " + b"9" * 400), None),
+        (METRICS.replace(b'"demo"', b"demo"), None),
+        (METRICS.replace(b'"demo"} ', b'"demo" '), None),
+        (METRICS.replace(b'{engine="0"', b'{, ="0"'), None),
     ],
 )
 def test_a_vllm_tells_how_busy_it_is(text: bytes, load: VllmLoad | None) -> None:
     assert read(text.decode()) == load
+
+
+def test_whole_numbers_are_read_as_decimals_are() -> None:
+    # As the JSON of the page's figures tells them apart.
+    assert repr(read(METRICS.decode().replace(".0", ""))) == repr(read(METRICS.decode()))
 
 
 def rate(*counts: tuple[float, float]) -> float | None:
