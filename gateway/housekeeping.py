@@ -88,7 +88,7 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
             _log.exception("requests that wait could not go on")
         if sampler is not None:
             try:
-                sampler.look()
+                sampler.sample_if_due()
             except Exception:
                 _log.exception("a sample failed")
         peak.look(len(data_path.in_flight))

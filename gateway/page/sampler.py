@@ -29,7 +29,7 @@ _PATIENCE = 0.5
 # A rate is that of so many samples, as two alone say little; first tokens are those of the last minute.
 _RATE_OF = 6
 _FIRST_TOKENS_OF = 60.0
-# What an upstream said of itself counts for so many seconds.
+# Seconds for which the metrics of an upstream count.
 _GOOD_FOR = 3.0
 
 
@@ -75,8 +75,8 @@ class _History:
         }
 
 
-class _Told:
-    """What an upstream last said of itself, and when."""
+class _UpstreamSample:
+    """The last metrics of an upstream, and the clock's time at which they came."""
 
     def __init__(self) -> None:
         self.load: VllmLoad | None = None
@@ -97,13 +97,13 @@ class _Told:
 
 
 class Sampler:
-    """The gateway's own figures always, as who looks wants to know what was; vLLM's only while someone watches."""
+    """Samples the gateway's own figures always, for the history; vLLM's only while someone watches."""
 
     def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures) -> None:
         self._path = data_path
         self._prober = prober
         self._recent = recent
-        self._told = {upstream: _Told() for upstream in data_path.pool}
+        self._samples = {upstream: _UpstreamSample() for upstream in data_path.pool}
         self._asking: dict[Upstream, asyncio.Task[None]] = {}
         self._asked_at = -math.inf
         self._requests, self._failed = _Rate(), _Rate()
@@ -114,8 +114,8 @@ class Sampler:
         self._event = b""
         self._sampled = asyncio.Event()
 
-    def look(self) -> None:
-        """To be called again and again: takes a sample where one is due."""
+    def sample_if_due(self) -> None:
+        """Take a sample if the last one is a second old; called by the periodic work."""
         now = self._path.time()
         if now < self._due:
             return
@@ -171,7 +171,7 @@ class Sampler:
             sampled.set()
 
     async def _ask(self) -> None:
-        """Have the upstreams tell of themselves, once a second at most, whoever wants to know."""
+        """Ask the upstreams for their metrics, at most once a second however many watch."""
         now = self._path.time()
         if now - self._asked_at >= _EVERY * 0.9:
             self._asked_at = now
@@ -183,19 +183,19 @@ class Sampler:
             await asyncio.wait(self._asking.values(), timeout=_PATIENCE)
 
     async def _hear(self, upstream: Upstream) -> None:
-        told = self._told[upstream]
+        sample = self._samples[upstream]
         try:
-            told.load = vllm_metrics.read(await self._prober.metrics(upstream))
+            sample.load = vllm_metrics.read(await self._prober.metrics(upstream))
         finally:
             del self._asking[upstream]
-        told.at = self._path.time()
-        if told.load is not None:
-            told.generated.add(told.at, told.load.generated)
+        sample.at = self._path.time()
+        if sample.load is not None:
+            sample.generated.add(sample.at, sample.load.generated)
 
     def _figures(self) -> dict[str, float | None]:
         now = self._path.time()
         first_tokens = self._recent.first_tokens(now - _FIRST_TOKENS_OF) or (None, None)
-        generated = [told.figures(now)["tokens_per_second"] for told in self._told.values()]
+        generated = [sample.figures(now)["tokens_per_second"] for sample in self._samples.values()]
         known = [rate for rate in generated if rate is not None]
         return {
             "in_flight": len(self._path.in_flight),
@@ -210,8 +210,8 @@ class Sampler:
     def _report(self) -> dict[str, Any]:
         now = self._path.time()
         upstreams = self._prober.report(now)
-        for upstream, told in zip(upstreams, self._told.values(), strict=True):
-            upstream |= told.figures(now) if upstream["state"] == "serving" else _Told().figures(now)
+        for upstream, sample in zip(upstreams, self._samples.values(), strict=True):
+            upstream |= sample.figures(now) if upstream["state"] == "serving" else _UpstreamSample().figures(now)
         serving = any(upstream["state"] == "serving" for upstream in upstreams)
         return {
             "status": "draining" if self._path.drain.began else "serving" if serving else "unavailable",
