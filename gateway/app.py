@@ -212,7 +212,7 @@ def create_prober(
     """What probes the upstreams as these settings say."""
     return Prober(
         pool,
-        interval=settings.probe_interval,
+        probe_interval=settings.probe_interval,
         model=settings.model,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",

@@ -28,19 +28,19 @@ _FIELDS: dict[Release, tuple[str, ...]] = {
 class Released:
     """A simplified request that is answered as a release did."""
 
-    def __init__(self, request: Simplified | Flattened, release: Release) -> None:
+    def __init__(self, request: Simplified | Flattened, compat: Release) -> None:
         self.model = request.model
         self.streaming = request.streaming
         self.target = request.target
         self.to_call = request.to_call
         self._request = request
-        self._release = release
+        self._compat = compat
 
     def to_reply(self, answer: bytes) -> bytes:
         """The whole reply, of that release's fields alone; raises UpstreamBroken."""
         reply = orjson.loads(self._request.to_reply(answer))
-        found = {name: reply.get(name) for name in _FIELDS[self._release]}
-        if self._release == "erag-2.1":
+        found = {name: reply.get(name) for name in _FIELDS[self._compat]}
+        if self._compat == "erag-2.1":
             found["choices"] = list(map(_choice, reply["choices"]))
         return orjson.dumps(found)
 

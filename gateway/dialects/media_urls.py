@@ -12,7 +12,7 @@ from gateway.wire.errors import BadRequest
 _PLAIN = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 
 
-def check_chat(body: dict[str, Any], domains: frozenset[str]) -> None:
+def check_chat(body: dict[str, Any], media_domains: frozenset[str]) -> None:
     """Raises BadRequest where a message's parts hold a URL of another host; texts are not looked at."""
     messages = body.get("messages")
     if type(messages) is list:
@@ -22,17 +22,17 @@ def check_chat(body: dict[str, Any], domains: frozenset[str]) -> None:
             except (KeyError, TypeError):  # what is none is for vLLM to refuse, and costs no other a look
                 continue
             if type(content) is not str and type(content) in (list, dict):
-                _check(content, domains)
+                _check(content, media_domains)
     elif type(messages) is dict and type(parts := messages.get("user")) in (list, dict):
-        _check(parts, domains)
+        _check(parts, media_domains)
 
 
-def check_any(body: dict[str, Any], domains: frozenset[str]) -> None:
+def check_any(body: dict[str, Any], media_domains: frozenset[str]) -> None:
     """The same, wherever it may stand in a body."""
-    _check(body, domains)
+    _check(body, media_domains)
 
 
-def _check(value: Any, domains: frozenset[str]) -> None:
+def _check(value: Any, media_domains: frozenset[str]) -> None:
     for name, url in _urls(value):
         if url[:5].lower() == "data:":
             continue
@@ -40,7 +40,7 @@ def _check(value: Any, domains: frozenset[str]) -> None:
         if plain is None:
             raise BadRequest(f"{name} must be a data: URL, or a plain http or https one.", param=name)
         host = plain[1].lower()
-        if host not in domains:
+        if host not in media_domains:
             raise BadRequest(
                 f"{name} must be a data: URL, or of a host that is named (GATEWAY_MEDIA_DOMAINS), but its host is "
                 f"{host[:100]!r}.",

@@ -69,8 +69,8 @@ class Prompted:
         return GenerateStream(self.prompt)
 
 
-def from_generate(body: Json, *, whole: bool) -> Prompted:
-    """A call of `/generate`; `whole` answers every one whole. Raises BadRequest, which names the field."""
+def from_generate(body: Json, *, disable_streaming: bool) -> Prompted:
+    """A call of `/generate`; `disable_streaming` answers every one whole. Raises BadRequest, which names the field."""
     streaming = body.get("stream")
     if streaming is not None and not isinstance(streaming, bool):
         raise BadRequest(f"stream must be true or false, but it is {kind_of(streaming)}.", param="stream")
@@ -81,7 +81,7 @@ def from_generate(body: Json, *, whole: bool) -> Prompted:
         raise BadRequest(
             f"n times the prompt, which each text repeats, must be at most {_MOST_REPEATED} characters.", param="n"
         )
-    streams = bool(streaming) and not whole
+    streams = bool(streaming) and not disable_streaming
     call = {**_others(body, "prompt"), "prompt": prompt, "stream": streams}
     call.pop("echo", None)  # or it would stand there twice
     if not streams:

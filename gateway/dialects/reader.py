@@ -149,15 +149,15 @@ class BodyReader:
     def _translate(self, kind: BodyKind, body: dict[str, Any]) -> tuple[str, Translation]:
         """The form and the translation of a body that is not vLLM's own."""
         if kind == "generate":
-            return kind, prompts.from_generate(body, whole=self.disable_streaming)
+            return kind, prompts.from_generate(body, disable_streaming=self.disable_streaming)
         if kind == "ask":
             return kind, prompts.from_ask(body, self._max_context)
         request = simplified.from_body(
             body,
             self.stream_style,
             self.system_role,
-            whole=self.disable_streaming,
-            most_tokens=self.body_limits.max_new_tokens,
+            disable_streaming=self.disable_streaming,
+            max_new_tokens=self.body_limits.max_new_tokens,
         )
         translation: simplified.Simplified | Flattened = (
             Flattened(request) if self.connector == "langchain" else request

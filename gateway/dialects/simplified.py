@@ -121,13 +121,14 @@ def is_simplified(body: Json) -> bool:
 
 def from_body(
     body: Json,
-    style: Style,
+    stream_style: Style,
     system_role: Literal["system", "merge"],
     *,
-    whole: bool,
-    most_tokens: float = MAX_NEW_TOKENS,
+    disable_streaming: bool,
+    max_new_tokens: float = MAX_NEW_TOKENS,
 ) -> Simplified:
-    """A checked request; `whole` answers every request whole, and none that does not say asks for more tokens.
+    """A checked request; `disable_streaming` answers every request whole. A request that does not say asks for no more
+    than `max_new_tokens`.
 
     Raises BadRequest, which names the field.
     """
@@ -143,16 +144,16 @@ def from_body(
             raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
         data = data and cited(data)
         if body.get("stream_style") is not None:
-            style = _style(body["stream_style"])
+            stream_style = _style(body["stream_style"])
         body = {**body, _MAX_TOKENS[0]: _one_of(body, _MAX_TOKENS, _max_tokens)}
         body[_STREAMING[0]] = _one_of(body, _STREAMING, _streaming)
     model, tokens, streaming = body.get("model"), body.get("max_new_tokens"), body.get("streaming")
     if model is not None and not isinstance(model, str):
         raise BadRequest(f"model must be a string, but it is {kind_of(model)}.", param="model")
-    streaming = (streaming is None or _streaming(streaming, "streaming")) and not whole
+    streaming = (streaming is None or _streaming(streaming, "streaming")) and not disable_streaming
     chat = {
         "messages": messages,
-        "max_tokens": min(MAX_NEW_TOKENS, most_tokens) if tokens is None else _max_tokens(tokens, "max_new_tokens"),
+        "max_tokens": min(MAX_NEW_TOKENS, max_new_tokens) if tokens is None else _max_tokens(tokens, "max_new_tokens"),
         "temperature": TEMPERATURE if body.get("temperature") is None else _temperature(body["temperature"]),
         "top_p": TOP_P if body.get("top_p") is None else _top_p(body["top_p"]),
         "stream": streaming,
@@ -170,7 +171,7 @@ def from_body(
     }
     if (guardrail or data) and not _can_be_written(echoed):
         raise _too_deep(echoed)  # while it can still be refused
-    return Simplified(chat, model or None, streaming, style, echoed)
+    return Simplified(chat, model or None, streaming, stream_style, echoed)
 
 
 def _too_deep(fields: Json) -> BadRequest:

@@ -117,11 +117,11 @@ class _Handler(logging.Handler):
         self._writer.write(self.format(record).encode(errors="backslashreplace"))
 
 
-def configure(writer: LineWriter, form: Format, level: str) -> None:
+def configure(writer: LineWriter, log_format: Format, log_level: str) -> None:
     """Send every logger of the process through `writer`."""
     handler = _Handler(writer)
-    handler.setFormatter(_Json() if form == "json" else _Text())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    handler.setFormatter(_Json() if log_format == "json" else _Text())
+    logging.basicConfig(level=log_level, handlers=[handler], force=True)
     # httpx tells of every probe, urllib3 of every batch of spans, uvicorn of every start and stop of its own.
     for name in ("httpx", "httpcore", "urllib3", "uvicorn"):
         logging.getLogger(name).setLevel("WARNING")
@@ -130,10 +130,10 @@ def configure(writer: LineWriter, form: Format, level: str) -> None:
 class RequestLog:
     """One line a request: never a prompt, a reply or a key."""
 
-    def __init__(self, writer: LineWriter | None, form: Format) -> None:
+    def __init__(self, writer: LineWriter | None, log_format: Format) -> None:
         """`writer` None: no lines."""
         self._writer = writer
-        self._form = form
+        self._log_format = log_format
 
     def records(self, records: list[Record]) -> None:
         """The lines of data-path requests that have ended."""
@@ -189,7 +189,7 @@ class RequestLog:
         self._writer.write(line)
 
     def _line(self, fields: dict[str, Any]) -> bytes:
-        if self._form == "json":
+        if self._log_format == "json":
             line = orjson.dumps(fields)
             # Beyond ASCII are characters, too, that a terminal obeys.
             return line if line.isascii() else json.dumps(fields, separators=(",", ":")).encode()

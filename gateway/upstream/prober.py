@@ -49,7 +49,7 @@ class Prober:
         self,
         pool: UpstreamPool,
         *,
-        interval: float,
+        probe_interval: float,
         model: str | None,
         system_role: Literal["system", "merge"],
         credentials: FixedKey | ClientCredentials,
@@ -57,13 +57,13 @@ class Prober:
         reads_template: bool = True,
         probe_audio: bool = False,
     ) -> None:
-        """`model` is the configured one, `interval` the seconds between two probes of one that serves.
+        """`model` is the configured one, `probe_interval` the seconds between two probes of one that serves.
 
         `credentials` are what calls show, too, `tls` says whom to trust. `reads_template` where chats are relayed: a
         model for anything else may have none. `probe_audio` where it matters which upstreams take speech.
         """
         self._pool = pool
-        self._interval = interval
+        self._probe_interval = probe_interval
         self._model = model
         self._system_role = system_role
         self._reads_template = reads_template
@@ -100,7 +100,9 @@ class Prober:
     async def _watch(self, upstream: Upstream) -> None:
         while True:
             await self.probe(upstream)
-            await asyncio.sleep(self._interval if upstream.state == "serving" else min(_EAGER, self._interval))
+            await asyncio.sleep(
+                self._probe_interval if upstream.state == "serving" else min(_EAGER, self._probe_interval)
+            )
 
     async def probe_all(self) -> None:
         """Ask every upstream now; return when all have answered, or after a second: one that hangs is no news."""

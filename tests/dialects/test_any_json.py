@@ -65,8 +65,8 @@ def test_a_field_that_is_not_known_here_goes_on(unknown: dict[str, Any]) -> None
     except TypeError:
         return  # an integer past 64 bits, which is refused as it is read
     calls = [
-        from_body({"messages": {"user": "Hi"}, **unknown}, "openai", "system", whole=False).to_call("m"),
-        from_generate({"prompt": "Hi", **unknown}, whole=False).to_call("m"),
+        from_body({"messages": {"user": "Hi"}, **unknown}, "openai", "system", disable_streaming=False).to_call("m"),
+        from_generate({"prompt": "Hi", **unknown}, disable_streaming=False).to_call("m"),
         from_ask({"question": "Hi", **unknown}, lambda model: math.inf).to_call("m"),
     ]
     for call in calls:
@@ -78,7 +78,7 @@ def test_a_field_that_is_not_known_here_goes_on(unknown: dict[str, Any]) -> None
 def test_a_text_reaches_the_model_as_it_was_said(user: str, system: str | None) -> None:
     body: dict[str, Any] = {"messages": {"user": user, "system": system}}
     assert is_simplified(body)
-    said = orjson.loads(from_body(body, "openai", "system", whole=False).to_call("m"))["messages"]
+    said = orjson.loads(from_body(body, "openai", "system", disable_streaming=False).to_call("m"))["messages"]
     assert said[-1] == {"role": "user", "content": user}
     assert [one["content"] for one in said[:-1]] == ([system] if system else [])
     assert orjson.loads(from_ask({"question": user}, lambda model: math.inf).to_call("m"))["prompt"] == user

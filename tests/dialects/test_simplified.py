@@ -25,7 +25,7 @@ ANSWER = {"id": "c-1", "choices": [{"message": {"content": "Hello."}, "finish_re
 
 
 def read(body: Body, role: Role = "system", style: Style = "openai", whole: bool = False) -> Simplified:
-    return from_body(body, style, role, whole=whole)
+    return from_body(body, style, role, disable_streaming=whole)
 
 
 def refused(body: Body, role: Role = "system") -> BadRequest:

@@ -21,7 +21,7 @@ PIECES = st.lists(st.text() | st.text("'\"\\\n\r\t\x00\x1b\x85\u2028\ufeff\U0001
 
 
 def read(body: dict[str, Any]) -> Simplified:
-    return from_body(body, "openai", "system", whole=False)
+    return from_body(body, "openai", "system", disable_streaming=False)
 
 
 def test_a_whole_reply_is_the_completion_with_its_text_and_what_was_asked() -> None:
@@ -81,7 +81,7 @@ def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: byt
 
 
 def texts(style: Style = "repr", **sent: Any) -> TextStream:
-    stream = from_body({"messages": "Hi.", **sent}, style, "system", whole=False).to_stream()
+    stream = from_body({"messages": "Hi.", **sent}, style, "system", disable_streaming=False).to_stream()
     assert stream is not None
     return stream
 
@@ -236,7 +236,7 @@ def test_a_document_is_cited_by_where_it_is_from(metadata: dict[str, Any], citat
         "streaming": False,
         "data": {"reranked_docs": [{"text": "x", "metadata": metadata}], "k": 1},
     }
-    request = from_body(body, "openai", "system", whole=False)
+    request = from_body(body, "openai", "system", disable_streaming=False)
     data = json.loads(request.to_reply(orjson.dumps(ANSWER)))["data"]
     (cited,) = data["reranked_docs"]
     assert data["k"] == 1
@@ -257,6 +257,8 @@ def test_a_document_is_cited_by_where_it_is_from(metadata: dict[str, Any], citat
 )
 def test_a_document_from_nowhere_is_refused(documents: Any, param: str) -> None:
     with pytest.raises(BadRequest) as raised:
-        from_body({"messages": "Hi.", "data": {"reranked_docs": documents}}, "openai", "system", whole=False)
+        from_body(
+            {"messages": "Hi.", "data": {"reranked_docs": documents}}, "openai", "system", disable_streaming=False
+        )
     assert raised.value.param == param
     assert param in raised.value.message

@@ -143,7 +143,7 @@ def test_what_vllm_refuses_comes_back_as_it_wrote_it(client: httpx.Client, fake:
 )
 def test_a_wrong_field_is_named(body: dict[str, Any], param: str, said: str) -> None:
     with pytest.raises(BadRequest) as raised:
-        from_generate(body, whole=False)
+        from_generate(body, disable_streaming=False)
     assert raised.value.param == param
     assert said in raised.value.message
     if "prompt" in body and param == "prompt":
@@ -179,13 +179,15 @@ def test_what_is_no_completion_is_the_upstreams_fault(data: bytes) -> None:
     with pytest.raises(UpstreamBroken):
         GenerateStream("P").feed(encode(data))
     with pytest.raises(UpstreamBroken):
-        from_generate({"prompt": "P"}, whole=False).to_reply(data)
+        from_generate({"prompt": "P"}, disable_streaming=False).to_reply(data)
 
 
 def test_what_would_make_the_reply_wrong_does_not_go_on() -> None:
-    call = from_generate({"prompt": "Hi", "echo": True, "stream_options": {"include_usage": True}}, whole=False).call
+    call = from_generate(
+        {"prompt": "Hi", "echo": True, "stream_options": {"include_usage": True}}, disable_streaming=False
+    ).call
     assert call == {"prompt": "Hi", "stream": False}
-    guarded = from_generate({"prompt": "Hi", "stream": True}, whole=True)
+    guarded = from_generate({"prompt": "Hi", "stream": True}, disable_streaming=True)
     assert (guarded.streaming, guarded.call["stream"]) == (False, False)
 
 

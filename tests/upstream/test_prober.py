@@ -28,7 +28,13 @@ def probed(
     """An upstream after one probe, healthy but for these answers, and what it was asked."""
     upstream = Upstream.from_url(URL)
     upstream.models = ("demo",) if served_before else ()
-    prober_options = {"interval": 5.0, "model": None, "system_role": "system", "credentials": FixedKey(), **options}
+    prober_options = {
+        "probe_interval": 5.0,
+        "model": None,
+        "system_role": "system",
+        "credentials": FixedKey(),
+        **options,
+    }
     healthy: dict[str, httpx.Response | Exception] = {
         "/health": httpx.Response(200),
         "/v1/models": httpx.Response(200, json=MODELS),
