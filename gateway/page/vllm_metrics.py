@@ -18,6 +18,9 @@ _NAMES = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
 # With their brace, as other metrics' names begin with these.
 _STARTS = tuple(f"{name}{{" for name in _NAMES)
 
+# In characters; vLLM's own have some 100.
+_LONGEST_LINE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class VllmLoad:
@@ -45,5 +48,7 @@ def read(text: str) -> VllmLoad | None:
 def _samples(text: str) -> Iterator[Sample]:
     # vLLM tells of hundreds of metrics, and the parser is slow.
     lines = [line for line in text.splitlines() if line.startswith(_STARTS)]
+    if any(len(line) > _LONGEST_LINE for line in lines):
+        raise ValueError("a line is too long")  # the parser's time is quadratic in the number of labels
     for family in text_string_to_metric_families("\n".join(lines)):
         yield from family.samples

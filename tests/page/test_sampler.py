@@ -32,6 +32,7 @@ TWO_ENGINES = METRICS + METRICS.replace(b'engine="0"', b'engine="1"').replace(b"
         (METRICS.replace(b'"demo"', b"demo"), None),
         (METRICS.replace(b'"demo"} ', b'"demo" '), None),
         (METRICS.replace(b'{engine="0"', b'{, ="0"'), None),
+        (METRICS.replace(b'{engine="0"', b"{" + b",".join(b'l%d=""' % at for at in range(30_000))), None),
     ],
 )
 def test_a_vllm_tells_how_busy_it_is(text: bytes, load: VllmLoad | None) -> None:
