@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import gateway_process
 from tests.support.fake_vllm import FakeVllm
@@ -17,6 +18,13 @@ from tests.support.stack import Stack, started
 for name in list(os.environ):
     if name.startswith(("GATEWAY_", "LLM_", "OPEA_", "OTEL_")):
         del os.environ[name]
+
+# A slow machine is no failure: no example has a deadline, and drawing examples may take its time.
+settings.register_profile(
+    "default", settings.get_profile("default"), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("default"), max_examples=300, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ UNKNOWN = st.dictionaries(
 
 
 @given(st.sampled_from(POSTED), OBJECTS | JSON)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example(POSTED[0], {"messages": {"user": "Hi"}, "data": {"reranked_docs": [{"metadata": {"url": {"a": []}}}]}})
 @example(POSTED[0], {"messages": [{"role": "user"}], "max_new_tokens": 2**63, "stream": None})
 def test_any_json_is_a_call_or_a_4xx(route: Route, body: Any) -> None:
@@ -58,7 +58,6 @@ def test_any_json_is_a_call_or_a_4xx(route: Route, body: Any) -> None:
 
 
 @given(UNKNOWN)
-@settings(deadline=None)
 def test_a_field_that_is_not_known_here_goes_on(unknown: dict[str, Any]) -> None:
     try:
         written = orjson.loads(orjson.dumps(unknown))
@@ -74,7 +73,6 @@ def test_a_field_that_is_not_known_here_goes_on(unknown: dict[str, Any]) -> None
 
 
 @given(st.text(min_size=1).filter(lambda text: not text.isspace()), st.none() | st.text(min_size=1))
-@settings(deadline=None)
 def test_a_text_reaches_the_model_as_it_was_said(user: str, system: str | None) -> None:
     body: dict[str, Any] = {"messages": {"user": user, "system": system}}
     assert is_simplified(body)

@@ -25,7 +25,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
     assert to_object(json.dumps(value, ensure_ascii=False).encode()) == value
 
@@ -34,7 +34,7 @@ def test_any_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
 @example(b"[" * 5000)
 @example(b'{"a":' * 5000)
 @example(b'{"a":1e999}')
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_bytes_are_an_object_or_a_bad_request(body: bytes) -> None:
     with contextlib.suppress(BadRequest):
         assert isinstance(to_object(body), dict)
@@ -101,7 +101,7 @@ def test_a_body_that_is_not_utf8_is_told_by_the_byte() -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N"]), min_size=12, max_size=40))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_the_prompt_said_is_never_in_the_sentence(prompt: str) -> None:
     with pytest.raises(BadRequest) as raised:
         to_object(json.dumps({"messages": prompt}, ensure_ascii=False)[:-2].encode())
@@ -128,7 +128,7 @@ def emptied(value: Any) -> Any:
 
 
 @given(st.dictionaries(TEXTS, DEEP, max_size=4), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_but_for_its_long_strings_it_is_what_came(value: dict[str, Any], ascii_alone: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_alone, separators=(",", ":")).encode()
     # Where there are too many quotes to look at, some of the long strings may have stayed.
@@ -141,7 +141,7 @@ BYTES = st.sampled_from([b'"', b"\\", b"{", b"}", b":", b",", b"\xff", b"x" * LO
 @given(st.lists(BYTES, max_size=12).map(b"".join))
 @example(b'"' + b"\\" * LONG + b'"')
 @example(b'{"a":"' + b"\\" * 100 + b'","b":"' + b"x" * LONG + b'"}')
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_long_bytes_are_as_they_are_but_for_what_stands_in_quotes(body: bytes) -> None:
     short = without_long_strings(body)
     with contextlib.suppress(BadRequest):

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dialects.simplified import Simplified, from_body, is_simplified
@@ -240,7 +240,6 @@ BODIES = st.fixed_dictionaries(
 
 
 @given(BODIES.filter(is_simplified), st.sampled_from(get_args(Role)), st.booleans())
-@settings(deadline=None)
 def test_any_body_is_a_simplified_request_or_a_bad_request_that_names_a_field(
     body: Body, role: Role, whole: bool
 ) -> None:

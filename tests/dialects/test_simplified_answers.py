@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.dialects.simplified import Simplified, from_body
@@ -96,7 +96,6 @@ def events(stream: bytes) -> list[bytes]:
 
 @given(PIECES)
 @example(["It's", ' a "q"\n', "'\"", "\U0001f600", "\r\n\r\ndata: x\n\n", ""])
-@settings(deadline=None)
 def test_callers_read_back_the_text_whatever_it_holds(pieces: list[str]) -> None:
     stream = texts().feed(b"".join(map(chunk, pieces)) + encode(DONE))
     *pairs, end = events(stream)
@@ -105,7 +104,6 @@ def test_callers_read_back_the_text_whatever_it_holds(pieces: list[str]) -> None
 
 
 @given(st.lists(st.text(max_size=4), max_size=3))
-@settings(deadline=None)
 def test_every_split_point_of_the_upstreams_stream_gives_the_same_stream(pieces: list[str]) -> None:
     upstream = b"".join(map(chunk, pieces)) + encode(DONE)
     whole = texts().feed(upstream)
@@ -178,7 +176,6 @@ def test_a_repr_stream_ends_with_what_is_cited_where_data_was_sent() -> None:
 
 
 @given(PIECES)
-@settings(deadline=None)
 def test_answer_parts_hold_the_text_and_end_with_done(pieces: list[str]) -> None:
     stream = texts("answer_part").feed(b"".join(map(chunk, pieces)) + encode(DONE))
     *parts, end = map(json.loads, events(stream))

@@ -289,7 +289,7 @@ MESSAGES = (
 
 
 @given(SIMPLIFIED, MESSAGES, st.booleans())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_whatever_is_taken_in_the_simplified_form_vllm_takes(
     stack: Stack, fields: dict[str, Any], messages: Any, streaming: bool
 ) -> None:

@@ -131,7 +131,7 @@ def test_a_request_is_one_line_of_plain_characters_whatever_its_path_holds(form:
 
 
 @given(path=st.text(), form=st.sampled_from(["json", "text"]))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_any_path_makes_one_line(path: str, form: Format) -> None:
     log = Log()
     RequestLog(log.writer, form).other("id-1", "GET", path, 404, 0.25)

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dialects.text_stream import Style
@@ -119,7 +119,6 @@ def test_an_openai_stream_is_relayed_untouched() -> None:
     talk.assert_settled()
 
 
-@settings(deadline=None)
 @given(
     pieces=st.lists(st.sampled_from([*EVENTS, EVENTS[0] + EVENTS[1], EVENTS[0][:9], EVENTS[0][9:], b": ping\n\n"])),
     as_chunks=st.booleans(),
@@ -167,7 +166,6 @@ def test_a_chunk_for_a_client_that_has_left_reaches_nobody() -> None:
     talk.assert_settled()
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, len(CONTENT))), crlf=st.booleans())
 def test_a_stream_arrives_whole_and_in_whole_events_however_it_was_split(cuts: list[int], crlf: bool) -> None:
     content = CONTENT.replace(b"\n", b"\r\n") if crlf else CONTENT
@@ -181,7 +179,6 @@ def test_a_stream_arrives_whole_and_in_whole_events_however_it_was_split(cuts: l
     assert (talk.client.ending, talk.exchange.outcome) == ("end", "done")
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1), max_size=8))
 def test_a_whole_answer_arrives_as_the_bytes_that_it_is(pieces: list[bytes]) -> None:
     talk = answering(OPENAI_WHOLE, JSON)
@@ -326,7 +323,6 @@ def test_a_simplified_stream_in_the_openai_style_is_vllms_own() -> None:
     talk.assert_settled()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, len(CONTENT))))
 def test_a_simplified_stream_in_the_repr_style_is_the_same_however_it_was_split(cuts: list[int]) -> None:
     talk = answering({**SIMPLIFIED_STREAM, "stream_style": "repr"}, [*SSE, (b"x-theirs", b"1")])
@@ -737,7 +733,6 @@ def test_a_simplified_answer_that_breaks_off_is_a_502() -> None:
     assert_answered(talk, 502, "upstream_broken")
 
 
-@settings(deadline=None)
 @given(at=st.integers(len(EVENTS[0]), len(CONTENT) - len(DONE)), crlf=st.booleans())
 def test_a_stream_that_breaks_off_anywhere_ends_with_an_error_event_on_a_boundary(at: int, crlf: bool) -> None:
     newline = b"\r\n" if crlf else b"\n"
@@ -918,7 +913,6 @@ def test_usage_is_found_at_the_end_of_a_stream() -> None:
     assert talk.exchange.usage == (USAGE["prompt_tokens"], USAGE["completion_tokens"])
 
 
-@settings(deadline=None)
 @given(st.integers(1, len(completion()) - 1))
 def test_usage_is_found_in_a_whole_answer_wherever_it_was_split(at: int) -> None:
     talk = answering(OPENAI_WHOLE, JSON)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import orjson
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -429,4 +428,3 @@ class ExchangeMachine(RuleBasedStateMachine):
 
 
 TestExchange = ExchangeMachine.TestCase
-TestExchange.settings = settings(deadline=None, max_examples=200, stateful_step_count=50)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.relay import usage
@@ -47,7 +47,6 @@ def test_the_last_usage_that_vllm_reported_is_found(tail: bytes, found: tuple[in
 @given(
     st.sampled_from(['"usage":', '{"usage":{"prompt_tokens":9,"completion_tokens":9}}', ""]), st.text(), st.booleans()
 )
-@settings(deadline=None, max_examples=50)
 def test_a_model_that_writes_of_usage_is_not_mistaken_for_vllm(written: str, more: str, after: bool) -> None:
     text = b'"content":' + json.dumps(written + more).encode()
     assert usage_in(b"{" + text + b"}") is None
@@ -55,7 +54,6 @@ def test_a_model_that_writes_of_usage_is_not_mistaken_for_vllm(written: str, mor
 
 
 @given(st.integers(min_value=0, max_value=2**40), st.integers(min_value=0, max_value=2**40))
-@settings(deadline=None, max_examples=50)
 def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
     said = {"usage": {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}}
     for separators in ((",", ":"), (", ", ": ")):

@@ -446,7 +446,7 @@ def messages(draw: st.DrawFn) -> list[bytes]:
 
 
 @given(calls=st.lists(messages(), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_calls_of_every_kind_after_a_usual_one_go_alike(both: Both, calls: list[list[bytes]]) -> None:
     writes = [write for call in calls for write in ([post()], call)]
     both.play([*writes, [LAST]])

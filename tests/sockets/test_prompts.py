@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dialects.prompts import GenerateStream, from_ask, from_generate
@@ -156,7 +156,6 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str, said: str) -> 
     st.lists(st.tuples(st.text(max_size=4), st.integers(0, 2)), max_size=5),
     st.lists(st.integers(0, 400), max_size=4),
 )
-@settings(deadline=None)
 def test_however_it_was_split_the_last_object_holds_all_of_the_text(
     pieces: list[tuple[str, int]], cuts: list[int]
 ) -> None:

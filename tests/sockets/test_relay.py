@@ -101,7 +101,7 @@ def test_a_stream_is_relayed_byte_for_byte(client: httpx.Client, fake: FakeVllm)
     assert got.headers["content-type"] == "text/event-stream; charset=utf-8"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, len(b"".join(EVENTS))), max_size=12))
 def test_any_split_of_the_upstreams_bytes_gives_the_same_bytes(
     client: httpx.Client, fake: FakeVllm, cuts: list[int]

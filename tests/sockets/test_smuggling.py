@@ -48,7 +48,7 @@ def alike(ways: Both, sent: bytes) -> Seen:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 def test_any_head_is_refused_or_goes_upstream_once_and_clean(ways: Both, data: st.DataObject) -> None:
     sent = request(lambda several: data.draw(st.sampled_from(several)))
     seen = alike(ways, sent)

@@ -568,4 +568,4 @@ class UploadMachine(RuleBasedStateMachine):
 
 
 TestUpload = UploadMachine.TestCase
-TestUpload.settings = settings(deadline=None, max_examples=50, stateful_step_count=20)
+TestUpload.settings = settings(stateful_step_count=20)

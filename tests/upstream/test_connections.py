@@ -364,7 +364,7 @@ def well_formed(draw: st.DrawFn) -> Answer:
     return Answer(sent, status, body, closes=framing == "close", kept=framing != "close")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(well_formed())
 def test_any_well_formed_answer_reads_as_httpx_reads_it(answer: Answer) -> None:
     async def work() -> None:
@@ -430,7 +430,7 @@ async def heard_in(reads: list[bytes], *, closes: bool, after: bytes = b"") -> t
     return caller, kept
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(answer=well_formed() | st.sampled_from(list(ANSWERS.values())), data=st.data())
 def test_any_split_of_an_answer_is_heard_alike(answer: Answer, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(answer.sent))))
@@ -454,7 +454,7 @@ BODIES = st.sampled_from(
 CHUNK_HEADS = st.sampled_from([b"%x\r\n", b"%X\r\n", b"0%x\r\n", b"%x;a=b\r\n"])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(chunks=st.lists(st.tuples(CHUNK_HEADS, BODIES), max_size=12), data=st.data())
 def test_chunks_are_heard_alike_however_they_come(chunks: list[tuple[bytes, bytes]], data: st.DataObject) -> None:
     framed = [CHUNKED, *(head % len(body) + body + b"\r\n" for head, body in chunks), b"0\r\n\r\n"]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import httpcore
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -322,5 +321,4 @@ class Life(RuleBasedStateMachine):
         return [next(wire for wire in self.loop.wires if wire.protocol is connection) for connection in kept]
 
 
-Life.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestLife = Life.TestCase

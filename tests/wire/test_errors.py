@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config.settings import Settings, names_of
@@ -98,7 +98,6 @@ def test_the_envelope_is_openais_with_the_request_id_inside() -> None:
 
 
 @given(st.text(), st.none() | st.text())
-@settings(deadline=None, max_examples=50)
 def test_an_error_in_a_stream_is_its_envelope_and_then_the_end(message: str, param: str | None) -> None:
     error = BadRequest(message, param=param)
     assert Decoder(limit=10_000).feed(error.event("id-1")) == [error.envelope("id-1"), b"[DONE]"]

@@ -61,7 +61,6 @@ def test_a_header_of_one_hop_is_not_forwarded(forward: Forward, name: bytes) -> 
 
 @BOTH_WAYS
 @given(headers=HEADERS)
-@settings(deadline=None, max_examples=50)
 def test_no_header_of_one_hop_or_named_by_connection_survives(forward: Forward, headers: list[Header]) -> None:
     named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
     assert not {name for name, _ in forward(headers)} & (named | set(ONE_HOP))
@@ -69,7 +68,6 @@ def test_no_header_of_one_hop_or_named_by_connection_survives(forward: Forward, 
 
 @BOTH_WAYS
 @given(headers=HEADERS)
-@settings(deadline=None, max_examples=50)
 def test_order_and_duplicates_of_what_is_forwarded_are_kept(forward: Forward, headers: list[Header]) -> None:
     forwarded = forward(headers)
     rest = iter(headers)
@@ -208,7 +206,7 @@ BODIES = st.sampled_from([b"", b"{}", b"x" * 12, b"content-length: 1\r\n\r\n", b
 @given(lines=LINES, first=BODIES, second=BODIES, more=st.sampled_from([b"", b"", b"\r\n", b"G", b"x" * 9]))
 @example(lines=[b"Host: x", b"Content-Length: LENGTH"], first=b"{}", second=b"x" * 12, more=b"")
 @example(lines=[b"Content-Length: LENGTH", b""], first=b"", second=b"", more=b"")
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_a_head_that_is_known_again_is_what_a_parser_would_read(
     lines: list[bytes], first: bytes, second: bytes, more: bytes
 ) -> None:

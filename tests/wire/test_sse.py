@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.wire.sse import (
@@ -43,7 +43,6 @@ def decoded(pieces: Iterable[bytes]) -> list[bytes]:
 
 
 @given(EVENTS, LINE_ENDS)
-@settings(deadline=None, max_examples=50)
 def test_every_split_point_of_a_stream_gives_the_same_events(events: list[Lines], end: bytes) -> None:
     stream = stream_of(events, end)
     for at in range(len(stream) + 1):
@@ -51,14 +50,12 @@ def test_every_split_point_of_a_stream_gives_the_same_events(events: list[Lines]
 
 
 @given(EVENTS, LINE_ENDS)
-@settings(deadline=None, max_examples=50)
 def test_a_stream_that_comes_byte_by_byte_gives_the_same_events(events: list[Lines], end: bytes) -> None:
     stream = stream_of(events, end)
     assert decoded(stream[at : at + 1] for at in range(len(stream))) == data_in(events)
 
 
 @given(EVENTS, LINE_ENDS)
-@settings(deadline=None, max_examples=50)
 def test_the_end_of_the_last_event_never_cuts_an_event_and_leaves_none_behind(events: list[Lines], end: bytes) -> None:
     stream = stream_of(events, end)
     for at in range(len(stream) + 1):
@@ -115,7 +112,6 @@ def test_the_data_of_an_event_is_its_data_lines(event: bytes, data: bytes | None
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda data: data.replace(b"\n", b"").replace(b"\r", b"")), max_size=5))
-@settings(deadline=None, max_examples=50)
 def test_what_was_encoded_is_decoded_as_it_was(pieces: list[bytes]) -> None:
     assert decoded([b"".join(map(encode, pieces))]) == pieces
 
