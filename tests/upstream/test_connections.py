@@ -510,18 +510,18 @@ ALIKE = [
 ]
 
 
-@pytest.mark.parametrize("first", [answer.sent for answer in ANSWERS.values() if answer.kept])
-@pytest.mark.parametrize("second", [*ALIKE, *(answer.sent for answer in ANSWERS.values())])
-@pytest.mark.parametrize("cut", [0, 1, -1, -3])
-def test_an_answer_is_heard_alike_whatever_came_before_on_the_connection(first: bytes, second: bytes, cut: int) -> None:
-    async def work() -> None:
+# One test for each first answer: as tests of their own, the 2,048 cases would cost more than what they test.
+@pytest.mark.parametrize("first", [name for name, answer in ANSWERS.items() if answer.kept])
+def test_an_answer_is_heard_alike_whatever_came_before_on_the_connection(first: str) -> None:
+    async def heard_again(second: bytes, cut: int) -> None:
         reads = [read for read in (second[:cut], second[cut:]) if read]
         fresh, kept = await heard_in(reads, closes=True)
-        again, kept_again = await heard_in(reads, closes=True, after=first)
-        assert vars_of(again) == vars_of(fresh)
-        assert kept_again == kept
+        again, kept_again = await heard_in(reads, closes=True, after=ANSWERS[first].sent)
+        assert (vars_of(again), kept_again) == (vars_of(fresh), kept), f"after {first}: {reads}"
 
-    asyncio.run(work())
+    for second in [*ALIKE, *(answer.sent for answer in ANSWERS.values())]:
+        for cut in (0, 1, -1, -3):
+            asyncio.run(heard_again(second, cut))
 
 
 def vars_of(caller: Caller) -> dict[str, object]:
