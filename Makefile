@@ -1,18 +1,3 @@
-# make up     a real vLLM on the CPU and the gateway in front of it
-# make test   lint, types and tests, those against the real vLLM included
-# make lock   the lock files anew, after a change of pyproject.toml
-# make audit  known vulnerabilities of what is locked, where the package index tells of them
-# make bench  the benchmark against peers (make bench-quick: two of them, in two minutes)
-# make soak   ten minutes of calls, faults and leavings, counted (make test-soak: one minute)
-# make test-restarts  gateways restarted behind nginx, vLLM killed under the gateway; needs nginx
-# make test-smuggling  requests as bytes that try to be other than they seem, behind nginx and HAProxy, then spoilt at random; needs both
-# make fuzz   ten minutes of the latter, some 350,000 requests
-# make test-clients  real clients (OpenAI's, Anthropic's, LangChain and others) run the examples, leave and fail; installs them (600 MB)
-# make test-browser  the page in Debian's Chromium, in front of the real vLLM; writes docs/page-*.png; needs chromium, installs its driver (150 MB)
-# make test-fp8  datasets read, the demo model quantized by llm-compressor and served; installs it (450 MB)
-# make test-docker  the Compose stacks rendered, and the CPU's really run; needs Docker, shellcheck, ports 8008 and 9000
-# make clean  removes what the other targets have put into the checkout
-
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,56 +6,59 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up test test-fp8 test-soak test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
+.PHONY: up help test test-fp8 test-soak test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
 .DEFAULT_GOAL := up
 
-up: $(VENV)/.installed
+up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
 	@exec $(BIN)/vllm-gateway up $(UP)
 
-test: lint types
+help:  ## This list
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: lint types  ## Lint, types and tests, those against the real vLLM included (4 min)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 
-test-soak: $(VENV)/.installed-dev
+test-soak: $(VENV)/.installed-dev  ## Calls, faults and leavings, counted: the short run of `make soak` (1 min)
 	@$(BIN)/python -m tests.heavy.soak --seconds 60
 
-test-browser: $(VENV)/.installed-dev
+test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, installs its driver, 150 MB; writes docs/page-*.png (2 min)
 	$(BIN)/python -m pytest tests/heavy/browser/page.py
 
-test-fp8: $(VENV)/.installed-dev
+test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (5 min)
 	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py
 
-test-docker: $(VENV)/.installed-dev
+test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
 	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py
 
-test-restarts: $(VENV)/.installed-dev
+test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed; needs nginx (2 min)
 	$(BIN)/python -m pytest tests/heavy/restarts.py
 
-test-clients: $(VENV)/.installed-dev
+test-clients: $(VENV)/.installed-dev  ## The examples with real clients; installs them, 600 MB (4 min)
 	$(BIN)/python -m pytest tests/heavy/clients/examples.py tests/heavy/clients/leaving.py tests/heavy/clients/failures.py tests/heavy/clients/described.py
 
-test-smuggling: $(VENV)/.installed-dev
+test-smuggling: $(VENV)/.installed-dev  ## Malformed requests behind nginx and HAProxy; needs both (3 min)
 	$(BIN)/python -m pytest tests/heavy/fronts.py
 	@$(BIN)/python -m tests.heavy.fuzz --seconds 40
 
-fuzz: $(VENV)/.installed-dev
+fuzz: $(VENV)/.installed-dev  ## Malformed requests made at random, some 350,000 (10 min)
 	@$(BIN)/python -m tests.heavy.fuzz
 
-soak: $(VENV)/.installed-dev
+soak: $(VENV)/.installed-dev  ## Calls with random faults and leavings, counted (10 min)
 	@$(BIN)/python -m tests.heavy.soak
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## Format, style and the rule of rooms (3 s)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo --no-cache
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-dev  ## mypy, strict (20 s)
 	$(BIN)/mypy
 
-lock: $(VENV)/.installed-dev
+lock: $(VENV)/.installed-dev  ## The lock files anew, after a change of pyproject.toml (1 min)
 	$(PIP) uv
 	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) pyproject.toml -o requirements/image.lock
@@ -83,7 +71,7 @@ lock: $(VENV)/.installed-dev
 	$(COMPILE) tests/heavy/clients/schemathesis.in -o tests/heavy/clients/schemathesis.lock
 	$(COMPILE) tests/heavy/browser/browser.in -o tests/heavy/browser/browser.lock
 
-audit: $(VENV)/audit/.installed
+audit: $(VENV)/audit/.installed  ## Known vulnerabilities of the locked packages (10 s)
 	$(VENV)/audit/bin/python scripts/audit.py
 
 $(VENV)/audit/.installed: $(VENV)/bin/python requirements/audit.lock
@@ -91,7 +79,7 @@ $(VENV)/audit/.installed: $(VENV)/bin/python requirements/audit.lock
 	$(PIP:$(BIN)%=$(VENV)/audit/bin%) --no-deps --require-hashes -r requirements/audit.lock
 	@touch $@
 
-clean:
+clean:  ## Remove what the other targets have put into the checkout
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -111,8 +99,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.lock
 	$(PIP) --no-deps --require-hashes -r requirements/dev.lock
 	@touch $@
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed  ## The benchmark against peers; needs nginx and wrk (10 min)
 	@$(BIN)/python -m bench
 
-bench-quick: $(VENV)/.installed
+bench-quick: $(VENV)/.installed  ## Two of the benchmark's arms; needs nginx and wrk (2 min)
 	@$(BIN)/python -m bench --quick
