@@ -13,7 +13,7 @@ from gateway.observability.recent_requests import RecentRequests
 from gateway.page.sampler import Sampler
 from gateway.relay.data_path import DataPath
 from gateway.relay.record import Record
-from gateway.server.memory import Peak
+from gateway.server.memory import MemoryTrimmer
 
 if TYPE_CHECKING:
     from gateway.observability.tracing import Tracer
@@ -68,7 +68,7 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
     tenth = min(limits.first_token_timeout, limits.idle_timeout, limits.total_timeout, limits.body_timeout) / 10
     seconds = min(_LOOK_AFTER, tenth)
     every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue_timeout / 10) / seconds))
-    peak = Peak()
+    trimmer = MemoryTrimmer()
     for look in itertools.count():
         await asyncio.sleep(seconds)
         # What fails here is a bug of ours, and must not be the end of all time limits.
@@ -91,4 +91,4 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
                 sampler.sample_if_due()
             except Exception:
                 _log.exception("a sample failed")
-        peak.look(len(data_path.in_flight))
+        trimmer.observe(len(data_path.in_flight))

@@ -8,12 +8,11 @@ import ctypes
 import gc
 import sys
 
-# Fewer than so many in flight leave too little behind to be worth the look.
+# Fewer than so many in flight leave too little behind to be worth a collection.
 _MANY = 32
-# Looks in a row that find them over: the connections of those that have just ended are still to be closed, and what
-# probes had made meanwhile, amid all that has gone, is made anew by the next. Several times then, as what is made
-# again and again is mostly in use when it is looked for.
-_QUIET = (4, *range(60, 141, 8))
+# Observations in a row that find them over: the connections of those that have just ended close first, and those that
+# were kept to the upstreams are closed after 4 s.
+_TRIM_AFTER = (4, 60)
 # uvloop keeps 250 of its handles, and of its timers' handles, for the next ones; so many are made for new ones to be
 # among them.
 _HANDLES = 1000
@@ -21,7 +20,7 @@ _HANDLES = 1000
 _GARBAGE = 20_000
 
 # glibc's; others give back by themselves.
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
 _ARENA_MAX = -8  # malloc.h's M_ARENA_MAX
 
@@ -42,34 +41,32 @@ def settle() -> None:
     gc.set_threshold(_GARBAGE, 10, 10)
 
 
-class Peak:
-    """The most requests that were in flight at once."""
+class MemoryTrimmer:
+    """Gives the memory of many requests at once back to the system when most of them are over."""
 
     def __init__(self) -> None:
-        self._most = 0
-        self._since = 0
+        self._peak = 0
         self._quiet = 0
 
-    def look(self, in_flight: int) -> None:
-        """To be called again and again: once most of them are over, their memory goes back to the system.
-
-        Python and uvloop keep freed objects of many kinds for the next ones, which hold the megabytes
-        that they lie in; glibc keeps what is free below what is not.
-        """
-        self._most = max(self._most, in_flight)
-        self._since = max(self._since, in_flight)
-        if self._most < _MANY or in_flight >= self._most / 4:
-            self._quiet = self._since = 0
+    def observe(self, in_flight: int) -> None:
+        """How many requests are in flight now; called ten times a second."""
+        self._peak = max(self._peak, in_flight)
+        if self._peak < _MANY or in_flight >= self._peak / 4:
+            self._quiet = 0
             return
         self._quiet += 1
-        if self._quiet in _QUIET:
-            _give_back()
-        if self._quiet == _QUIET[-1]:
-            # Those that have come meanwhile are to be over, too.
-            self._most, self._since, self._quiet = self._since, 0, 0
+        if self._quiet in _TRIM_AFTER:
+            _trim()
+        if self._quiet == _TRIM_AFTER[-1]:
+            # What still runs is to be over, too.
+            self._peak, self._quiet = in_flight, 0
 
 
-def _give_back() -> None:
+def _trim() -> None:
+    """Let go of freed objects, which hold the megabytes that they lie in, and of what is free.
+
+    Python and uvloop keep freed objects of many kinds for the next ones; glibc keeps what is free below what is not.
+    """
     gc.collect()
     # Of each name that C code has asked a type for; a full collection leaves them.
     if sys.version_info < (3, 13):
@@ -79,15 +76,15 @@ def _give_back() -> None:
     timers = [loop.call_later(1, _nothing, context=context) for _ in range(_HANDLES)]
     for timer in timers:
         timer.cancel()
-    loop.call_soon(_let_go, [loop.call_soon(_nothing, context=context) for _ in range(_HANDLES)])
+    loop.call_soon(_free, [loop.call_soon(_nothing, context=context) for _ in range(_HANDLES)])
 
 
 def _nothing() -> None: ...
 
 
-def _let_go(handles: list[asyncio.Handle]) -> None:
+def _free(handles: list[asyncio.Handle]) -> None:
     # From the end: the newest are kept for the next ones, and the old are free.
     handles.clear()
     gc.collect()  # Python keeps a hundred floats, now of those timers
-    if _trim is not None:
-        _trim(0)
+    if _malloc_trim is not None:
+        _malloc_trim(0)
