@@ -27,6 +27,11 @@ settings.register_profile("ci", settings.get_profile("default"), max_examples=30
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real vLLM first: it takes most of a minute to start, in which the other processes run the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+
 @pytest.fixture
 def fake() -> Iterator[FakeVllm]:
     with FakeVllm() as server:
