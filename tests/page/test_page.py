@@ -214,8 +214,8 @@ def test_many_who_watch_cost_one_sampler_and_nobody_none(fake: FakeVllm, often: 
         taken = {next(one)["time"] for _ in range(10) for one in told}
         asked, passed = metrics_asked(fake) - before, time.monotonic() - began
         assert asked <= passed / often + 2
-        # Those of all of them, of whom one may be some samples behind another on a busy machine.
-        assert len(taken) <= passed / often + 3
+        # Of all of them, one may be some samples behind another. Twenty samplers would have taken ten times more.
+        assert len(taken) <= 2 * passed / often + 10
         for watch in watches:
             watch.__exit__(None, None, None)
         time.sleep(5 * often)
