@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import gateway_process
+from tests.support.examples import IN_CI, examples
 from tests.support.fake_vllm import FakeVllm
 from tests.support.gateway_process import Gateway, running
 from tests.support.stack import Stack, started
@@ -21,10 +22,13 @@ for name in list(os.environ):
 
 # A slow machine is no failure: no example has a deadline, and drawing examples may take its time.
 settings.register_profile(
-    "default", settings.get_profile("default"), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "ours",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=examples(300).max_examples,
+    print_blob=IN_CI,
 )
-settings.register_profile("ci", settings.get_profile("default"), max_examples=300, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
+settings.load_profile("ours")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 import orjson
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.dialects.prompts import from_ask, from_generate
 from gateway.dialects.simplified import from_body, is_simplified
 from gateway.wire.routes import ROUTES, Route
+from tests.support.examples import examples
 from tests.support.recorders import Conversation
 
 POSTED = [route for route in ROUTES if route.body not in ("none", "upload")]
@@ -37,7 +38,7 @@ UNKNOWN = st.dictionaries(
 
 
 @given(st.sampled_from(POSTED), OBJECTS | JSON)
-@settings(max_examples=300)
+@examples(300)
 @example(POSTED[0], {"messages": {"user": "Hi"}, "data": {"reranked_docs": [{"metadata": {"url": {"a": []}}}]}})
 @example(POSTED[0], {"messages": [{"role": "user"}], "max_new_tokens": 2**63, "stream": None})
 def test_any_json_is_a_call_or_a_4xx(route: Route, body: Any) -> None:

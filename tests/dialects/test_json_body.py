@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.dialects.json_body import to_object, without_long_strings
 from gateway.wire.errors import BadRequest
+from tests.support.examples import examples
 
 JSON = st.recursive(
     st.none()
@@ -128,7 +129,7 @@ def emptied(value: Any) -> Any:
 
 
 @given(st.dictionaries(TEXTS, DEEP, max_size=4), st.booleans())
-@settings(max_examples=200)
+@examples(200)
 def test_but_for_its_long_strings_it_is_what_came(value: dict[str, Any], ascii_alone: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_alone, separators=(",", ":")).encode()
     # Where there are too many quotes to look at, some of the long strings may have stayed.
@@ -141,7 +142,7 @@ BYTES = st.sampled_from([b'"', b"\\", b"{", b"}", b":", b",", b"\xff", b"x" * LO
 @given(st.lists(BYTES, max_size=12).map(b"".join))
 @example(b'"' + b"\\" * LONG + b'"')
 @example(b'{"a":"' + b"\\" * 100 + b'","b":"' + b"x" * LONG + b'"}')
-@settings(max_examples=200)
+@examples(200)
 def test_any_long_bytes_are_as_they_are_but_for_what_stands_in_quotes(body: bytes) -> None:
     short = without_long_strings(body)
     with contextlib.suppress(BadRequest):

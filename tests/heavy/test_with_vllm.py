@@ -19,12 +19,13 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.modelserver.demo_model import ensure_demo_model
 from gateway.modelserver.install import ensure_environment
 from gateway.wire.routes import REFUSED, ROUTES
+from tests.support.examples import examples
 from tests.support.gateway_process import running
 from tests.support.paths import ROOT
 from tests.support.stack import MODEL, Stack
@@ -289,7 +290,7 @@ MESSAGES = (
 
 
 @given(SIMPLIFIED, MESSAGES, st.booleans())
-@settings(max_examples=100)
+@examples(100)
 def test_whatever_is_taken_in_the_simplified_form_vllm_takes(
     stack: Stack, fields: dict[str, Any], messages: Any, streaming: bool
 ) -> None:

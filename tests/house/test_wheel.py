@@ -19,8 +19,8 @@ def test_the_wheel_has_every_file_of_the_package(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "gateway", source / "gateway", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(made), str(source)], check=True, cwd=tmp_path)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip calls it
+    subprocess.run([sys.executable, "-c", build, str(made)], check=True, cwd=source, stdout=subprocess.DEVNULL)
     (wheel,) = made.iterdir()
     with ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if name.startswith("gateway/")}

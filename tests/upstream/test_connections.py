@@ -22,6 +22,7 @@ from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
 from gateway.upstream.connections import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
 from gateway.wire.heads import AnswerHead, Header, answer_head
+from tests.support.examples import examples
 
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: upstream\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
@@ -430,7 +431,7 @@ async def heard_in(reads: list[bytes], *, closes: bool, after: bytes = b"") -> t
     return caller, kept
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(answer=well_formed() | st.sampled_from(list(ANSWERS.values())), data=st.data())
 def test_any_split_of_an_answer_is_heard_alike(answer: Answer, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(answer.sent))))
@@ -454,7 +455,7 @@ BODIES = st.sampled_from(
 CHUNK_HEADS = st.sampled_from([b"%x\r\n", b"%X\r\n", b"0%x\r\n", b"%x;a=b\r\n"])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(chunks=st.lists(st.tuples(CHUNK_HEADS, BODIES), max_size=12), data=st.data())
 def test_chunks_are_heard_alike_however_they_come(chunks: list[tuple[bytes, bytes]], data: st.DataObject) -> None:
     framed = [CHUNKED, *(head % len(body) + body + b"\r\n" for head, body in chunks), b"0\r\n\r\n"]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import httptools
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.wire.head_cache import SameHead
 from gateway.wire.heads import Header, RequestHead, answer_head, by_name, sane_request_id
+from tests.support.examples import examples
 
 
 def to_upstream(headers: list[Header]) -> list[Header]:
@@ -206,7 +207,7 @@ BODIES = st.sampled_from([b"", b"{}", b"x" * 12, b"content-length: 1\r\n\r\n", b
 @given(lines=LINES, first=BODIES, second=BODIES, more=st.sampled_from([b"", b"", b"\r\n", b"G", b"x" * 9]))
 @example(lines=[b"Host: x", b"Content-Length: LENGTH"], first=b"{}", second=b"x" * 12, more=b"")
 @example(lines=[b"Content-Length: LENGTH", b""], first=b"", second=b"", more=b"")
-@settings(max_examples=500)
+@examples(500)
 def test_a_head_that_is_known_again_is_what_a_parser_would_read(
     lines: list[bytes], first: bytes, second: bytes, more: bytes
 ) -> None:
