@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import uvloop
 
 from gateway.app import create_app
@@ -27,15 +30,18 @@ from gateway.upstream.connections import UpstreamConnection
 from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.support.sink import Sink
 
-REQUEST, EVENT = 45, 5
+REQUEST, EVENT, KEYED = 45, 5, 60
 
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
 STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo","stream":true}'
 
 
-def post(body: bytes) -> bytes:
+SECRET = "sk-4f7d0c9a2b6e81d35a"
+
+
+def post(body: bytes, more: str = "") -> bytes:
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAccept: */*\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    return f"{head}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def calls_in(work: Callable[[], None]) -> int:
@@ -54,12 +60,12 @@ def calls_in(work: Callable[[], None]) -> int:
     return count
 
 
-async def counted(*keys: str) -> tuple[int, float, int]:
+async def counted(keys: Path | None = None, *, brought: str = "") -> tuple[int, float, int]:
     """Calls per request, calls per event, and objects that a hundred requests leave to the garbage collector.
 
-    Where there are `keys` the requests bring none, and are refused.
+    With a file of `keys` only the calls per request, whose header for the key is `brought`.
     """
-    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0, GATEWAY_API_KEYS=keys)
+    settings = Settings(GATEWAY_UPSTREAMS=("http://127.0.0.1:9",), GATEWAY_PORT=0, GATEWAY_API_KEYS_FILE=keys)
     secrets = read_secrets(settings)
     log = LineWriter(os.open(os.devnull, os.O_WRONLY))
     app = create_app(settings, secrets, log)
@@ -92,11 +98,16 @@ async def counted(*keys: str) -> tuple[int, float, int]:
                 server.data_received(chunk(EVENTS[1]))
             server.data_received(chunk(DONE) + STREAM_END)
 
-        if keys:
-            connection.data_received(post(WHOLE))
-            refused = calls_in(lambda: connection.data_received(post(WHOLE)))
-            assert client.written.startswith(b"HTTP/1.1 401 ")
-            return refused, 0, 0
+        def keyed() -> None:
+            connection.data_received(post(WHOLE, brought))
+            if brought:
+                server.data_received(answer)
+
+        if keys is not None:
+            keyed()
+            calls = calls_in(keyed)
+            assert client.written.count(b"HTTP/1.1 200 OK" if brought else b"HTTP/1.1 401 ") == 2
+            return calls, 0, 0
         whole()
         streamed(1)
         assert client.written.count(b"HTTP/1.1 200 OK") == 2
@@ -123,6 +134,19 @@ def test_a_request_and_an_event_cost_no_more_calls_than_they_did() -> None:
     assert garbage < 100, "requests leave cycles behind"
 
 
-def test_a_refusal_costs_less_than_a_service() -> None:
-    refused, _, _ = uvloop.run(counted("sk-4f7d0c9a2b6e81d35a"))
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A key of 600 requests a minute, of which each answer says how many are left."""
+    file = tmp_path / "keys"
+    file.write_text(f"counted {hashlib.sha256(SECRET.encode()).hexdigest()} 600\n")
+    return file
+
+
+def test_a_keyed_request_costs_no_more_calls_than_it_may(keys: Path) -> None:
+    request, _, _ = uvloop.run(counted(keys, brought=f"Authorization: Bearer {SECRET}\r\n"))
+    assert KEYED / 1.5 < request <= KEYED
+
+
+def test_a_refusal_costs_less_than_a_service(keys: Path) -> None:
+    refused, _, _ = uvloop.run(counted(keys))
     assert refused < REQUEST * 0.75
