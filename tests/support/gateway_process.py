@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings, names_of
 from gateway.observability import logs
 from gateway.observability.logs import LineWriter
+from gateway.server.context import Parts
 from gateway.server.listener import listen
 from gateway.server.uvicorn_server import Server, create_server
 from tests.support.paths import AUTHORITY
@@ -101,6 +103,16 @@ class Gateway:
         return [json.loads(line) for line in text.splitlines()]
 
 
+def _wait_until_probed(server: Server, thread: threading.Thread) -> None:
+    """Return when each upstream was probed once, or hangs: a health check says 503 of a slow one, and logs that."""
+    while thread.is_alive() and not server.started:
+        time.sleep(0.002)
+    parts: Parts = server.lifespan.state["parts"]
+    until = time.monotonic() + 2
+    while time.monotonic() < until and any(one.why == "not probed yet" for one in parts.data_path.pool):
+        time.sleep(0.002)
+
+
 @contextlib.contextmanager
 def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     """A gateway in front of these upstreams; it is up when this returns, its upstreams have been probed once."""
@@ -121,6 +133,7 @@ def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     thread.start()
     gateway = Gateway("127.0.0.1", listeners[0].getsockname()[1], read, server, trusts)
     try:
+        _wait_until_probed(server, thread)
         with gateway.client() as client:
             client.get("/v1/health_check")
         yield gateway
