@@ -142,7 +142,10 @@ def test_vllm_serves_it_with_the_right_answers_through_the_gateway(dynamic: tupl
     log = tmp_path / "vllm.log"
     with ModelServer(command, settings.port, log) as server:
         server.wait_ready()
-        with running(server.url) as one, one.client() as client:
+        with running(server.url) as one, one.client(timeout=60) as client:
+            until = time.monotonic() + 60
+            while client.get("/v1/health_check").status_code != 200:  # its first answers may take a while
+                assert time.monotonic() < until, "it is not ready"
             call = {"messages": {"system": "You are kind.", "user": QUESTION}, "max_new_tokens": 60}
             whole = client.post("/v1/chat/completions", json={**call, "streaming": False}).json()
             assert whole["text"].startswith("Deep learning is a branch of machine learning that trains neural networks")
