@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -19,6 +20,9 @@ from tests.support.stack import Stack, started
 for name in list(os.environ):
     if name.startswith(("GATEWAY_", "LLM_", "OPEA_", "OTEL_")):
         del os.environ[name]
+
+# Who runs the tests in the background has Ctrl-C's signal ignored, and so would have what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure: no example has a deadline, and drawing examples may take its time.
 settings.register_profile(

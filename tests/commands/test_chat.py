@@ -63,10 +63,8 @@ class Terminal:
 
     def __init__(self, *arguments: str, out: int | None = None, **environment: str) -> None:
         self._master, slave = pty.openpty()
-        # A session's first opening of a terminal makes it the one that Ctrl-C comes from. Who runs the tests in the
-        # background has it ignored, and so would have what is started here: a shell in front gives it back.
-        start = "import os, signal; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
-        start += "signal.signal(signal.SIGINT, signal.default_int_handler); from gateway.cli import main; main()"
+        # A session's first opening of a terminal makes it the one that Ctrl-C comes from.
+        start = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); from gateway.cli import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", start, "chat", *arguments],
             stdin=slave,
