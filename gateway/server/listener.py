@@ -54,7 +54,8 @@ def accept_the_last(listener: socket.socket) -> Iterator[socket.socket]:
     """The connections that wait on a listener that is closed next; on Linux it takes no more.
 
     Closing resets those that wait, and one may come between the last look and the close: its SYN is dropped, so that
-    its client sends another a second later and finds the port closed, or listened on anew.
+    its client sends another a second later and finds the port closed, or listened on anew. Without that, one of eleven
+    runs of the restarts behind nginx (tests/heavy/restarts.py) lost a call on a busy machine.
     """
     if sys.platform == "linux":
         address, size = _NO_SYN.buffer_info()
