@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -30,23 +30,27 @@ endif
 test-soak: $(VENV)/.installed-dev  ## Calls, faults and leavings, counted: the short run of `make soak` (1 min)
 	@$(BIN)/python -m tests.heavy.soak --seconds 60
 
+test-abuse: $(VENV)/.installed-dev  ## Hostile clients beside an honest one, each measured; ABUSE=--write makes the table anew (4 min)
+	@$(BIN)/python -m tests.heavy.abuse $(ABUSE)
+	@$(BIN)/python -m tests.heavy.abuse.shapes
+
 test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, installs its driver, 150 MB; writes docs/page-*.png (2 min)
 	$(BIN)/python -m pytest tests/heavy/browser/page.py
 
-test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (5 min)
+test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (4 min)
 	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
 	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py
 
-test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed; needs nginx (2 min)
-	$(BIN)/python -m pytest tests/heavy/restarts.py
+test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed, links set down, three vLLM; needs nginx and root (5 min)
+	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/links.py tests/heavy/trio.py
 
-test-clients: $(VENV)/.installed-dev  ## The examples with real clients; installs them, 600 MB (4 min)
-	$(BIN)/python -m pytest tests/heavy/clients/examples.py tests/heavy/clients/leaving.py tests/heavy/clients/failures.py tests/heavy/clients/described.py
+test-clients: $(VENV)/.installed-dev  ## The examples with real clients; installs them, 600 MB; needs a JDK and Node (5 min)
+	$(BIN)/python -m pytest tests/heavy/clients/examples.py tests/heavy/clients/leaving.py tests/heavy/clients/failures.py tests/heavy/clients/languages.py tests/heavy/clients/described.py
 
-test-smuggling: $(VENV)/.installed-dev  ## Malformed requests behind nginx and HAProxy; needs both (3 min)
+test-smuggling: $(VENV)/.installed-dev  ## Malformed requests behind nginx and HAProxy; needs both (1 min)
 	$(BIN)/python -m pytest tests/heavy/fronts.py
 	@$(BIN)/python -m tests.heavy.fuzz --seconds 40
 

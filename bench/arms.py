@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -106,6 +107,15 @@ def environment(name: str, lock: Path, interpreter: str, *, compiled: bool = Fal
     interpreter = os.path.realpath(interpreter)
     key = hashlib.sha256(lock.read_bytes() + interpreter.encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{key}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Two processes may want it at the same time: the second waits for what the first one makes.
+    with open(CACHE / f"{name}.lock", "w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        _make(name, folder, lock, interpreter, compiled=compiled)
+    return folder / "bin"
+
+
+def _make(name: str, folder: Path, lock: Path, interpreter: str, *, compiled: bool) -> None:
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         click.echo(f"installing {name} (once, into {folder})")
@@ -119,7 +129,6 @@ def environment(name: str, lock: Path, interpreter: str, *, compiled: bool = Fal
         if done.returncode:
             raise Missing(f"{name} could not be installed; pip said:\n{done.stdout[-2000:]}")
         (folder / "ready").touch()
-    return folder / "bin"
 
 
 def need_tools() -> None:

@@ -4,7 +4,6 @@ pip install bm25s httpx
 python examples/rag.py "What is RAG?"
 """
 
-import ast
 import json
 import os
 import re
@@ -57,23 +56,24 @@ def ask(question: str, documents: list[dict]) -> None:
         },
         "max_new_tokens": 256,
         "streaming": True,
-        "stream_style": "repr",
         "data": {"reranked_docs": documents},
     }
     with httpx.stream("POST", f"{BASE_URL}/v1/chat/completions", json=call, timeout=300) as answer:
         if answer.is_error:
             sys.exit(answer.read().decode())
         for line in answer.iter_lines():
-            kind, _, value = line.partition(": ")
-            if kind == "json":
-                for source in json.loads(value)["reranked_docs"]:
-                    print(f"[{source['citation_id']}] {source['url']} ({source['reranker_score']:.2f})")
-            elif value == "[DONE]":
-                print("\n")
-            elif value.startswith("{"):
-                sys.exit(f"\nThe answer broke off: {value}")
-            elif value:
-                print(ast.literal_eval(value), end="", flush=True)
+            data = line.removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            chunk = json.loads(data)
+            if "error" in chunk:
+                sys.exit(f"\nThe answer broke off: {chunk['error']['message']}")
+            for choice in chunk["choices"]:
+                print(choice["delta"].get("content") or "", end="", flush=True)
+            # The last chunk has no choices, but what the answer cites.
+            for number, source in enumerate(chunk.get("data", {}).get("reranked_docs", [])):
+                print("" if number else "\n\n", end="")
+                print(f"[{source['citation_id']}] {source['url']} ({source['reranker_score']:.2f})")
 
 
 question = " ".join(sys.argv[1:]) or "What is RAG?"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,8 +19,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway.config.load import asks_for_traces
+from gateway.config.memory_limit import default_max_buffered_bytes
 from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings
+from gateway.config.urls import is_loopback
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader, Models
 from gateway.housekeeping import FinishedRequests, run_periodic_work
@@ -28,21 +32,29 @@ from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.page.document import Document
 from gateway.page.sampler import Sampler
 from gateway.pool.admission_queue import AdmissionQueue
+from gateway.pool.arrivals import Arrivals
+from gateway.pool.buffers import Buffers
 from gateway.pool.keys import Keys
+from gateway.pool.owners import Owners
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.data_path import CallLimits, DataPath, Drain
-from gateway.relay.exchange import LIMIT_HEADERS
 from gateway.relay.interfaces import Call
+from gateway.relay.keyed_record import LIMIT_HEADERS, TOKEN_HEADERS
 from gateway.server import endpoints
 from gateway.server.asgi import Relay
 from gateway.server.context import Parts, State
 from gateway.server.middleware import Cors, PortRoute, RequestContext
 from gateway.server.openapi import describe
 from gateway.server.responses import refused
-from gateway.upstream.connections import ConnectionPool
+from gateway.upstream.connections import ConnectionLimits, ConnectionPool
 from gateway.upstream.credentials import ClientCredentials, FixedKey
+from gateway.upstream.httpx_transport import UpstreamTransport
 from gateway.upstream.prober import Prober
+from gateway.upstream.resolver import Resolver, system_lookup
 from gateway.wire.heads import HeadLimits
+from gateway.wire.near_paths import NearPaths
+from gateway.wire.origins import host_check
 from gateway.wire.routes import ROUTES
 
 if TYPE_CHECKING:
@@ -56,6 +68,8 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     relayed = [route for route in ROUTES if route.name in settings.routes]
     description = describe(relayed, page=settings.page)
     paths = frozenset(description["paths"])
+    # Keys keep a page out that has another name for this address, and so does whoever stands before an open port.
+    checks_hosts = bool(settings.allowed_hosts) or (secrets.client_keys is None and is_loopback(settings.host))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
@@ -64,12 +78,17 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             max_in_flight=settings.max_in_flight,
             max_in_flight_per_upstream=settings.max_in_flight_per_upstream or settings.max_in_flight,
         )
-        credentials = create_credentials(settings, secrets)
-        prober = create_prober(settings, secrets, pool, credentials)
-        connections = ConnectionPool(settings.connect_timeout, secrets.upstream_tls)
+        connections = create_connections(settings, secrets)
+        transport = UpstreamTransport(connections)
+        credentials = create_credentials(settings, secrets, transport)
+        prober = create_prober(settings, pool, credentials, transport)
         in_flight: set[Call] = set()
         queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
-        metrics = Metrics(pool, in_flight, queue, time.monotonic)
+        buffers = Buffers(settings.max_buffered_bytes or default_max_buffered_bytes())
+        arrivals: Arrivals[Call] = Arrivals(settings.max_in_flight + settings.max_queue, buffers, time.monotonic)
+        metrics = Metrics(
+            pool, in_flight, queue, arrivals, buffers, time.monotonic, lambda: 0 if log is None else log.lost
+        )
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
         page_figures = PageFigures() if settings.page else None
@@ -82,17 +101,24 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                 if "{" not in one.path and one.body != "upload"
             },
             pool=pool,
-            reader=create_reader(settings, pool),
+            reader=create_reader(settings, pool, keyed=secrets.client_keys is not None),
             transport=connections,
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
             time=time.monotonic,
+            call_later=asyncio.get_running_loop().call_later,
             in_flight=in_flight,
             queue=queue,
+            buffers=buffers,
+            arrivals=arrivals,
+            work=WorkInSteps(asyncio.get_running_loop().call_later, time.monotonic),
             drain=Drain(),
             finished=finished.add,
+            salts_caches=settings.cache_salt == "key",
+            owners=Owners(settings.key_max_in_flight),
+            proxies=settings.trusted_proxies,
             limits=CallLimits(
+                max_connections=settings.max_connections or math.inf,
                 max_body_bytes=settings.max_body_bytes,
-                max_requests=settings.max_in_flight + settings.max_queue,
                 queue_timeout=settings.queue_timeout,
                 first_token_timeout=settings.first_token_timeout,
                 idle_timeout=settings.idle_timeout,
@@ -100,11 +126,14 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                 header_timeout=settings.header_timeout,
                 body_timeout=settings.body_timeout,
                 client_write_timeout=settings.client_write_timeout,
+                heartbeat_interval=settings.heartbeat_interval,
             ),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
             keys=None if secrets.client_keys is None else Keys(secrets.client_keys),
             credentials=credentials,
-            cross_origin=bool(settings.cors_origins),
+            forwarded_headers=frozenset(name.encode() for name in settings.forwarded_headers),
+            cors_origins=frozenset(map(str.encode, settings.cors_origins)),
+            allows_host=host_check(settings.allowed_hosts) if checks_hosts else None,
             traced=None if tracer is None else tracer.to_upstream,
         )
         sampler = None if page_figures is None else Sampler(data_path, prober, page_figures)
@@ -119,9 +148,11 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                     metrics=metrics,
                     recent=recent,
                     metrics_port=settings.metrics_port,
+                    health_port=settings.health_port,
                     request_log=request_log,
                     flush=finished.flush,
                     sampler=sampler,
+                    near_paths=near_paths,
                 )
             }
         looking.cancel()
@@ -146,13 +177,26 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     if settings.page:
         open_to_all["/"] = endpoints.page(Document())
         own |= {"/v1/status": endpoints.status, "/v1/status/stream": endpoints.status_stream}
+    if any(one.name == "models" for one in relayed):
+        own["/v1/models/{model:path}"] = endpoints.model
+        # One server's list is relayed as it is; several become one, and so does one whose models have other names.
+        if len(settings.upstreams) > 1 or settings.model_aliases.keys() - {"*"}:
+            own["/v1/models"] = endpoints.models
+            relayed = [one for one in relayed if one.name != "models"]
     if settings.metrics_port is not None:
         del own["/metrics"], description["paths"]["/metrics"]
         elsewhere = [PortRoute(settings.metrics_port, [Route("/metrics", endpoints.metrics, methods=["GET"])])]
+    near_paths = NearPaths(description["paths"])
     app = Starlette(
         routes=[
             *elsewhere,
             *(Route(one.path, Relay(one), methods=[one.method]) for one in relayed),
+            # The releases sent a path with a slash to the one without, which some clients do not follow.
+            *(
+                Route(f"{one.path}/", Relay(one), methods=["POST"])
+                for one in relayed
+                if settings.compat and one.body == "chat"
+            ),
             *(Route(path, handler, methods=["GET"]) for path, handler in open_to_all.items()),
             *(Route(path, endpoints.guarded(handler), methods=["GET"]) for path, handler in own.items()),
         ],
@@ -165,15 +209,19 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     return app
 
 
-def create_reader(settings: Settings, models: Models) -> BodyReader:
-    """What reads requests' bodies as these settings say, in front of these models."""
+def create_reader(settings: Settings, models: Models, *, keyed: bool) -> BodyReader:
+    """What reads requests' bodies as these settings say, in front of these models; `keyed` where keys are asked for."""
     return BodyReader(
         models=models,
         body_limits=BodyLimits(
             max_n=settings.max_n,
             max_new_tokens=settings.max_new_tokens,
             max_messages=settings.max_messages,
+            max_inputs=settings.max_inputs,
             max_json_depth=settings.max_json_depth,
+            max_json_values=settings.max_json_values,
+            max_json_bytes=settings.max_json_bytes,
+            refused_fields=settings.refused_fields,
         ),
         media_domains=frozenset(settings.media_domains),
         model=settings.model,
@@ -182,6 +230,10 @@ def create_reader(settings: Settings, models: Models) -> BodyReader:
         disable_streaming=settings.disable_streaming or settings.output_guard,
         connector=settings.connector,
         compat=settings.compat,
+        forward_sampling=settings.forward_sampling,
+        model_aliases=settings.model_aliases,
+        counts_tokens=settings.count_tokens != "off",
+        counts_all=settings.count_tokens == "on" or (settings.count_tokens == "auto" and keyed),
     )
 
 
@@ -198,26 +250,46 @@ def create_tracer(settings: Settings) -> Tracer | None:
     return Tracer(tls=settings.tls_cert_file is not None)
 
 
-def create_credentials(settings: Settings, secrets: Secrets) -> FixedKey | ClientCredentials:
-    """What the upstreams are shown."""
+def create_credentials(
+    settings: Settings, secrets: Secrets, transport: httpx.AsyncBaseTransport
+) -> FixedKey | ClientCredentials:
+    """What the upstreams are shown; `transport` is what a token is asked for by."""
     if secrets.token_client is not None:
-        return ClientCredentials(secrets.token_client, secrets.upstream_tls)
+        return ClientCredentials(secrets.token_client, transport)
     key = settings.upstream_api_key
     return FixedKey(key.get_secret_value() if key else None)
 
 
+def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
+    """What calls, probes and the asking for tokens go by."""
+    limits = ConnectionLimits(
+        connect_timeout=settings.connect_timeout,
+        max_age=settings.upstream_max_age,
+        max_requests=settings.upstream_max_requests,
+        keepalive=settings.tcp_keepalive,
+    )
+    tokens = [secrets.token_client.url] if secrets.token_client else []
+    hosts = [Upstream.from_url(url).host for url in (*settings.upstreams, *tokens)]
+    return ConnectionPool(limits, Resolver(system_lookup(hosts)), secrets.upstream_tls)
+
+
 def create_prober(
-    settings: Settings, secrets: Secrets, pool: UpstreamPool, credentials: FixedKey | ClientCredentials
+    settings: Settings,
+    pool: UpstreamPool,
+    credentials: FixedKey | ClientCredentials,
+    transport: httpx.AsyncBaseTransport,
 ) -> Prober:
     """What probes the upstreams as these settings say."""
+    several = len(settings.upstreams) > 1
     return Prober(
         pool,
         probe_interval=settings.probe_interval,
         model=settings.model,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
-        tls=secrets.upstream_tls,
-        probe_audio="audio" in settings.routes and len(settings.upstreams) > 1,
+        transport=transport,
+        probe_audio="audio" in settings.routes and several,
+        route_paths={route.name: route.path for route in reversed(ROUTES) if route.asks_the_model} if several else {},
         credentials=credentials,
     )
 
@@ -233,6 +305,13 @@ def _cors(settings: Settings) -> list[Middleware]:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
+            # Into a private network, from a public one: not for every page there is.
+            allow_private_network="*" not in settings.cors_origins,
+            expose_headers=[
+                "x-request-id",
+                "x-should-retry",
+                "retry-after",
+                *map(bytes.decode, (*LIMIT_HEADERS, *TOKEN_HEADERS)),
+            ],
         )
     ]

@@ -12,8 +12,11 @@ import click
 from gateway.commands.check import check as run_check
 from gateway.commands.check import runs_in_container
 from gateway.commands.serve import serve as run_server
+from gateway.config.environment import SettingsError
 from gateway.config.load import build, child_environment, differing, load
-from gateway.config.settings import CLIENT_KEY, ModelServerSettings, Settings, SettingsError, base_url, own_url, table
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import CLIENT_KEY, Settings, own_url, table
+from gateway.config.urls import base_url
 from gateway.modelserver.preflight import CannotStart
 from gateway.server.listener import CannotListen
 

@@ -49,7 +49,11 @@ class FinishedRequests:
         """One more."""
         self._waiting.append(record)
         if len(self._waiting) >= _SETTLED_TOGETHER:
-            self.flush()
+            try:
+                self.flush()
+            except Exception:
+                # The call that has ended has yet to be answered.
+                _log.exception("requests that have ended could not be counted or logged")
 
     def flush(self) -> None:
         """Count, trace and log those that wait."""
@@ -65,7 +69,8 @@ class FinishedRequests:
 
 async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sampler: Sampler | None) -> None:
     limits = data_path.limits
-    tenth = min(limits.first_token_timeout, limits.idle_timeout, limits.total_timeout, limits.body_timeout) / 10
+    shortest = min(limits.first_token_timeout, limits.idle_timeout, limits.total_timeout, limits.body_timeout)
+    tenth = min(shortest, limits.heartbeat_interval or shortest) / 10
     seconds = min(_LOOK_AFTER, tenth)
     every = max(1, int(min(_LIMITS_AFTER, tenth, limits.queue_timeout / 10) / seconds))
     trimmer = MemoryTrimmer()
@@ -73,17 +78,16 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
         await asyncio.sleep(seconds)
         # What fails here is a bug of ours, and must not be the end of all time limits.
         if look % every == 0 or data_path.drain.began:
-            for call in data_path.overdue():
-                try:
-                    call.check_timeouts()
-                except Exception:
-                    _log.exception("the look at the time limits failed (request id %s)", call.request_id)
+            try:
+                end_overdue(data_path)
+            except Exception:
+                _log.exception("the look at the time limits failed")
         try:
             finished.flush()
         except Exception:
             _log.exception("requests that have ended could not be counted or logged")
         try:
-            data_path.queue.wake()  # an upstream may have come to serve, or be due for a trial
+            data_path.queue.wake_all()  # an upstream may have come to serve, or be due for a trial
         except Exception:
             _log.exception("requests that wait could not go on")
         if sampler is not None:
@@ -91,4 +95,16 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
                 sampler.sample_if_due()
             except Exception:
                 _log.exception("a sample failed")
-        trimmer.observe(len(data_path.in_flight))
+        try:
+            trimmer.observe(len(data_path.in_flight))
+        except Exception:
+            _log.exception("memory could not be given back")
+
+
+def end_overdue(data_path: DataPath) -> None:
+    """End the calls of which a time limit has passed."""
+    for call in data_path.overdue():
+        try:
+            call.check_timeouts()
+        except Exception:
+            _log.exception("the look at the time limits failed (request id %s)", call.request_id)

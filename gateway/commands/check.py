@@ -11,10 +11,12 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from gateway.app import create_credentials, create_prober
+from gateway.app import create_connections, create_credentials, create_prober
 from gateway.config.secrets import Secrets
-from gateway.config.settings import Settings, is_loopback, names_of
+from gateway.config.settings import Settings, names_of
+from gateway.config.urls import is_loopback
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.upstream.httpx_transport import UpstreamTransport
 
 # Docker and Podman each leave one of these in a container's root.
 _CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
@@ -57,11 +59,16 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
 
 async def _probed(settings: Settings, secrets: Secrets) -> list[dict[str, Any]]:
     pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
-    credentials = create_credentials(settings, secrets)
-    prober = create_prober(settings, secrets, pool, credentials)
-    async with credentials.renewing(), prober.probing():
-        await prober.probe_all()
-        return prober.report(time.monotonic())
+    connections = create_connections(settings, secrets)
+    transport = UpstreamTransport(connections)
+    credentials = create_credentials(settings, secrets, transport)
+    prober = create_prober(settings, pool, credentials, transport)
+    try:
+        async with credentials.renewing(), prober.probing():
+            await prober.probe_all()
+            return prober.report(time.monotonic())
+    finally:
+        await connections.close()
 
 
 def _because(upstream: dict[str, Any]) -> str:

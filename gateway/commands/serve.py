@@ -8,12 +8,15 @@ import sys
 from types import FrameType
 
 from gateway.app import create_app
+from gateway.config.memory_limit import default_max_buffered_bytes
 from gateway.config.secrets import Secrets
-from gateway.config.settings import Settings, is_loopback
+from gateway.config.settings import Settings
+from gateway.config.urls import authority, is_loopback
 from gateway.observability.logs import LineWriter, configure
-from gateway.server.listener import listen
+from gateway.server.listener import listen, most_connections, raise_descriptor_limit
 from gateway.server.memory import share_heap
 from gateway.server.uvicorn_server import create_server
+from gateway.upstream.keepalive import end_silent_peers
 
 _log = logging.getLogger(__name__)
 
@@ -21,11 +24,14 @@ _log = logging.getLogger(__name__)
 def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
     """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
     share_heap()
+    warnings = [*warnings, *_limit_connections(settings), *_bodies_that_may_not_arrive(settings)]
     listeners = [listen(settings.host, settings.port)]
     if settings.health_port not in (None, settings.port):
         listeners.append(listen(settings.host, settings.health_port, "GATEWAY_HEALTH_PORT"))
     if settings.metrics_port is not None:
         listeners.append(listen(settings.host, settings.metrics_port, "GATEWAY_METRICS_PORT"))
+    for listener in listeners:
+        end_silent_peers(listener, settings.tcp_keepalive, unsent=settings.client_write_timeout)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
         signal.signal(number, _exit)
@@ -47,13 +53,41 @@ def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
                 "upstreams' certificates are not looked at (GATEWAY_TLS_SKIP_VERIFY): anyone may stand in for one"
             )
         for listener in listeners:
-            host, port = listener.getsockname()[:2]
+            address = authority(*listener.getsockname()[:2])
             scheme = "http" if settings.tls_cert_file is None else "https"
-            _log.info("listening on %s://%s:%d, in front of %s", scheme, host, port, ", ".join(settings.upstreams))
+            _log.info("listening on %s://%s, in front of %s", scheme, address, ", ".join(settings.upstreams))
         server.run(sockets=listeners)
     finally:
         writer.close()
 
 
+def _limit_connections(settings: Settings) -> list[str]:
+    """Bound clients by what there are descriptors for, and say where that is less than the settings promise."""
+    descriptors = raise_descriptor_limit()
+    most = most_connections(descriptors)
+    wanted = settings.max_connections or settings.max_in_flight + settings.max_queue
+    settings.max_connections = min(most, settings.max_connections or most)
+    if most >= wanted:
+        return []
+    return [
+        f"the process may open {descriptors} descriptors, which is enough for {most} clients, not for {wanted}: raise "
+        "its hard limit (ulimit -Hn, or LimitNOFILE, or ulimits in Compose)"
+    ]
+
+
+def _bodies_that_may_not_arrive(settings: Settings) -> list[str]:
+    """Say where a body that is no larger than it may be could still be refused, though nobody else sends one."""
+    held = settings.max_buffered_bytes or default_max_buffered_bytes()
+    if 2 * settings.max_body_bytes <= held:
+        return []
+    return [
+        f"GATEWAY_MAX_BODY_BYTES is {settings.max_body_bytes}, but requests that have not come whole may hold "
+        f"{held // 2} bytes together, half of GATEWAY_MAX_BUFFERED_BYTES: larger ones are refused with 503"
+    ]
+
+
 def _exit(number: int, frame: FrameType | None) -> None:
+    # Python gives signals their own action back before it has ended, and with that the exit status.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
     sys.exit(0)

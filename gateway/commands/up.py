@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway.config.settings import ModelServerSettings, Settings, own_url
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import Settings, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import GIB, CannotStart
@@ -76,15 +77,24 @@ def up(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Turn the signals that end a program into an exception, so that every `finally` runs."""
+    """Turn the signals that end a program into an exception, so that every `finally` runs.
+
+    A second one ends the wait for the children, and from then on there is nothing to hurry.
+    """
+    ours, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), 0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        nonlocal came
+        came += 1
+        if came <= 2:
+            raise Stopped(number)
 
-    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, stop) for number in ours]
     try:
         yield
+    except Stopped:
+        before = [signal.SIG_IGN] * len(ours)  # the exit status is ours to tell
+        raise
     finally:
         for number, handler in zip(ours, before, strict=True):
             signal.signal(number, handler)

@@ -13,8 +13,10 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
+from gateway.config.environment import EnvironmentSettings, SettingsError, usable
+from gateway.config.secret_files import NAMES
 from gateway.config.secrets import Secrets, doubts_about_tokens, read_secrets
-from gateway.config.settings import CLIENT_KEY, EnvironmentSettings, Settings, SettingsError, names_of, usable
+from gateway.config.settings import CLIENT_KEY, CLOSING_TIME, Settings, names_of
 
 T = TypeVar("T", bound=EnvironmentSettings)
 _Sources = tuple[Mapping[str, str], ...]
@@ -32,7 +34,15 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Se
     secrets = read_secrets(settings)
     if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
         raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
-    doubts = (*doubts_about_tokens(settings, secrets.token_client), *_doubts_about_traces())
+    if settings.cache_salt == "key" and secrets.client_keys is None:
+        raise SettingsError(
+            "GATEWAY_CACHE_SALT is key, but there are no keys: set GATEWAY_API_KEYS or GATEWAY_API_KEYS_FILE."
+        )
+    doubts = (
+        *doubts_about_tokens(settings, secrets.token_client),
+        *_doubts_about_stopping(settings),
+        *_doubts_about_traces(),
+    )
     return settings, secrets, [*_differing_names(Settings, sources), *doubts]
 
 
@@ -53,15 +63,26 @@ def _doubts_about_traces() -> Iterable[str]:
         yield f"{found[0]} is {found[1]}: traces go as http/protobuf, for which collectors listen on port 4318."
 
 
+def _doubts_about_stopping(settings: Settings) -> Iterable[str]:
+    longest = settings.drain_delay + settings.drain_timeout + CLOSING_TIME
+    if settings.stop_grace is not None and longest > settings.stop_grace:
+        yield (
+            f"GATEWAY_DRAIN_DELAY and GATEWAY_DRAIN_TIMEOUT let the gateway end in up to {longest:g} s, and it is "
+            f"killed after {settings.stop_grace:g} (GATEWAY_STOP_GRACE): raise that, or lower them."
+        )
+
+
 def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:
     """A sentence for each name whose setting has another name with another value. Raises SettingsError."""
     return list(_differing_names(kind, _sources(env_file)))
 
 
 def child_environment(env_file: str | Path | None = None) -> dict[str, str]:
-    """What a child process gets: the environment, over what the file of settings says."""
-    _, *file = _sources(env_file)
-    return {**(file[0] if file else {}), **os.environ}
+    """What a child process gets: the environment, over what the file of settings says, and secrets as themselves."""
+    environment, *file = _sources(env_file)
+    given = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in NAMES}
+    secrets = {name: environment[name] for name in NAMES if name in environment}
+    return {**(file[0] if file else {}), **given, **secrets}
 
 
 def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:

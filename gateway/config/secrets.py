@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from gateway.config.settings import Settings, SettingsError, is_loopback, names_of
+from gateway.config.environment import SettingsError
+from gateway.config.keys_file import client_keys
+from gateway.config.settings import Settings, names_of
 from gateway.config.tls import own_tls, upstream_tls
-from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
+from gateway.config.urls import is_loopback
+from gateway.pool.keys import Key
 from gateway.upstream.credentials import TokenClient
 
 _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")
@@ -35,28 +38,6 @@ def read_secrets(settings: Settings) -> Secrets:
     return Secrets(
         client_keys(settings), tokens, upstream_tls(settings, None if tokens is None else tokens.url), own_tls(settings)
     )
-
-
-def client_keys(settings: Settings) -> dict[bytes, Key] | None:
-    """The keys that clients must bring, by their hashes; None where anyone may call.
-
-    Raises SettingsError for a file that cannot be read or is wrong.
-    """
-    file = settings.api_keys_file
-    if file is None and not settings.api_keys:
-        return None
-    found = from_secrets(secret.get_secret_value() for secret in settings.api_keys)
-    if file is not None:
-        try:
-            found |= from_lines(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(
-                f"GATEWAY_API_KEYS_FILE {str(file)!r} cannot be read ({error.strerror}): name a file that can."
-            ) from None
-        except ValueError as error:
-            why = error if isinstance(error, BadKeys) else "it is not UTF-8"
-            raise SettingsError(f"GATEWAY_API_KEYS_FILE {str(file)!r} is wrong: {why}.") from None
-    return found
 
 
 def token_client(settings: Settings) -> TokenClient | None:

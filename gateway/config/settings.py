@@ -1,70 +1,32 @@
-"""What can be set: names, defaults, meanings, and what each value may be."""
+"""What can be set of the gateway: names, defaults, meanings, and what each value may be."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.config.environment import EnvironmentSettings
+from gateway.config.urls import authority, base_url, token_url
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
-from gateway.dialects.text_stream import Style
+from gateway.dialects.streams import Style
 from gateway.pool.keys import from_secrets
+from gateway.wire.client_address import Network
+from gateway.wire.heads import NOT_TO_UPSTREAM
 from gateway.wire.routes import NAMES
 
-# Kubernetes puts these into every container beside a Service that is named `gateway`.
-_KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")
 # Where the command `chat` finds the key that it sends.
 CLIENT_KEY = "GATEWAY_CHAT_KEY"
+# Seconds that what is cut at the drain's end gets to write why.
+CLOSING_TIME = 3
 
-
-class SettingsError(Exception):
-    """One or more settings are wrong; the text has a sentence for each, a line each."""
-
-
-def _injected_by_kubernetes(name: str, value: str | None) -> bool:
-    return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and bool(re.match(r"\w+://", value or "")))
-
-
-def usable(found: Mapping[str, str | None]) -> dict[str, str]:
-    """What counts: values without the quotes that `docker run --env-file` keeps; an empty one is no value."""
-    unquoted = {
-        name: re.sub(r"""^(["'])(.*)\1$""", r"\2", value, flags=re.DOTALL) for name, value in found.items() if value
-    }
-    return {name: value for name, value in unquoted.items() if value and not _injected_by_kubernetes(name, value)}
-
-
-class _Environment(EnvSettingsSource):
-    """The process's environment, of which only what is usable."""
-
-    def _load_env_vars(self) -> Mapping[str, str | None]:
-        return usable(super()._load_env_vars())
-
-
-class EnvironmentSettings(BaseSettings):
-    """What all our settings share: they go by their exact names in the environment alone."""
-
-    model_config = SettingsConfigDict(
-        case_sensitive=True, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The command line beats the environment, the environment beats the file."""
-        return init_settings, _Environment(settings_cls), dotenv_settings
-
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -98,6 +60,11 @@ class Settings(EnvironmentSettings):
     tls_key_file: Path | None = Field(None, description="Its key; unset: the same file.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins whose pages may call, separated by commas, or `*`; unset: no page of another origin."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts by which clients call, separated by commas; without keys on a loopback address, or where "
+        "this is set, all but these, `localhost` and addresses get a 421.",
     )
     upstreams: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://localhost:8008",),
@@ -138,19 +105,47 @@ class Settings(EnvironmentSettings):
         (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
     )
     api_keys_file: Path | None = Field(
-        None, description="The same as a file of names, hashes and requests a minute, read again on SIGHUP."
+        None, description="The same as a file of names, hashes and what each key may ask for, read again on SIGHUP."
+    )
+    cache_salt: Literal["off", "key"] = Field(
+        "off",
+        description="`key` gives each key a part of vLLM's prefix cache of its own, so that no timing tells what "
+        "others asked; then no prefix is shared between keys.",
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of proxies whose `X-Forwarded-For` says who calls, separated by commas; "
+        "unset: who connects.",
     )
     model: str | None = Field(
         None,
         validation_alias=AliasChoices("GATEWAY_MODEL", "LLM_MODEL_NAME"),
-        description="Model of a simplified request that names none; unset: the one that the upstream serves.",
+        description="Model of a simplified request that names none; unset: the first that is served and can chat.",
+    )
+    model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
+        {},
+        description="Other names of models, `NAME=MODEL`, separated by commas; `*=MODEL`: what is not served.",
     )
     stream_style: Style = Field(
         "openai", description="How simplified streams look; a request may say its own `stream_style`."
     )
+    openai_format_streaming: bool | None = Field(
+        None,
+        validation_alias=AliasChoices("GATEWAY_OPENAI_FORMAT_STREAMING", "LLM_OPENAI_FORMAT_STREAMING"),
+        description="Release 2.0's choice of `openai` or `repr`, where no style is set; other releases had none.",
+    )
     compat: Release | None = Field(
         None,
-        description="`erag-1.4` or `erag-2.1`: simplified calls get that release's stream style, fields and errors.",
+        description="`erag-1.4`, `erag-2.0` or `erag-2.1`: chat calls are taken and answered as that release did.",
+    )
+    forward_sampling: bool = Field(
+        False,
+        description="Send `top_k` and `repetition_penalty` on under `GATEWAY_COMPAT`: those releases dropped them.",
+    )
+    count_tokens: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Have vLLM tell the tokens of streams whose callers did not ask: `on` of all, `off` of none, "
+        "`auto` of simplified ones, and of all where keys are set. Else they are estimated.",
     )
     routes: Annotated[tuple[str, ...], NoDecode] = Field(
         NAMES, description="Calls that are relayed, separated by commas; any other path does not exist."
@@ -177,8 +172,23 @@ class Settings(EnvironmentSettings):
     max_in_flight_per_upstream: int | None = Field(
         None, ge=1, description="Most calls that run at the same time on one upstream; unset: as many as in all."
     )
+    key_max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Most calls of a key that run at the same time, where its line in the file does not say; without "
+        "keys, of an address.",
+    )
     max_queue: int = Field(1024, ge=0, description="Most calls that wait; more are refused with 429.")
     queue_timeout: Seconds = Field(30, description="Seconds that a call may wait until it is refused with 429.")
+    max_connections: int | None = Field(
+        None, ge=1, description="Most clients that are connected; unset: by the descriptors that the process may open."
+    )
+    max_buffered_bytes: int | None = Field(
+        None,
+        ge=1024 * 1024,
+        description="Most bytes of requests, answers and what is not yet written that are held in all; unset: half of "
+        "the memory that the container may have, or 1 GiB.",
+    )
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body, in bytes.")
     max_head_bytes: int = Field(64 * 1024, ge=1024, description="Largest head of a request, in bytes.")
     max_headers: int = Field(100, ge=8, description="Most headers of a request.")
@@ -187,15 +197,57 @@ class Settings(EnvironmentSettings):
     max_new_tokens: int | None = Field(
         None, ge=1, description="Most tokens that a call may ask for; unset: as many as the model takes."
     )
-    max_messages: int = Field(2048, ge=1, description="Most messages of a chat.")
+    max_messages: int = Field(2048, ge=1, description="Most messages of a call, of all chats of a batch together.")
+    max_inputs: int = Field(
+        2048, ge=1, description="Most prompts, texts, documents or chats of one call; n times the prompts, too."
+    )
+    max_json_values: int = Field(
+        1_000_000,
+        ge=16_384,
+        description="Most values of a request body; a tenth of them may be arrays and objects, and a tenth names.",
+    )
+    max_json_bytes: int = Field(
+        3 * 1024 * 1024,
+        ge=65_536,
+        description="Longest request body, in bytes, when its strings of a kilobyte and more are not counted; half of "
+        "that where it is not vLLM's own form.",
+    )
+    refused_fields: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("kv_transfer_params", "ec_transfer_params"),
+        description="Fields that no call may have, `none` for any; these name hosts that vLLM calls.",
+    )
+    forwarded_headers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Headers that vLLM obeys, as `X-Session-ID`, and that clients may send it all the same, separated "
+        "by commas.",
+    )
     max_json_depth: int = Field(DEEPEST, ge=4, le=DEEPEST, description="Deepest nesting of a request body.")
     media_domains: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Hosts that messages' images, sounds and videos may be fetched from; `data:` URLs always pass."
     )
     connect_timeout: Seconds = Field(5, description="Seconds to connect to an upstream.")
+    upstream_max_age: Seconds = Field(
+        3600,
+        description="Seconds after which a connection to an upstream serves no more calls, so that all behind a "
+        "balancer get some; a tenth more or less.",
+    )
+    upstream_max_requests: int = Field(
+        1000, ge=1, description="Most calls and probes that a connection to an upstream serves; a tenth more or less."
+    )
+    tcp_keepalive: Seconds = Field(
+        120,
+        ge=4,
+        le=32_000,
+        description="Seconds without a word of a client's or an upstream's system after which a connection has ended.",
+    )
     first_token_timeout: Seconds = Field(300, description="Seconds until the first byte of a streamed answer.")
     idle_timeout: Seconds = Field(60, description="Seconds between two reads of a streamed answer.")
     total_timeout: Seconds = Field(1800, description="Seconds for a whole call.")
+    heartbeat_interval: Seconds | None = Field(
+        None,
+        description="Seconds of silence, in the queue, too, after which a stream gets a comment; its status is then "
+        "200, whatever comes. Unset: none.",
+    )
     header_timeout: Seconds = Field(
         30, description="Seconds from the connecting, or a request's first byte, to the end of its head."
     )
@@ -203,7 +255,9 @@ class Settings(EnvironmentSettings):
         30, description="Seconds between two reads of a request's body, and until it has come at 1 KiB/s."
     )
     client_write_timeout: Seconds = Field(30, description="Seconds in which a client must read some of its answer.")
-    probe_interval: Seconds = Field(5, description="Seconds between two probes of an upstream that serves.")
+    probe_interval: Seconds = Field(
+        1, description="Seconds between two probes of an upstream; of more than 8 longer, for 20 a second in all."
+    )
     drain_delay: float = Field(
         0,
         ge=0,
@@ -212,6 +266,11 @@ class Settings(EnvironmentSettings):
     )
     drain_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="Seconds that running answers get to end after SIGTERM."
+    )
+    stop_grace: Seconds | None = Field(
+        None,
+        description="Seconds, or as Compose's `1m30s`, after SIGTERM that the platform kills the gateway; what drains "
+        "for longer is warned of at the start.",
     )
     shortcut: bool = Field(
         True, description="Serve the data path past ASGI, at less than half the cost; off, all goes through the app."
@@ -226,10 +285,30 @@ class Settings(EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
-    @field_validator("upstreams", "routes", "api_keys", "cors_origins", "media_domains", mode="before")
+    @field_validator(
+        "upstreams",
+        "routes",
+        "allowed_hosts",
+        "api_keys",
+        "cors_origins",
+        "media_domains",
+        "refused_fields",
+        "forwarded_headers",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) else value
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _networks(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(ip_network(one) for one in re.split(r"[,\s]+", value.strip(", \t\n")))
+        except ValueError:
+            raise ValueError("addresses, or networks as 10.0.0.0/8 without bits past the mask") from None
 
     @field_validator("upstreams")
     @classmethod
@@ -242,7 +321,7 @@ class Settings(EnvironmentSettings):
     @field_validator("upstream_token_url")
     @classmethod
     def _check_token_url(cls, value: str | None) -> str | None:
-        return None if value is None else _token_url(value)
+        return None if value is None else token_url(value)
 
     @field_validator("routes")
     @classmethod
@@ -250,6 +329,23 @@ class Settings(EnvironmentSettings):
         if not set(value) <= set(NAMES):
             raise ValueError(f"some of {', '.join(NAMES)}, separated by commas")
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_own_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"[A-Za-z0-9._-]+", host) for host in value):
+            raise ValueError("hosts as gateway.example.com, without a port, separated by commas")
+        return value
+
+    @field_validator("forwarded_headers")
+    @classmethod
+    def _check_headers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(name.lower() for name in value)
+        if not all(
+            re.fullmatch(r"(?!proxy-)[a-z0-9-]+", name) and name.encode() not in NOT_TO_UPSTREAM for name in names
+        ):
+            raise ValueError("names of headers, separated by commas, but none that is the gateway's or one hop's own")
+        return names
 
     @field_validator("media_domains")
     @classmethod
@@ -271,11 +367,39 @@ class Settings(EnvironmentSettings):
         from_secrets(secret.get_secret_value() for secret in value)
         return value
 
+    @field_validator("connector", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _check_aliases(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.partition("=") for pair in re.split(r"[,\s]+", value.strip(", \t\n"))]
+        if not all(name and model for name, _, model in pairs) or len({name for name, *_ in pairs}) != len(pairs):
+            raise ValueError("pairs as NAME=MODEL, each name once, separated by commas")
+        return {name: model for name, _, model in pairs}
+
     @model_validator(mode="after")
     def _as_released(self) -> Self:
-        if self.compat is not None and "stream_style" not in self.model_fields_set:
-            self.stream_style = STYLES[self.compat]
+        if "stream_style" not in self.model_fields_set:
+            chooses = self.compat in (None, "erag-2.0") and self.openai_format_streaming is not None
+            if chooses:
+                self.stream_style = "openai" if self.openai_format_streaming else "repr"
+            elif self.compat is not None:
+                self.stream_style = STYLES[self.compat]
         return self
+
+    @field_validator("stop_grace", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+        if found is None or not value:
+            return value
+        hours, minutes, seconds, thousandths = (float(part or 0) for part in found.groups())
+        return 3600 * hours + 60 * minutes + seconds + thousandths / 1000
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -290,119 +414,11 @@ class Settings(EnvironmentSettings):
         return value
 
 
-class ModelServerSettings(EnvironmentSettings):
-    """Settings of the local vLLM that `up` starts; the names are those of the systems that this replaces."""
-
-    port: int = Field(8008, ge=1, le=65535, validation_alias="LLM_VLLM_PORT", description="Port of the model server.")
-    model: str | None = Field(
-        None,
-        validation_alias="LLM_VLLM_MODEL_NAME",
-        description="A hub's ORG/NAME or a folder; unset: the demo model.",
-    )
-    revision: str | None = Field(
-        None, validation_alias="LLM_VLLM_MODEL_REVISION", description="A branch, a tag or a commit of it."
-    )
-    served_name: str | None = Field(
-        None, validation_alias="SERVED_MODEL_NAME", description="The name that requests give as `model`."
-    )
-    python: Path | None = Field(
-        None, validation_alias="LLM_VLLM_PYTHON", description="A Python that has a vLLM; unset: an environment of ours."
-    )
-    cpu_kvcache_space: int | None = Field(
-        None, ge=1, validation_alias="VLLM_CPU_KVCACHE_SPACE", description="GiB of memory for the cache on the CPU."
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32", "half", "float"] | None = Field(
-        None, validation_alias="VLLM_DTYPE", description="Number format of the model; the demo model's is float32."
-    )
-    max_num_seqs: int | None = Field(
-        None,
-        ge=1,
-        validation_alias=AliasChoices("VLLM_MAX_NUM_SEQS", "MAX_CONCURRENT_REQUESTS"),
-        description="Most answers at the same time.",
-    )
-    max_model_len: int | None = Field(
-        None,
-        ge=1,
-        validation_alias=AliasChoices("VLLM_MAX_MODEL_LEN", "MAX_TOKENS"),
-        description="Most tokens of a prompt and its answer.",
-    )
-    max_num_batched_tokens: int | None = Field(
-        None, ge=1, validation_alias="MAX_CONCURRENT_TOKENS", description="Most tokens of one step over all answers."
-    )
-    gpu_memory_utilization: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        validation_alias=AliasChoices("GPU_MEMORY_UTILIZATION", "GPU_MEM_UTILIZATION", "GPU_MEM_ULTIIZATION"),
-        description="The part of the GPU's memory that vLLM takes.",
-    )
-    eager: bool | None = Field(
-        None, validation_alias="VLLM_EAGER", description="Start without compiling; unset: the demo model does."
-    )
-    tp_size: int | None = Field(None, ge=1, validation_alias="VLLM_TP_SIZE", description="Tensor parallel size.")
-    pp_size: int | None = Field(None, ge=1, validation_alias="VLLM_PP_SIZE", description="Pipeline parallel size.")
-    chat_template: str | None = Field(
-        None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
-    )
-    config: str | None = Field(None, validation_alias="VLLM_CONFIG", description="vLLM's own options in a YAML file.")
-    app_config: Path | None = Field(
-        None,
-        validation_alias="VLLM_APP_CONFIG",
-        description="vllm-app's config.json, of which the model counts where none is given.",
-    )
-    quantization: str | None = Field(
-        None, validation_alias="QUANTIZATION", description="How the checkpoint is quantized, if vLLM does not see it."
-    )
-    hf_token: SecretStr | None = Field(
-        None,
-        validation_alias=AliasChoices("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
-        description="Token for the hub's restricted models.",
-    )
-    extra_args: str = Field("", validation_alias="EXTRA_ARGS", description="More of vLLM's options, as in a shell.")
-
-
-def base_url(url: str) -> str:
-    """`http://host:port[/prefix]`, without the `/v1` that some configurations carry. Raises ValueError."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise ValueError("URLs like http://host:8008, separated by commas") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or port == 0:
-        raise ValueError("URLs like http://host:8008, separated by commas")
-    if parts.username or parts.password:
-        raise ValueError("URLs without a user or password; set GATEWAY_UPSTREAM_API_KEY for a key")
-    if not re.fullmatch(r"[A-Za-z0-9._:\-\[\]]+", parts.netloc) or not re.fullmatch(r"[!-~]*", parts.path):
-        raise ValueError("URLs of plain ASCII characters")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-
-
-def _token_url(url: str) -> str:
-    """`https://host[:port]/path[?query]`; RFC 6749, 3.2: without a fragment."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise ValueError("a URL like https://login.example.com/token") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or "#" in url or port == 0:
-        raise ValueError("a URL like https://login.example.com/token")
-    if "@" in parts.netloc:
-        raise ValueError("a URL without a user or password; set GATEWAY_UPSTREAM_CLIENT_ID and _SECRET")
-    if not re.fullmatch(r"[!-~]+", url):
-        raise ValueError("a URL of plain ASCII characters")
-    return f"{parts.scheme}{url[len(parts.scheme) :]}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
-    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-
-
 def own_url(settings: Settings) -> str:
     """Where this machine reaches the gateway that has these settings."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     scheme = "http" if settings.tls_cert_file is None else "https"
-    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
+    return f"{scheme}://{authority(host, settings.port)}"
 
 
 def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:
@@ -418,6 +434,6 @@ def table(kind: type[BaseSettings] = Settings) -> list[tuple[str, str, str]]:
     rows = []
     for field, info in kind.model_fields.items():
         default = info.default
-        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
+        shown = ",".join(default) if isinstance(default, tuple) else "" if default in (None, {}) else str(default)
         rows.append((", ".join(names_of(field, kind)), shown, info.description or ""))
     return rows

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ssl
 
-from gateway.config.settings import Settings, SettingsError
+from gateway.config.environment import SettingsError
+from gateway.config.settings import Settings
 
 
 def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | None:

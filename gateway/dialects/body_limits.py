@@ -3,48 +3,228 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-from gateway.wire.errors import BadRequest
+from gateway.dialects.json_body import in_parts, shown
+from gateway.wire.errors import BadRequest, Rejected, TooLarge
+from gateway.wire.routes import BodyKind
 
 # What the parser itself takes.
 DEEPEST = 1024
 
 _COPIES = ("n", "best_of")
-_TOKENS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens")
+_TOKENS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "min_tokens")
+# What a call brings several of: prompts, texts, documents to rank, the two sides of pairs.
+_INPUTS = ("prompt", "input", "documents", "text_1", "text_2", "queries", "items")
+
+# By the kind of a call how it may say how long its answer is: else that is all of the model's context.
+_OWN_LIMITS: dict[BodyKind, tuple[str, ...]] = {
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "batch": ("max_completion_tokens", "max_tokens"),
+    "completion": ("max_tokens",),
+    "response": ("max_output_tokens",),
+}
+_COMPLETION_TOKENS = 16
+
+# One value in so many may be an array or an object, and one a name, which cost a parser ten times what others do.
+_FLAT = 10
+# What tells nothing of where strings end and values begin: all but quotes, brackets and commas, and but a backslash and
+# what may come behind it (RFC 8259, 7). Without it what is left to look through is a third of most texts.
+_MEANINGLESS = bytes(set(range(256)).difference(b'"{[,:\\/bfnrtu'))
+
+_ASCII = bytes(range(128))
 
 
 class BodyLimits:
-    """The most copies of an answer, tokens of one (None: as many as the model takes), messages, and nesting."""
+    """The most that a call may ask for, by the settings' names; `max_new_tokens` of None is what a model takes."""
 
-    __slots__ = ("_fields", "_max_json_depth", "_max_messages", "_names", "max_new_tokens")
+    __slots__ = (
+        "_fields",
+        "_looked_at",
+        "_max_inputs",
+        "_max_json_depth",
+        "_max_json_values",
+        "_max_messages",
+        "_max_n",
+        "_refused",
+        "max_json_bytes",
+        "max_new_tokens",
+    )
 
-    def __init__(self, *, max_n: int, max_new_tokens: int | None, max_messages: int, max_json_depth: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_n: int,
+        max_new_tokens: int | None,
+        max_messages: int,
+        max_inputs: int,
+        max_json_depth: int,
+        max_json_values: int,
+        max_json_bytes: int,
+        refused_fields: Iterable[str],
+    ) -> None:
         self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
-        self._fields = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
-        if max_new_tokens is not None:
-            self._fields |= dict.fromkeys(_TOKENS, (max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
-        self._names = frozenset(self._fields)
+        self._fields: dict[str, tuple[float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
+        self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
+        self._refused = frozenset(refused_fields)
+        self._looked_at = self._refused.union(self._fields, _INPUTS, ("data",))
+        self._max_n = max_n
         self._max_messages = max_messages
+        self._max_inputs = max_inputs
         self._max_json_depth = max_json_depth
+        self._max_json_values = max_json_values
+        self.max_json_bytes = max_json_bytes
+
+    def check_size(self, content: bytes, shortened: bytes) -> Iterator[None]:
+        """Raises TooLarge where a body has more values than may be, as a parser's time goes by these, not by bytes.
+
+        Step by step, as to count takes long, too. `shortened` is the same without its long strings, of which a parser
+        makes a hundred times as much in the same time.
+        """
+        if len(shortened) > self.max_json_bytes:
+            raise TooLarge(
+                f"The request's body must be at most {self.max_json_bytes} bytes (GATEWAY_MAX_JSON_BYTES) without its "
+                "long strings."
+            )
+        if len(content) < 2 * self._max_json_values // _FLAT or (yield from self._may_be(in_parts(shortened))):
+            return
+        if not (yield from self._may_be(_without_strings(shortened))):
+            each = self._max_json_values // _FLAT
+            raise TooLarge(
+                f"The request's body must hold at most {self._max_json_values} values, {each} of them arrays and "
+                f"objects, and {each} names (GATEWAY_MAX_JSON_VALUES)."
+            )
+
+    def check_whole(self, content: bytes, shortened: bytes) -> None:
+        """Raises TooLarge where to read all of a body would take too long, its long strings too, and to write it anew.
+
+        An escaped character takes half as long as a byte outside of long strings, and one that is not ASCII a quarter.
+        """
+        foreign = 0 if content.isascii() else len(content.translate(None, _ASCII))
+        if 2 * len(shortened) + content.count(b"\\") + foreign // 2 > self.max_json_bytes:
+            raise TooLarge(
+                "The request's body has to be read as a whole: without its long strings, and with half of their "
+                "escaped characters and a quarter of their bytes that are not ASCII, it must be at most "
+                f"{self.max_json_bytes // 2} bytes, half of GATEWAY_MAX_JSON_BYTES."
+            )
+
+    def _may_be(self, parts: Iterable[bytes]) -> Generator[None, None, bool]:
+        """Whether there are no more commas, brackets and colons than that."""
+        each = self._max_json_values // _FLAT
+        nested = names = values = 0
+        for part in parts:
+            nested += part.count(b"{") + part.count(b"[")
+            names += part.count(b":")
+            values += part.count(b",")
+            if nested > each or names > each or nested + values > self._max_json_values:
+                return False
+            yield
+        return True
 
     def check(self, body: dict[str, Any]) -> None:
-        """Raises BadRequest, which names the field; what is no number is for others to judge."""
-        if not self._names.isdisjoint(body):  # most calls have none of them, and need no more looks
-            for name, (most, setting) in self._fields.items():
-                value = body.get(name)
-                if isinstance(value, int | float) and value > most:
-                    raise BadRequest(f"{name} must be at most {most} ({setting}), but it is {value}.", param=name)
-        messages = body.get("messages")
-        if type(messages) is list and len(messages) > self._max_messages:
-            raise BadRequest(
-                f"messages must be at most {self._max_messages} (GATEWAY_MAX_MESSAGES), but they are {len(messages)}.",
-                param="messages",
-            )
+        """Raises BadRequest, which names the field."""
+        if not self._looked_at.isdisjoint(body):  # most calls have none of them, and need no more looks
+            self._check_fields(body)
+        stream, messages = body.get("stream"), body.get("messages")
+        if type(stream) is not bool and stream is not None:
+            raise BadRequest(f"stream must be true or false, but it is {shown(stream)}.", param="stream")
+        if type(messages) is list and (len(messages) > self._max_messages or (messages and type(messages[0]) is list)):
+            self._check_messages(messages)
         if self._max_json_depth < DEEPEST and _deeper(body, self._max_json_depth):
-            raise BadRequest(
+            raise Rejected(
                 f"The request's body is nested more than {self._max_json_depth} deep (GATEWAY_MAX_JSON_DEPTH)."
             )
+
+    def missing_limit(self, kind: BodyKind, body: dict[str, Any]) -> dict[str, float] | None:
+        """The field by which a call that names no limit of its answer is held to `max_new_tokens`, and that."""
+        names = _OWN_LIMITS.get(kind)
+        if names is None or any(body.get(name) is not None for name in names):
+            return None
+        if kind == "completion" and "max_tokens" not in body and self.max_new_tokens >= _COMPLETION_TOKENS:
+            return None  # vLLM gives as many to a completion that does not say
+        return {names[0]: self.max_new_tokens}
+
+    def check_parts(self, parts: list[Any]) -> None:
+        """Raises Rejected where messages hold too many parts that are no plain text."""
+        count = sum([len(part) for part in parts if type(part) is list])
+        if count > self._max_inputs:
+            raise Rejected(
+                f"messages must hold at most {self._max_inputs} parts (GATEWAY_MAX_INPUTS), but they hold {count}.",
+                param="messages",
+            )
+
+    def answers(self, body: dict[str, Any]) -> int:
+        """How many a body asks for that has passed `check`: so many for each prompt, or chat of a batch."""
+        copies, messages = body.get("n"), body.get("messages")
+        is_batch = type(messages) is list and bool(messages) and type(messages[0]) is list
+        prompts = len(messages) if is_batch and messages else _count(body.get("prompt"))
+        return prompts * (copies if type(copies) is int and copies > 0 else 1)
+
+    def _check_fields(self, body: dict[str, Any]) -> None:
+        for name, (most, setting) in self._fields.items():
+            value = body.get(name)
+            if value is None:
+                continue
+            # vLLM reads numbers in texts, too, and true as 1.
+            if type(value) is not int and not (type(value) is float and value.is_integer()):
+                raise BadRequest(f"{name} must be an integer, but it is {shown(value)}.", param=name)
+            if value > most:
+                raise Rejected(f"{name} must be at most {most} ({setting}), but it is {value}.", param=name)
+        for name in self._refused:
+            if body.get(name) is not None:
+                raise Rejected(f"{name} is not taken here (GATEWAY_REFUSED_FIELDS).", param=name)
+        self._check_inputs(body)
+
+    def _check_messages(self, messages: list[Any]) -> None:
+        # Of a batch each is a chat of its own.
+        chats = [chat for chat in messages if type(chat) is list]
+        if len(chats) > self._max_inputs:
+            raise Rejected(
+                f"messages must be at most {self._max_inputs} chats (GATEWAY_MAX_INPUTS), but they are {len(chats)}.",
+                param="messages",
+            )
+        count = len(messages) - len(chats) + sum(map(len, chats))
+        if count > self._max_messages:
+            raise Rejected(
+                f"messages must be at most {self._max_messages} (GATEWAY_MAX_MESSAGES), but they are {count}.",
+                param="messages",
+            )
+
+    def _check_inputs(self, body: dict[str, Any]) -> None:
+        data = body.get("data")
+        documents = data.get("reranked_docs") if type(data) is dict else None
+        for name, value in (*((name, body.get(name)) for name in _INPUTS), ("data.reranked_docs", documents)):
+            count = _count(value)
+            if count > self._max_inputs:
+                raise Rejected(
+                    f"{name} must be at most {self._max_inputs} (GATEWAY_MAX_INPUTS), but they are {count}.", param=name
+                )
+        answers = _count(body.get("prompt")) * max(body.get("n") or 1, body.get("best_of") or 1)
+        most = max(self._max_inputs, self._max_n)
+        if answers > most:
+            raise Rejected(
+                f"n times the prompts must be at most {most} answers (GATEWAY_MAX_INPUTS), but it is {answers:g}.",
+                param="n",
+            )
+
+
+def _without_strings(content: bytes) -> Iterator[bytes]:
+    """What stands outside strings, in parts."""
+    inside = 0
+    for part in in_parts(content):
+        # What is escaped ends no string: without that every second piece between quotes is one.
+        plain = part.translate(None, _MEANINGLESS).replace(b"\\\\", b"").replace(b'\\"', b"")
+        pieces = plain.split(b'"')
+        yield b"".join(pieces[inside::2])
+        inside ^= (len(pieces) - 1) & 1
+
+
+def _count(value: Any) -> int:
+    """How many inputs a field holds: a text, an object or a list of tokens is one."""
+    if type(value) is not list or (value and type(value[0]) is int):
+        return 1
+    return len(value)
 
 
 def _deeper(value: Any, most: int) -> bool:

@@ -1,39 +1,85 @@
 """The sources of a RAG pipeline's answer: the retriever's documents in, what the reply cites of them out.
 
-A document is `{"text": …, "metadata": {…}}`; its metadata say where it is from, by `url`, or by
-`bucket_name` and `object_name`, and may hold `vector_distance`, `reranker_score` and `citation_id`.
+A document is `{"text": …, "metadata": {…}}`. Its metadata say where it is from: by `url`, by `bucket_name` and
+`object_name`, or by `source`, as LangChain's loaders do. They may hold `vector_distance`, `reranker_score` and
+`citation_id`, as numbers or as text of numbers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from gateway.wire.errors import BadRequest
+from gateway.dialects.json_body import shown
+from gateway.wire.errors import Rejected
 
 Json = dict[str, Any]
 
-_SCORES = {"vector_distance": 1.0, "reranker_score": 0.0, "citation_id": 0}
+_SCORES: dict[str, tuple[type[float] | type[int], float]] = {
+    "vector_distance": (float, 1.0),
+    "reranker_score": (float, 0.0),
+    "citation_id": (int, 0),
+}
 
 
-def cited(data: Json) -> Json:
-    """What goes back of a request's `data`: each reranked document as its citation; raises BadRequest."""
+def cited(data: Json, *, with_text: bool) -> list[Json]:
+    """The citations of `data.reranked_docs`, each with its document's text if asked for; raises Rejected."""
     documents = data.get("reranked_docs")
-    if documents is None:
-        return data
+    if not documents:
+        return []
     if not isinstance(documents, list):
-        raise BadRequest("data.reranked_docs must be an array of documents.", param="data.reranked_docs")
-    return {**data, "reranked_docs": [_citation(document, number) for number, document in enumerate(documents)]}
+        raise Rejected("data.reranked_docs must be an array of documents.", param="data.reranked_docs")
+    return [_citation(document, number, with_text) for number, document in enumerate(documents)]
 
 
-def _citation(document: Any, number: int) -> Json:
-    metadata = document.get("metadata") if isinstance(document, dict) else None
-    name = f"data.reranked_docs[{number}].metadata"
+def _citation(document: Any, number: int, with_text: bool) -> Json:
+    name = f"data.reranked_docs[{number}]"
+    if not isinstance(document, dict):
+        raise Rejected(f"{name} must be an object with text and metadata.", param=name)
+    metadata = document.get("metadata")
     if not isinstance(metadata, dict):
-        raise BadRequest(f"{name} must be an object.", param=name)
-    if metadata.get("url"):
-        source = {"type": "link", "url": metadata["url"]}
-    elif metadata.get("bucket_name") and metadata.get("object_name"):
-        source = {"type": "file", "bucket_name": metadata["bucket_name"], "object_name": metadata["object_name"]}
-    else:
-        raise BadRequest(f"{name} must hold url, or bucket_name and object_name.", param=name)
-    return source | {score: metadata.get(score, default) for score, default in _SCORES.items()}
+        raise Rejected(f"{name}.metadata must be an object.", param=f"{name}.metadata")
+    text: Json = {}
+    if with_text:
+        text["text"] = document.get("text")
+        if not isinstance(text["text"], str):
+            raise Rejected(f"{name}.text must be a string.", param=f"{name}.text")
+    scores = {score: _number(metadata, score, f"{name}.metadata.{score}") for score in _SCORES}
+    return text | _source(metadata, f"{name}.metadata") | scores
+
+
+def _source(metadata: Json, name: str) -> Json:
+    """Where the document is from."""
+    if metadata.get("url") is not None:
+        return {"type": "link", "url": _string(metadata, "url", name)}
+    if metadata.get("bucket_name") is not None and metadata.get("object_name") is not None:
+        return {"type": "file", **{key: _string(metadata, key, name) for key in ("bucket_name", "object_name")}}
+    if metadata.get("source") is None:
+        raise Rejected(f"{name} must hold url, bucket_name and object_name, or source.", param=name)
+    source = _string(metadata, "source", name)
+    if source.lower().startswith(("http://", "https://")):
+        return {"type": "link", "url": source}
+    return {"type": "file", "source": source}
+
+
+def _string(metadata: Json, key: str, name: str) -> str:
+    value = metadata[key]
+    if not isinstance(value, str):
+        raise Rejected(f"{name}.{key} must be a string, but it is {shown(value)}.", param=f"{name}.{key}")
+    return value
+
+
+def _number(metadata: Json, score: str, name: str) -> float:
+    kind, default = _SCORES[score]
+    value = metadata.get(score, default)
+    number = math.nan
+    try:
+        if isinstance(value, (int, float, str)):
+            number = float(value)
+    except (ValueError, OverflowError):
+        pass
+    whole = kind is float or number.is_integer()
+    if not math.isfinite(number) or not whole:
+        wanted = "a number" if kind is float else "an integer"
+        raise Rejected(f"{name} must be {wanted}, but it is {shown(value)}.", param=name)
+    return kind(number)

@@ -1,88 +1,214 @@
-"""Replies, streams and errors as a release of the replaced microservice wrote them; pure functions on values.
+"""Requests, replies, streams and errors as a release of the replaced microservice had them; pure functions on values.
 
 What a release got wrong is not repeated: a finish reason is the true one, a status, too.
 """
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from typing import Any, Literal
 
 import orjson
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 
 from gateway.dialects.langchain import Flattened
 from gateway.dialects.simplified import Simplified
-from gateway.dialects.text_stream import Style, TextStream
+from gateway.dialects.streams import ChunkStream, Style, TextStream
 from gateway.wire import sse
+from gateway.wire.errors import BadRequest, GatewayError, UpstreamBroken
 
-Release = Literal["erag-1.4", "erag-2.1"]
+Json = dict[str, Any]
 
-# How its streams look where nobody says otherwise.
-STYLES: dict[Release, Style] = {"erag-1.4": "repr", "erag-2.1": "openai"}
+Release = Literal["erag-1.4", "erag-2.0", "erag-2.1"]
 
-_FIELDS: dict[Release, tuple[str, ...]] = {
-    "erag-1.4": ("id", "text", "prompt", "streaming", "output_guardrail_params", "data"),
-    "erag-2.1": ("id", "text", "prompt", "stream", "output_guardrail_params", "data"),
-}
+# How its streams look where nobody says otherwise, and which of the two names of a flag it read.
+STYLES: dict[Release, Style] = {"erag-1.4": "repr", "erag-2.0": "repr", "erag-2.1": "openai"}
+_FLAGS = {"erag-1.4": "streaming", "erag-2.0": "stream", "erag-2.1": "stream"}
+
+# What it checked, and then did not send on.
+_NOT_SENT = ("top_k", "repetition_penalty")
+
+
+class _Fields(BaseModel):
+    """What a release checked of a request: numbers and flags might come as text, and null was none."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    model: str | None = None
+    max_new_tokens: int = Field(1, gt=0, lt=2**63)  # more is no JSON number to anybody
+    top_k: int = Field(1, gt=0)
+    top_p: NonNegativeFloat = 0
+    typical_p: NonNegativeFloat = 0
+    temperature: NonNegativeFloat = 0
+    repetition_penalty: NonNegativeFloat = 0
+    input_guardrail_params: Json | None = None
+    output_guardrail_params: Json | None = None
+    data: Json | None = None
+
+
+class _OldFields(_Fields):
+    streaming: bool = True
+
+
+class _NewFields(_Fields):
+    stream: bool = True
+
+
+_FIELDS: dict[Release, type[_Fields]] = {"erag-1.4": _OldFields, "erag-2.0": _NewFields, "erag-2.1": _NewFields}
+
+
+class Unprocessable(BadRequest):
+    """A body that the release did not take: `details` has an object for each thing that is wrong with it."""
+
+    status = 422
+
+    def __init__(self, details: list[Json], sent: bytes) -> None:
+        super().__init__("; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in details))
+        self.details = details
+        self.sent = sent
+
+
+def is_of_release(body: Json, release: Release) -> bool:
+    """Whether a body whose messages are a list is this release's own form; any other is OpenAI's."""
+    return release != "erag-1.4" and not body.get("model")
+
+
+def checked(body: Json, sent: bytes, release: Release, *, forward_sampling: bool) -> Json:
+    """The body, each field as the release took it, less what it did not send on, unless `forward_sampling`.
+
+    Raises Unprocessable, with the body as it was `sent`.
+    """
+    try:
+        taken = _FIELDS[release].model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False)
+        raise Unprocessable([{**one, "loc": ("body", *one["loc"])} for one in details], sent) from None
+    body = body | {name: getattr(taken, name) for name in taken.model_fields_set}
+    # Of two names that contradict each other it knew but one.
+    flag = _FLAGS[release]
+    other = {"stream": "streaming", "streaming": "stream"}[flag]
+    ignored = {other} if flag in body or not isinstance(body.get(other), bool) else set()
+    if "max_new_tokens" in body:
+        ignored |= {"max_tokens", "max_completion_tokens"}
+    if not forward_sampling:
+        ignored.update(_NOT_SENT)
+    return {name: value for name, value in body.items() if name not in ignored}
+
+
+def unprocessable(error: BadRequest, sent: bytes) -> Unprocessable:
+    """What is wrong with a body's form, as the release told that."""
+    place = error.param.replace("[", ".").replace("]", "").split(".") if error.param else []
+    where = ["body", *(int(step) if step.isdigit() else step for step in place)]
+    return Unprocessable([{"type": "value_error", "loc": where, "msg": error.message}], sent)
 
 
 class Released:
     """A simplified request that is answered as a release did."""
 
-    def __init__(self, request: Simplified | Flattened, compat: Release) -> None:
+    def __init__(self, request: Simplified | Flattened, release: Release) -> None:
         self.model = request.model
         self.streaming = request.streaming
         self.target = request.target
         self.to_call = request.to_call
         self._request = request
-        self._compat = compat
+        self._release = release
 
     def to_reply(self, answer: bytes) -> bytes:
         """The whole reply, of that release's fields alone; raises UpstreamBroken."""
         reply = orjson.loads(self._request.to_reply(answer))
-        found = {name: reply.get(name) for name in _FIELDS[self._compat]}
-        if self._compat == "erag-2.1":
+        flag = _FLAGS[self._release]
+        found = {name: reply.get(name) for name in ("id", "text", "prompt", flag)}
+        if self._release != "erag-1.4":
             found["choices"] = list(map(_choice, reply["choices"]))
+        found["output_guardrail_params"] = reply["output_guardrail_params"]
+        found["data"] = {"reranked_docs": self._request.citations or []}
         return orjson.dumps(found)
 
-    def to_stream(self) -> TextStream | Followed | None:
-        """What makes the reply's stream of vLLM's, where that does not go on as it is."""
-        data = self._request.echoed["data"]
-        return self._request.to_stream() or (Followed(data) if data is not None else None)
+    def to_stream(self) -> ReleasedStream:
+        """What makes the reply's stream of vLLM's."""
+        cites = self._request.echoed["data"] is not None
+        sources = {"reranked_docs": self._request.citations or []} if cites else None
+        request = self._request
+        hider = ChunkStream([], hides_usage=request.hides_usage)
+        return ReleasedStream(request.to_texts(sources), hider, sources)
 
 
-class Followed:
-    """vLLM's chunks as they are and, after their end, a line of its own with what is cited."""
+class ReleasedStream:
+    """Events alone, each for itself, and after their end a line of its own with what is cited.
+
+    `texts` makes them of vLLM's chunks where they are not to be these chunks, and `hider` may keep one of these back.
+    Comments are left out: a router of those releases takes what one read brings for one event, and throws away what
+    does not begin with `data:`.
+    """
 
     head = TextStream.head
+    paced = True
 
-    def __init__(self, data: dict[str, Any]) -> None:
-        self._sources = b"json: " + orjson.dumps(data) + b"\n\n"
+    def __init__(self, texts: TextStream | None, hider: ChunkStream, sources: Json | None) -> None:
+        self._texts = texts
+        self._hider = hider
+        self._decoder = sse.Decoder(limit=1024 * 1024)
+        self._sources = b"json: " + orjson.dumps(sources) + b"\n\n" if sources is not None else b""
+
+    @property
+    def fingerprint(self) -> bytes | None:
+        """As `hider` knows it."""
+        return self._hider.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, value: bytes | None) -> None:
+        self._hider.fingerprint = value
 
     def feed(self, data: bytes) -> bytes:
-        """The same events, and the line after the last one."""
-        return data + self._sources if sse.has_end(data, "done") else data
+        """The same events, and the line after the last one; raises UpstreamBroken where they are none."""
+        if self._texts is not None:
+            return self._texts.feed(data)
+        try:
+            events = self._decoder.feed(self._hider.feed(data))
+        except ValueError as error:
+            raise UpstreamBroken("The model server's stream holds an event that is too large.") from error
+        return b"".join(map(self._event, events))
+
+    def _event(self, data: bytes) -> bytes:
+        return sse.encode(data) + self._sources if data == sse.DONE else sse.encode(data)
+
+    def comment(self, data: bytes) -> bytes:
+        """Nothing."""
+        return b""
 
     def failed(self, envelope: bytes) -> bytes:
         """An error as an event, and the end."""
-        return sse.encode(envelope) + sse.encode(sse.DONE)
+        return (self._texts or self._hider).failed(envelope)
 
 
-def to_error(answer: bytes) -> bytes:
+def to_upstream_error(answer: bytes) -> bytes:
     """vLLM's error in the words of those releases: `{"detail": …}`."""
     try:
         error = orjson.loads(answer)["error"]
         said = error["message"] if isinstance(error, dict) else error
     except (orjson.JSONDecodeError, LookupError, TypeError):
         said = answer.decode(errors="replace")
-    return detail(str(said))
+    return orjson.dumps({"detail": str(said)})
 
 
-def detail(message: str) -> bytes:
-    """An error in the words of those releases."""
-    return orjson.dumps({"detail": message})
+def to_error(error: GatewayError) -> bytes:
+    """An error of our own in the words of those releases, with what was sent where that could not be read."""
+    if not isinstance(error, Unprocessable):
+        return orjson.dumps({"detail": error.message})
+    content = error.sent.removeprefix(BOM_UTF8)
+    try:
+        orjson.loads(content)
+        sent: Any = orjson.Fragment(content)
+    except orjson.JSONDecodeError:
+        sent = content.decode(errors="replace") or None
+    try:
+        return orjson.dumps({"detail": error.details, "body": sent})
+    except TypeError:  # one of the values is nested more deeply than can be written
+        details = [{key: value for key, value in one.items() if key != "input"} for one in error.details]
+        return orjson.dumps({"detail": details, "body": sent})
 
 
-def _choice(choice: dict[str, Any]) -> dict[str, Any]:
+def _choice(choice: Json) -> Json:
     # A completion's has a text, a chat's a message.
     message = choice.get("message") or {"role": "assistant", "content": choice.get("text")}
     said = {"role": "assistant", "content": message.get("content"), "audio": None}

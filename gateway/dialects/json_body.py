@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from codecs import BOM_UTF8
+from collections.abc import Generator, Iterable, Iterator
+from json import detect_encoding
 from typing import Any
 
 import orjson
@@ -18,6 +20,9 @@ _LONG = 1024
 # So many strings and escaped quotes may come before a long one, and one more for each so many bytes: past that the
 # parser is quicker.
 _LOOKS, _LOOK_EACH = 48, 1024
+_MOST_QUOTES = 65_536
+# Most that is looked at in one step, in bytes: whatever is refused is refused early.
+PART = 128 * 1024
 # The most backslashes before a quote that are counted.
 _RUN = 64
 _BACKSLASH = ord("\\")
@@ -29,27 +34,92 @@ def to_object(body: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise _not_json(body, error) from None
+        value = _after_mark(body, error)
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
         raise BadRequest(f"The request's body must be a JSON object, but it is {kind}.")
     return value
 
 
-def without_long_strings(body: bytes) -> bytes:
+def to_utf8(body: bytes) -> bytes:
+    """A body in UTF-16 or UTF-32, which vLLM's parser takes as well, in UTF-8; any other as it came.
+
+    By its byte order mark or, as all JSON begins with ASCII, by where its zeros are: what its headers say of it vLLM
+    does not read.
+    """
+    encoding = detect_encoding(body)
+    if encoding in ("utf-8", "utf-8-sig"):
+        return body
+    try:
+        return body.decode(encoding).encode()
+    except UnicodeDecodeError:
+        return body
+
+
+def _after_mark(body: bytes, error: orjson.JSONDecodeError) -> Any:
+    """What stands behind a byte order mark, which vLLM's parser, too, passes over (RFC 8259, 8.1)."""
+    if body.startswith(BOM_UTF8):
+        body = body.removeprefix(BOM_UTF8)
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError as behind:
+            error = behind
+    raise _not_json(body, error) from None
+
+
+def without_long_strings(body: bytes, strings: Iterable[tuple[int, int]] | None = None) -> bytes:
     """`body` with its long strings empty, of which "data:" stays where one begins so: to see what it is.
 
     Most of a large call is one prompt, of which nothing needs to be known to send it on: to find its end takes a
     twentieth of what a parser takes to read it. The object that stays is the one that came, but for these strings; what
-    they hold is for the model server to judge.
+    they hold is for the model server to judge. Those among many quotes are found only where `strings` says where.
     """
-    kept, pieces, quotes = 0, [], _quotes(body)
-    for begin, end in zip(quotes, quotes, strict=False):
+    kept, pieces = 0, []
+    for begin, end in strings if strings is not None else _long_strings(body):
         # A name stays: what stands under some is looked at.
-        if end - begin > _LONG and body[end + 1 : end + 2] in (b",", b"}", b"]"):
+        if body[end + 1 : end + 2] in (b",", b"}", b"]"):
             pieces.append(body[kept : begin + 6] if body[begin + 1 : begin + 6] == b"data:" else body[kept : begin + 1])
             kept = end
     return b"".join([*pieces, body[kept:]])
+
+
+def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
+    """Where long strings begin and end, as long as it is worth to look."""
+    quotes = _quotes(body)
+    return ((begin, end) for begin, end in zip(quotes, quotes, strict=False) if end - begin > _LONG)
+
+
+def long_strings_in_steps(body: bytes) -> Generator[None, None, list[tuple[int, int]]]:
+    """Where long strings begin and end, though there are many others; part by part. None where those are too many."""
+    found, begin, at, quotes = [], -1, 0, 0
+    for part in in_parts(body):
+        quote = at - 1
+        # What is escaped ends no string.
+        for piece in part.replace(b"\\\\", b"__").replace(b'\\"', b"__").split(b'"')[:-1]:
+            quote += len(piece) + 1
+            if begin < 0:
+                begin = quote
+            else:
+                if quote - begin > _LONG:
+                    found.append((begin, quote))
+                begin = -1
+            quotes += 1
+        if quotes > _MOST_QUOTES:
+            return []
+        at += len(part)
+        yield
+    return found
+
+
+def in_parts(content: bytes) -> Iterator[bytes]:
+    """What is not to be looked at in one step, cut nowhere behind a backslash that escapes what comes next."""
+    at = 0
+    while at < len(content):
+        part = content[at : at + PART]
+        if (len(part) - len(part.rstrip(b"\\"))) % 2:
+            part = content[at : at + PART + 1]
+        yield part
+        at += len(part)
 
 
 def _quotes(body: bytes) -> Iterator[int]:

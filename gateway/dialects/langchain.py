@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from gateway.dialects.simplified import Simplified
-from gateway.dialects.text_stream import TextStream
+from gateway.dialects.streams import ChunkStream, TextStream
 from gateway.wire.errors import BadRequest, UpstreamBroken
 
 # As LangChain writes a chat as a string.
@@ -24,6 +24,8 @@ class Flattened:
         self.model = request.model
         self.streaming = request.streaming
         self.echoed = request.echoed
+        self.citations = request.citations
+        self.hides_usage = request.hides_usage
         self._request = request
         self._prompt = "\n".join(map(_line, request.chat["messages"]))
 
@@ -46,11 +48,23 @@ class Flattened:
         except (orjson.JSONDecodeError, LookupError, TypeError):
             raise UpstreamBroken("The model server's answer is not a completion.") from None
 
-    def to_stream(self) -> TextStream | None:
-        """What makes the reply's stream of the completion's, where that is not in vLLM's own style."""
+    def to_texts(self, data: dict[str, Any] | None) -> TextStream | None:
+        """What makes texts of the completion's chunks, where the reply's stream is not in vLLM's own style.
+
+        LangChain gives on no text that is empty.
+        """
         if self._request.style == "openai":
             return None
-        return TextStream(self._request.style, self.echoed["data"], lambda choice: choice["text"])
+        return TextStream(self._request.style, data, self.citations, lambda choice: choice["text"] or None)
+
+    def to_stream(self) -> TextStream | ChunkStream | None:
+        """What makes the reply's stream of the completion's, where that does not go on as it is."""
+        request = self._request
+        if request.style != "openai":
+            return self.to_texts(self.echoed["data"])
+        if not self.citations and not request.hides_usage:
+            return None
+        return ChunkStream(self.citations, hides_usage=request.hides_usage, kind="text_completion")
 
 
 def _line(message: dict[str, Any]) -> str:

@@ -3,62 +3,95 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from gateway.wire.errors import BadRequest
+from gateway.wire.errors import ForeignMedia
 
 # Of the plainest form alone: what two parsers may read in two ways is refused.
 _PLAIN = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 
+# So many values are looked at in a step.
+_TOGETHER = 10_000
 
-def check_chat(body: dict[str, Any], media_domains: frozenset[str]) -> None:
-    """Raises BadRequest where a message's parts hold a URL of another host; texts are not looked at."""
+
+def parts_of(body: dict[str, Any]) -> list[Any]:
+    """What a chat's messages hold that is no text: a list or an object each."""
     messages = body.get("messages")
-    if type(messages) is list:
-        for message in messages:
-            try:
-                content = message["content"]
-            except (KeyError, TypeError):  # what is none is for vLLM to refuse, and costs no other a look
-                continue
-            if type(content) is not str and type(content) in (list, dict):
-                _check(content, media_domains)
-    elif type(messages) is dict and type(parts := messages.get("user")) in (list, dict):
-        _check(parts, media_domains)
+    if type(messages) is dict:
+        messages = [{"content": messages.get("user")}]
+    elif type(messages) is not list:
+        return []
+    parts = []
+    for message in messages:
+        try:
+            said = message["content"]
+        except (KeyError, TypeError):  # what is none is for vLLM to refuse, and costs no other a look
+            continue
+        if type(said) is not str and type(said) in (list, dict):
+            parts.append(said)
+    return parts
 
 
-def check_any(body: dict[str, Any], media_domains: frozenset[str]) -> None:
-    """The same, wherever it may stand in a body."""
-    _check(body, media_domains)
+def check_any(value: Any, content: bytes, media_domains: frozenset[str]) -> None:
+    """Raises ForeignMedia where a value holds a URL of another host; `content` is what it was read from."""
+    if _may_hold_urls(content):
+        deque(_check(value, media_domains), 0)
 
 
-def _check(value: Any, media_domains: frozenset[str]) -> None:
-    for name, url in _urls(value):
+def check_in_steps(value: Any, content: bytes, media_domains: frozenset[str]) -> Iterator[None]:
+    """As `check_any`, step by step, as a body of many values takes long."""
+    return _check(value, media_domains) if _may_hold_urls(content) else iter(())
+
+
+def _may_hold_urls(content: bytes) -> bool:
+    # To walk through all of a large body takes longer than all else; a name may be written with escapes.
+    return b"\\u" in content or b'url"' in content.lower()
+
+
+def _check(value: Any, media_domains: frozenset[str]) -> Iterator[None]:
+    for found in _urls(value):
+        if found is None:
+            yield
+            continue
+        name, url = found
         if url[:5].lower() == "data:":
             continue
         plain = _PLAIN.fullmatch(url)
         if plain is None:
-            raise BadRequest(f"{name} must be a data: URL, or a plain http or https one.", param=name)
+            raise ForeignMedia(f"{name} must be a data: URL, or a plain http or https one.", param=name)
         host = plain[1].lower()
         if host not in media_domains:
-            raise BadRequest(
+            raise ForeignMedia(
                 f"{name} must be a data: URL, or of a host that is named (GATEWAY_MEDIA_DOMAINS), but its host is "
                 f"{host[:100]!r}.",
                 param=name,
             )
 
 
-def _urls(value: Any) -> Iterator[tuple[str, str]]:
-    """Every string that stands under a name that ends in `url`, or in an object or a list under one."""
-    level: list[tuple[str, Any]] = [("", value)]
+def _urls(value: Any) -> Iterator[tuple[str, str] | None]:
+    """Every string that stands under a name that ends in `url`, or in an object or a list under one; None by times."""
+    level = _parts("", value)
+    seen = 0
     while level:
         below: list[tuple[str, Any]] = []
         for name, outer in level:
+            seen += len(outer)
+            if seen > _TOGETHER:
+                seen = 0
+                yield None
             for key, inner in outer.items() if type(outer) is dict else ((name, one) for one in outer):
                 kind = type(inner)
                 if kind is str:
                     if key[-3:].lower() == "url":
                         yield key, inner
                 elif kind is dict or kind is list:
-                    below.append((key, inner))
+                    below += _parts(key, inner)
         level = below
+
+
+def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
+    if type(value) is dict or len(value) <= _TOGETHER:
+        return [(name, value)]
+    return [(name, value[at : at + _TOGETHER]) for at in range(0, len(value), _TOGETHER)]

@@ -16,17 +16,20 @@ from typing import Any
 import orjson
 
 from gateway.dialects.json_body import kind_of
-from gateway.dialects.text_stream import TextStream
+from gateway.dialects.streams import TextStream
 from gateway.wire import sse
-from gateway.wire.errors import BadRequest, UpstreamBroken
+from gateway.wire.errors import BadRequest, Rejected, UpstreamBroken
 from gateway.wire.heads import AnswerHead
 
 Json = dict[str, Any]
 
 # Each text of `/generate` repeats the prompt; at most so many characters in all, as `n` is quickly said.
 _MOST_REPEATED = 4 * 1024 * 1024
-# vllm-app's own limit; vLLM's for a completion is 16.
+# In a stream each token's object repeats it.
+_MOST_STREAMED = 64 * 1024 * 1024
+# vllm-app's own limit; vLLM's for a completion.
 _ASK_TOKENS = 2048
+_GENERATE_TOKENS = 16
 
 
 @dataclass(slots=True)
@@ -65,7 +68,7 @@ class Prompted:
     def to_stream(self) -> TextStream | GenerateStream:
         """What makes the reply's stream of the completion's."""
         if self.prompt is None:
-            return TextStream("answer_part", None, lambda choice: choice["text"])
+            return TextStream("answer_part", None, [], lambda choice: choice["text"])
         return GenerateStream(self.prompt)
 
 
@@ -82,6 +85,14 @@ def from_generate(body: Json, *, disable_streaming: bool) -> Prompted:
             f"n times the prompt, which each text repeats, must be at most {_MOST_REPEATED} characters.", param="n"
         )
     streams = bool(streaming) and not disable_streaming
+    tokens = body.get("max_tokens")
+    tokens = _GENERATE_TOKENS if tokens is None else int(tokens)
+    if streams and len(prompt) * (count or 1) * tokens > _MOST_STREAMED:
+        raise Rejected(
+            f"n times the prompt times max_tokens must be at most {_MOST_STREAMED} characters in a stream, as each "
+            "object repeats the prompt: ask for a whole answer, or call /v1/completions.",
+            param="stream",
+        )
     call = {**_others(body, "prompt"), "prompt": prompt, "stream": streams}
     call.pop("echo", None)  # or it would stand there twice
     if not streams:
@@ -103,6 +114,8 @@ class GenerateStream:
     """A completion's chunks in, `/generate`'s stream out: all texts so far, once for what came at once."""
 
     head = AnswerHead(200, [], streams=True)
+    paced = False
+    fingerprint: bytes | None = None
 
     def __init__(self, prompt: str) -> None:
         self._decoder = sse.Decoder(limit=1024 * 1024)
@@ -123,6 +136,10 @@ class GenerateStream:
             texts = ["".join(self._texts[index]) for index in sorted(self._texts)]
             told = orjson.dumps({"text": texts}) + b"\0" + told
         return told
+
+    def comment(self, data: bytes) -> bytes:
+        """Nothing, as these are no events."""
+        return b""
 
     def failed(self, envelope: bytes) -> bytes:
         """An error as the last object."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from gateway.dialects import erag, media_urls, prompts, simplified
 from gateway.dialects.body_limits import BodyLimits
-from gateway.dialects.json_body import LONG_BODY, kind_of, to_object, without_long_strings
+from gateway.dialects.json_body import (
+    LONG_BODY,
+    kind_of,
+    long_strings_in_steps,
+    to_object,
+    to_utf8,
+    without_long_strings,
+)
 from gateway.dialects.langchain import Flattened
-from gateway.dialects.text_stream import Style
-from gateway.wire.errors import BadRequest, ModelNotFound, NoneReady
+from gateway.dialects.streams import Style
+from gateway.wire.body_edit import edited
+from gateway.wire.errors import BadRequest, ForeignMedia, GatewayError, NoneReady, Rejected
 from gateway.wire.heads import AnswerHead
+from gateway.wire.key_marks import KeyMarks
 from gateway.wire.routes import BodyKind
 
 
@@ -20,9 +30,16 @@ class TranslatedStream(Protocol):
     """Makes the reply's stream, whose head is `head`, of the upstream's."""
 
     head: AnswerHead
+    # Whether each event goes out for itself, some time after the one before.
+    paced: bool
+    # `system_fingerprint` of the server's answers, with its quotes: what is known of it before, and after, this one.
+    fingerprint: bytes | None
 
     def feed(self, data: bytes) -> bytes:
         """What goes out for these bytes; raises GatewayError where they are not what was to come."""
+
+    def comment(self, data: bytes) -> bytes:
+        """What goes out now for comments, which carry nothing: they, unless its readers know none, or others wait."""
 
     def failed(self, envelope: bytes) -> bytes:
         """What goes out last for an error of our own."""
@@ -53,19 +70,31 @@ class Models(Protocol):
     @property
     def models(self) -> tuple[str, ...]: ...
 
+    @property
+    def chat_model(self) -> str | None:
+        """The first that can chat, as far as that is known."""
+
     def context(self, model: str) -> float: ...
 
 
-# The body that goes upstream, unless there is a translation; form, model, streaming and translation. A plain tuple, as
-# a class of its own would cost each request one call more.
-Reading = tuple[bytes, str, str | None, bool, Translation | None]
+# How a body says how long its answer may be.
+# More than any call can have: of larger numbers a budget would lose the small ones.
+_MOST_TOKENS = 1_000_000_000
+_ANSWER = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
+# The body that goes upstream, unless there is a translation; form, model, streaming, translation, and whether the
+# upstream is asked for a stream's tokens, which the client is not told. A plain tuple, as a class of its own would cost
+# each request one call more.
+Reading = tuple[bytes, str, str | None, bool, Translation | None, bool]
+Steps = Generator[None, None, Reading]
 
 
 @dataclass(frozen=True, slots=True)
 class BodyReader:
     """How one gateway reads bodies; the fields go by their settings' names, `models` are those of its upstreams.
 
-    `disable_streaming` answers every translated request whole, for whichever setting asks for that.
+    `disable_streaming` answers every translated request whole, for whichever setting asks for that. `counts_tokens` has
+    the upstream tell the tokens of simplified streams, `counts_all` those of all.
     """
 
     models: Models
@@ -77,74 +106,216 @@ class BodyReader:
     disable_streaming: bool
     connector: Literal["generic", "langchain"]
     compat: erag.Release | None
+    forward_sampling: bool
+    model_aliases: Mapping[str, str]
+    counts_tokens: bool
+    counts_all: bool
 
-    def read(self, kind: BodyKind, content: bytes) -> Reading:
-        """What a body of this kind is; raises GatewayError, which names the field.
+    def read(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Reading:
+        """What a body of this kind is, with its key's `marks` if any; raises GatewayError, which names the field.
 
         The form is `openai` where the bytes go upstream as they came, and `simplified`, `generate` or `ask` where
         there is a translation; empty where there is no body.
         """
         if kind == "none":
-            return b"", "", None, False, None
-        # If the shortened body is not conclusive, parse the full one.
-        body = self._shortened_passthrough(kind, content) if len(content) >= LONG_BODY else None
-        if body is None:
-            body = to_object(content)
-            if not self._is_passthrough(kind, body):
-                form, translation = self._translate(kind, body)
-                return b"", form, None, translation.streaming, translation
+            return b"", "", None, False, None, False
+        if len(content) >= LONG_BODY:
+            return _result(self.read_in_steps(kind, content, marks))
+        if content[:2] != b'{"':
+            content = to_utf8(content)
+        if self.compat is not None and kind == "chat":
+            return _result(self._read_released(self.compat, content, None, marks))
+        body = to_object(content)
+        translates = kind in ("generate", "ask") or (kind == "chat" and not self._is_openai(body))
+        self._check(kind, body, content)
+        if translates:
+            form, translation = self._translate(kind, body)
+            return b"", form, None, translation.streaming, translation, False
+        if marks is not None or self.model_aliases or self.counts_all or self.body_limits.max_new_tokens < math.inf:
+            return self._edited(kind, content, body, marks)
         model = body.get("model")
-        return content, "openai", model if isinstance(model, str) else None, body.get("stream") is True, None
+        return content, "openai", model if isinstance(model, str) else None, body.get("stream") is True, None, False
+
+    def read_in_steps(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Steps:
+        """As `read`, of a long body that is there: step by step, each of which takes a small part of a second."""
+        content = to_utf8(content)
+        yield
+        shortened = without_long_strings(content)
+        if 2 * len(shortened) > self.body_limits.max_json_bytes:
+            yield
+            shortened = without_long_strings(content, (yield from long_strings_in_steps(content)))
+        yield
+        yield from self.body_limits.check_size(content, shortened)
+        if self.compat is not None and kind == "chat":
+            return (yield from self._read_released(self.compat, content, shortened, marks))
+        return (yield from self._read_long(kind, content, shortened, marks))
+
+    def _read_long(self, kind: BodyKind, content: bytes, shortened: bytes, marks: KeyMarks | None) -> Steps:
+        body = yield from self._shortened_passthrough(kind, shortened)
+        if body is None:
+            self.body_limits.check_whole(content, shortened)
+            yield
+            body = to_object(content)
+            yield
+            translates = kind in ("generate", "ask") or (kind == "chat" and not self._is_openai(body))
+            yield from self._check_in_steps(kind, body, content)
+            if translates:
+                form, translation = self._translate(kind, body)
+                return b"", form, None, translation.streaming, translation, False
+        return self._edited(kind, content, body, marks)
+
+    def _read_released(
+        self, release: erag.Release, content: bytes, shortened: bytes | None, marks: KeyMarks | None
+    ) -> Steps:
+        """What a chat call's body is where a release is stood in for; `shortened` is that of a long one."""
+        try:
+            body = (yield from self._shortened_passthrough("chat", shortened)) if shortened is not None else None
+            if body is None:
+                if shortened is not None:
+                    self.body_limits.check_whole(content, shortened)
+                    yield
+                body = to_object(content)
+                yield
+                is_openai = self._is_openai(body)
+                if not is_openai:
+                    body = erag.checked(body, content, release, forward_sampling=self.forward_sampling)
+                    yield
+                yield from self._check_in_steps("chat", body, content)
+                if not is_openai:
+                    _, translation = self._translate("chat", body)
+                    return b"", "simplified", None, translation.streaming, translation, False
+        except (Rejected, erag.Unprocessable):
+            raise
+        except BadRequest as error:
+            raise erag.unprocessable(error, content) from None
+        return self._edited("chat", content, body, marks)
+
+    def _edited(self, kind: BodyKind, content: bytes, body: dict[str, Any], marks: KeyMarks | None) -> Reading:
+        """A body that goes upstream with another model, its key's marks, or the wish to be told of its tokens."""
+        model, streaming = body.get("model"), body.get("stream") is True
+        model = model if isinstance(model, str) else None
+        known = self.resolve(kind, model) if self.model_aliases or self.compat else model
+        changes: dict[str, Any] = {}
+        if known != model:
+            changes["model"] = model = known
+        asks = streaming and self.counts_all and kind in ("chat", "completion")
+        if asks and (options := simplified.usage_options(body.get("stream_options"))):
+            changes["stream_options"] = options
+        bounded = self.body_limits.max_new_tokens < math.inf
+        if bounded and (limit := self.body_limits.missing_limit(kind, body)):
+            changes |= limit
+        if marks is not None:
+            changes |= marks.fields(body)
+        if changes:
+            content = edited(content, body, **changes)
+        return content, "openai", model, streaming, None, "stream_options" in changes
+
+    def asked_tokens(self, content: bytes) -> int | None:
+        """How many tokens a body asks for that goes upstream; None where it does not say."""
+        try:
+            body = to_object(without_long_strings(content) if len(content) >= LONG_BODY else content)
+        except BadRequest:  # it is not the one that came, where another string ends there
+            body = to_object(content)
+        asked = max([value for name in _ANSWER if type(value := body.get(name)) is int], default=0)
+        if asked <= 0:
+            return None  # or vLLM refuses it
+        return min(_MOST_TOKENS, asked * self.body_limits.answers(body))
+
+    def resolve(self, kind: BodyKind, model: str | None) -> str | None:
+        """The model that is asked for where this one is named: an alias's own, or the one for all that are not served.
+
+        A release knew but its own; a name that is in no list else is for the upstream to judge, which may load it.
+        """
+        if not model or model in (served := self.models.models):
+            return model
+        if meant := self.model_aliases.get(model) or self.model_aliases.get("*"):
+            return meant
+        if self.compat is not None and kind == "chat" and served:
+            return self.model or self.models.chat_model
+        return model
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """All names that a call may give its model: those that are served, and the other names of these."""
+        served = self.models.models
+        return (*served, *(name for name, model in self.model_aliases.items() if model in served and name != "*"))
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of a simplified call that names none; None where none is known."""
+        return self.resolve("chat", self.model) or self.models.chat_model
 
     def select_model(self, translation: Translation) -> str:
-        """The model of a translated call: its own, the configured one or the first served. Raises GatewayError."""
-        model, served = translation.model or self.model, self.models.models
+        """The model of a translated call: its own, the configured one or the first that can chat. Raises NoneReady."""
+        model = self.resolve("chat", translation.model) or self.default_model
         if model is None:
-            if not served:
-                raise NoneReady("No model server has answered yet: it may still be loading. Try again soon.")
-            return served[0]
-        if served and model not in served:
-            raise ModelNotFound(f"The model {model[:200]!r} is not served; served: {', '.join(served)}.", param="model")
+            raise NoneReady("No model server has answered yet: it may still be loading. Try again soon.")
         return model
 
     def uses_erag_errors(self, kind: BodyKind, form: str) -> bool:
         """Whether an error is told in the release's words: that of a chat call that is not known to be OpenAI's."""
         return self.compat is not None and kind == "chat" and form != "openai"
 
-    def to_error(self, message: str) -> bytes:
+    def to_error(self, error: GatewayError) -> bytes:
         """An error of our own in the release's words."""
-        return erag.detail(message)
+        return erag.to_error(error)
 
     def to_upstream_error(self, answer: bytes) -> bytes:
         """An upstream's error in the release's words."""
-        return erag.to_error(answer)
+        return erag.to_upstream_error(answer)
 
-    def _shortened_passthrough(self, kind: BodyKind, content: bytes) -> dict[str, Any] | None:
+    def _shortened_passthrough(self, kind: BodyKind, shortened: bytes) -> Generator[None, None, dict[str, Any] | None]:
         """A long body without its long strings, if that is enough to see that it goes upstream as it came."""
-        with contextlib.suppress(BadRequest):
-            body = to_object(without_long_strings(content))
-            if self._is_passthrough(kind, body) and body.get("model") != "":
-                return body
-        return None
-
-    def _is_passthrough(self, kind: BodyKind, body: dict[str, Any]) -> bool:
-        """Whether it is in the form that the upstream takes; raises BadRequest for what it must not have."""
-        self.body_limits.check(body)
         if kind in ("generate", "ask"):
-            return False
+            return None
+        try:
+            body = to_object(shortened)
+        except BadRequest:
+            return None
+        yield
+        if "" in (body.get("model"), body.get("previous_response_id")):
+            return None  # which is read, however long it is
+        if kind == "chat" and not self._is_openai(body):
+            return None  # its fields may be taken in another way
+        try:
+            yield from self._check_in_steps(kind, body, shortened)
+        except ForeignMedia:
+            return None  # which of its URLs that is only the whole of it says
+        return body
+
+    def _check(self, kind: BodyKind, body: dict[str, Any], content: bytes) -> None:
+        """Raises BadRequest for what a body must not have."""
+        self.body_limits.check(body)
         if kind == "chat":
-            media_urls.check_chat(body, self.media_domains)
-            if simplified.is_simplified(body):
-                return False
-            if not isinstance(body.get("messages"), list):
-                raise BadRequest(
-                    "messages must be an object with system and user, a string, or OpenAI's array of messages, but "
-                    f"it is {kind_of(body.get('messages'))}.",
-                    param="messages",
-                )
-        else:
-            media_urls.check_any(body, self.media_domains)
-        return True
+            if parts := media_urls.parts_of(body):
+                self.body_limits.check_parts(parts)
+                media_urls.check_any(parts, content, self.media_domains)
+        elif kind not in ("generate", "ask"):
+            media_urls.check_any(body, content, self.media_domains)
+
+    def _check_in_steps(self, kind: BodyKind, body: dict[str, Any], content: bytes) -> Iterator[None]:
+        """As `_check`, step by step."""
+        self.body_limits.check(body)
+        looked_at: Any = media_urls.parts_of(body) if kind == "chat" else body
+        if not looked_at or kind in ("generate", "ask"):
+            return
+        if kind == "chat":
+            self.body_limits.check_parts(looked_at)
+        yield
+        yield from media_urls.check_in_steps(looked_at, content, self.media_domains)
+        yield
+
+    def _is_openai(self, body: dict[str, Any]) -> bool:
+        """Whether a chat call is in OpenAI's form; raises BadRequest where it is in none."""
+        if simplified.is_simplified(body):
+            return False
+        if not isinstance(body.get("messages"), list):
+            raise BadRequest(
+                "messages must be an object with system and user, a string, or OpenAI's array of messages, but it is "
+                f"{kind_of(body.get('messages'))}.",
+                param="messages",
+            )
+        return self.compat is None or not erag.is_of_release(body, self.compat)
 
     def _translate(self, kind: BodyKind, body: dict[str, Any]) -> tuple[str, Translation]:
         """The form and the translation of a body that is not vLLM's own."""
@@ -158,6 +329,9 @@ class BodyReader:
             self.system_role,
             disable_streaming=self.disable_streaming,
             max_new_tokens=self.body_limits.max_new_tokens,
+            counts_tokens=self.counts_tokens,
+            checked=self.compat is not None,
+            with_text=self.compat in ("erag-2.0", "erag-2.1"),
         )
         translation: simplified.Simplified | Flattened = (
             Flattened(request) if self.connector == "langchain" else request
@@ -166,3 +340,12 @@ class BodyReader:
 
     def _max_context(self, model: str) -> float:
         return min(self.models.context(model), self.body_limits.max_new_tokens)
+
+
+def _result(steps: Steps) -> Reading:
+    """What comes of these steps, taken at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(Reading, end.value)

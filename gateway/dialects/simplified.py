@@ -18,9 +18,10 @@ from typing import Any, Literal, cast, get_args
 import orjson
 
 from gateway.dialects.citations import cited
+from gateway.dialects.field_names import OWN_FIELDS, refuse_misspelt
 from gateway.dialects.json_body import kind_of, shown
-from gateway.dialects.text_stream import Style, TextStream
-from gateway.wire.errors import BadRequest, UpstreamBroken
+from gateway.dialects.streams import ChunkStream, Style, TextStream
+from gateway.wire.errors import BadRequest, Rejected, UpstreamBroken
 
 Json = dict[str, Any]
 
@@ -38,35 +39,35 @@ _MOST_TOKENS = 2**31 - 1
 # What most requests are made of.
 _USUAL_FIELDS = frozenset({"max_new_tokens", "messages", "model", "streaming", "temperature", "top_p"})
 
-# Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
-_OWN_FIELDS = frozenset(
-    {
-        "data",
-        "id",
-        "input_guardrail_params",
-        "max_completion_tokens",
-        "max_new_tokens",
-        "max_tokens",
-        "messages",
-        "model",
-        "output_guardrail_params",
-        "query",
-        "stream",
-        "stream_style",
-        "streaming",
-        "temperature",
-        "top_p",
-        "typical_p",
-    }
+# What OpenAI's call with a list of messages does not have.
+_FIELDS_OF_LISTS = frozenset(
+    {"data", "input_guardrail_params", "max_new_tokens", "output_guardrail_params", "streaming"}
 )
+
+# `id` is of the class that messages were made of.
+_OF_MESSAGES = frozenset({"id", "system", "user"})
+
+# Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
+_OWN_FIELDS = OWN_FIELDS | {
+    "id",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "model",
+    "stream",
+    "temperature",
+    "top_p",
+    "typical_p",
+}
 
 
 @dataclass(slots=True)
 class Simplified:
     """A simplified request that has been checked.
 
-    `chat` is the chat call's body but for its model, `model` what the request names, if anything;
-    `echoed` is what the reply repeats of the request.
+    `chat` is the chat call's body but for its model, `model` what the request names, if anything. `streaming` says
+    whether the answer is a stream. `echoed` is what the reply repeats of the request, `citations` what it cites of the
+    request's documents. `hides_usage` says that vLLM is asked to tell a stream's tokens, and the caller is not told.
     """
 
     chat: Json
@@ -74,6 +75,8 @@ class Simplified:
     streaming: bool
     style: Style
     echoed: Json
+    citations: list[Json]
+    hides_usage: bool
 
     target = "/v1/chat/completions"
 
@@ -104,18 +107,35 @@ class Simplified:
             (b'{"text":', orjson.dumps(text), b",", answer.strip()[1:-1], b",", orjson.dumps(self.echoed)[1:])
         )
 
-    def to_stream(self) -> TextStream | None:
-        """What makes the reply's stream of vLLM's, where that is not in vLLM's own style."""
+    def to_texts(self, data: Json | None) -> TextStream | None:
+        """What makes texts of vLLM's chunks, where the reply's stream is not in vLLM's own style; `data` follows."""
         if self.style == "openai":
             return None
-        return TextStream(self.style, self.echoed["data"], lambda choice: choice["delta"].get("content"))
+        return TextStream(self.style, data, self.citations, lambda choice: choice["delta"].get("content"))
+
+    def to_stream(self) -> TextStream | ChunkStream | None:
+        """What makes the reply's stream of vLLM's, where that does not go on as it is."""
+        if self.style != "openai":
+            return self.to_texts(self.echoed["data"])
+        if not self.citations and not self.hides_usage:
+            return None
+        return ChunkStream(self.citations, hides_usage=self.hides_usage)
+
+
+def usage_options(options: Any) -> Json | None:
+    """A stream's options with the wish to be told of its tokens; None where they have it, or are none."""
+    if not isinstance(options, (dict, type(None))) or (options and options.get("include_usage")):
+        return None
+    # Whoever wants them after each token wants none without that wish.
+    others = {name: value for name, value in (options or {}).items() if name != "continuous_usage_stats"}
+    return {**others, "include_usage": True}
 
 
 def is_simplified(body: Json) -> bool:
     """Whether the body of a chat completion is in the simplified form; any other is OpenAI's."""
     messages = body.get("messages")
     if isinstance(messages, list):
-        return "max_new_tokens" in body or "streaming" in body
+        return not _FIELDS_OF_LISTS.isdisjoint(body)
     return isinstance(messages, (dict, str)) or (messages is None and "query" in body)
 
 
@@ -126,52 +146,83 @@ def from_body(
     *,
     disable_streaming: bool,
     max_new_tokens: float = MAX_NEW_TOKENS,
+    counts_tokens: bool = False,
+    checked: bool = False,
+    with_text: bool = False,
 ) -> Simplified:
-    """A checked request; `disable_streaming` answers every request whole. A request that does not say asks for no more
-    than `max_new_tokens`.
+    """A checked request; `disable_streaming` answers each whole. One that does not say asks for no more than
+    `max_new_tokens`. `counts_tokens` has vLLM tell a stream's tokens. Where the fields were `checked` already, what
+    else they may be is for vLLM to judge. Citations hold their documents' texts `with_text`.
 
     Raises BadRequest, which names the field.
     """
-    messages, prompt = _from_object(said) if isinstance(said := body.get("messages"), dict) else _messages(body)
+    messages, prompt = (
+        _from_object(said, checked) if isinstance(said := body.get("messages"), dict) else _messages(body, checked)
+    )
     if system_role == "merge":
         messages = _merged(messages)
     others: Json | None = None
-    guardrail = data = None
+    guardrail: Json | None = None
+    data: Json | None = None
+    citations: list[Json] = []
     if not body.keys() <= _USUAL_FIELDS:  # most have no more, and need no more looks
         others = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
-        guardrail, data = body.get("output_guardrail_params"), body.get("data")
-        if data is not None and not isinstance(data, dict):
-            raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
-        data = data and cited(data)
+        if not checked:
+            refuse_misspelt(others)
+        guardrail = body.get("output_guardrail_params")
+        data, citations = _cited(body.get("data"), with_text)
         if body.get("stream_style") is not None:
             stream_style = _style(body["stream_style"])
-        body = {**body, _MAX_TOKENS[0]: _one_of(body, _MAX_TOKENS, _max_tokens)}
+        body = {**body, _MAX_TOKENS[0]: _one_of(body, _MAX_TOKENS, _as_it_is if checked else _max_tokens)}
         body[_STREAMING[0]] = _one_of(body, _STREAMING, _streaming)
-    model, tokens, streaming = body.get("model"), body.get("max_new_tokens"), body.get("streaming")
+    model, asked = body.get("model"), body.get("streaming")
     if model is not None and not isinstance(model, str):
         raise BadRequest(f"model must be a string, but it is {kind_of(model)}.", param="model")
-    streaming = (streaming is None or _streaming(streaming, "streaming")) and not disable_streaming
-    chat = {
-        "messages": messages,
-        "max_tokens": min(MAX_NEW_TOKENS, max_new_tokens) if tokens is None else _max_tokens(tokens, "max_new_tokens"),
-        "temperature": TEMPERATURE if body.get("temperature") is None else _temperature(body["temperature"]),
-        "top_p": TOP_P if body.get("top_p") is None else _top_p(body["top_p"]),
-        "stream": streaming,
-    }
+    asked = asked is None or _streaming(asked, "streaming")
+    streaming = asked and not disable_streaming
+    chat = {"messages": messages, **_sampling(body, max_new_tokens, checked), "stream": streaming}
     if others:
         if not streaming:
             others.pop("stream_options", None)
         chat |= others
+    options = usage_options(chat.get("stream_options")) if counts_tokens and streaming else None
+    if options:
+        chat["stream_options"] = options
     echoed = {
         "prompt": prompt,
-        "streaming": streaming,
-        "stream": streaming,
+        # What was asked for, as a guard behind this decides by it whether its own answer is a stream.
+        "streaming": asked,
+        "stream": asked,
         "output_guardrail_params": guardrail,
         "data": data,
     }
     if (guardrail or data) and not _can_be_written(echoed):
         raise _too_deep(echoed)  # while it can still be refused
-    return Simplified(chat, model or None, streaming, stream_style, echoed)
+    return Simplified(chat, model or None, streaming, stream_style, echoed, citations, options is not None)
+
+
+def _cited(data: Any, with_text: bool) -> tuple[Json | None, list[Json]]:
+    """What the reply repeats of `data`, and the citations in it."""
+    if data is not None and not isinstance(data, dict):
+        raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
+    if not data or "reranked_docs" not in data:
+        return data, []
+    citations = cited(data, with_text=with_text)
+    return {**data, "reranked_docs": citations}, citations
+
+
+def _sampling(body: Json, max_new_tokens: float, checked: bool) -> Json:
+    """How the answer is drawn; what a request does not say is what the replaced systems took."""
+    tokens, temperature, top_p = body.get("max_new_tokens"), body.get("temperature"), body.get("top_p")
+    if not checked:
+        tokens = None if tokens is None else _max_tokens(tokens, "max_new_tokens")
+        temperature = None if temperature is None else _temperature(temperature)
+        top_p = None if top_p is None else _top_p(top_p)
+    return {
+        "max_tokens": min(MAX_NEW_TOKENS, max_new_tokens) if tokens is None else tokens,
+        "temperature": TEMPERATURE if temperature is None else temperature,
+        "top_p": TOP_P if top_p is None else top_p,
+    }
 
 
 def _too_deep(fields: Json) -> BadRequest:
@@ -188,18 +239,25 @@ def _can_be_written(value: Any) -> bool:
     return True
 
 
-def _messages(body: Json) -> tuple[list[Json], str]:
+def _messages(body: Json, checked: bool) -> tuple[list[Json], str]:
     messages = body.get("messages")
     if isinstance(messages, list):
-        return _from_list(messages)
+        return _from_list(messages, checked)
     name = "query" if messages is None else "messages"
-    text = _text(body[name], name)
+    text = _text(body[name], name, may_be_empty=checked)
     return [{"role": "user", "content": text}], text
 
 
-def _from_object(messages: Json) -> tuple[list[Json], str]:
+def _from_object(messages: Json, checked: bool) -> tuple[list[Json], str]:
+    if not checked and not messages.keys() <= _OF_MESSAGES:
+        name = next(name for name in messages if name not in _OF_MESSAGES)
+        raise BadRequest(
+            f"messages.{name[:40]} is not a field, as messages holds system and user: a history belongs in a list of "
+            "messages with role and content.",
+            param=f"messages.{name[:40]}",
+        )
     user = messages.get("user")
-    prompt = _texts_of(user) if isinstance(user, list) else _text(user, "messages.user")
+    prompt = _texts_of(user) if isinstance(user, list) else _text(user, "messages.user", may_be_empty=checked)
     system = messages.get("system")
     if system is not None and not isinstance(system, str):
         raise BadRequest(f"messages.system must be a string, but it is {kind_of(system)}.", param="messages.system")
@@ -220,7 +278,7 @@ def _texts_of(parts: list[Any]) -> str:
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
+def _from_list(messages: list[Any], checked: bool) -> tuple[list[Json], str]:
     for at, message in enumerate(messages):
         name = f"messages[{at}]"
         if not isinstance(message, dict):
@@ -231,9 +289,14 @@ def _from_list(messages: list[Any]) -> tuple[list[Json], str]:
             raise BadRequest(
                 f"{name}.role must be a string, but it is {kind_of(message.get('role'))}.", param=f"{name}.role"
             )
+        if checked and not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
+            raise BadRequest(
+                f"{name}.content must be a string, but it is {kind_of(message.get('content'))}.",
+                param=f"{name}.content",
+            )
     users = [message.get("content") for message in messages if message["role"] == "user"]
     if not users:
-        raise BadRequest("messages must hold at least one message of role 'user'.", param="messages")
+        raise Rejected("messages must hold at least one message of role 'user'.", param="messages")
     prompt = users[-1]
     return messages, prompt if isinstance(prompt, str) else ""
 
@@ -253,11 +316,15 @@ def _merged(messages: list[Json]) -> list[Json]:
     return [*rest[:first], {**rest[first], "content": content}, *rest[first + 1 :]]
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, *, may_be_empty: bool) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{name} must be a string that is not empty, but it is {kind_of(value)}.", param=name)
-    if not value or value.isspace():
+    if (not value or value.isspace()) and not may_be_empty:
         raise BadRequest(f"{name} must be a string that is not empty, but it is empty.", param=name)
+    return value
+
+
+def _as_it_is(value: Any, name: str) -> Any:
     return value
 
 

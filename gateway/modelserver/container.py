@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ if __name__ == "__main__":
     # The folder that the package is in, and not this one.
     sys.path[0] = str(Path(__file__).parents[2])
 
+from gateway.config.secret_files import BadSecretFile, with_files
 from gateway.modelserver import vllm_app, vllm_args
 
 PORT = 8008
@@ -83,8 +83,7 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
         if environ.get("LLM_DEVICE") == "hpu":
             found["QUANT_CONFIG"] = environ.get("QUANT_CONFIG") or str(_scales(model, data))
     command = ["vllm", "serve", model, "--host", "0.0.0.0", "--port", str(PORT), *options]
-    shown = re.sub(r"(--api-key[ =])\S+", r"\1…", shlex.join(command))
-    sys.stderr.write(f"Starting: {shown}\n")
+    sys.stderr.write(f"Starting: {vllm_args.shown(command)}\n")
     os.execvpe(command[0], command, found)
 
 
@@ -230,7 +229,7 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
             if argv is command:
                 unfinished.parent.mkdir(parents=True, exist_ok=True)
                 unfinished.touch()
-            sys.stderr.write(f"Starting: {shlex.join(argv)}\n")
+            sys.stderr.write(f"Starting: {vllm_args.shown(argv)}\n")
             if subprocess.run(argv, env=vllm_args.vllm_environment(environ), check=False).returncode:
                 raise vllm_args.OptionError("Nothing was calibrated; what was in the way stands above.")
     unfinished.unlink()
@@ -270,14 +269,14 @@ def main(arguments: list[str]) -> int:
             case ["own", folder, uid, gid]:
                 own(Path(folder), int(uid), int(gid))
             case ["serve"]:
-                serve(os.environ, Path(os.environ.get("HF_HOME", "/data")))
+                serve(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
             case ["quantize"]:
-                quantize(os.environ, Path(os.environ.get("HF_HOME", "/data")))
+                quantize(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
             case ["healthy"]:
                 return 0 if healthy() else 1
             case _:
                 raise vllm_args.OptionError(f"no such command: {shlex.join(arguments)}")
-    except (vllm_args.OptionError, OSError) as error:
+    except (vllm_args.OptionError, BadSecretFile, OSError) as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
     return 0

@@ -5,8 +5,11 @@ For `up`, and for the containers of model servers, where this is mounted beside 
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # vLLM's own options, and the names for each that people know from the systems that this replaces, the one that wins
 # first. vllm-app's documentation has GPU_MEM_ULTIIZATION.
@@ -30,6 +33,19 @@ _YES, _NO = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 _OURS = [name for names in _OPTIONS.values() for name in names] + [*_FLAGS.values(), "VLLM_APP_CONFIG"]
 # vLLM warns of each variable of its own prefix that it does not know.
 NOT_VLLMS = frozenset(name for name in _OURS if name.startswith("VLLM_"))
+# vLLM may run a model's own code, which is to find nothing that lets it call the gateway, or another server as the
+# gateway does. A deny-list, as vLLM, and what is below it, reads more names than anybody knows.
+_GATEWAYS_OWN = re.compile(
+    r"GATEWAY_.*|LLM_VLLM_(API_KEY|CLIENT_ID|CLIENT_SECRET|TOKEN_URL)(_FILE)?|(HF|HUGGING_FACE_HUB)_TOKEN_FILE"
+    r"|OTEL_.*HEADERS"
+)
+
+_SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
+# vLLM's own of these: its parser takes the beginning of a name for the name.
+_SECRET_OPTIONS = ("--api-key", "--encryption-keyfile", "--hf-token", "--ssl-keyfile-password")
+_OPTION = re.compile(r"(--?(?!\.?\d)[\w.+-]*)(=?)(.*)", re.DOTALL)
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_HIDDEN = "…"
 
 
 class OptionError(Exception):
@@ -88,9 +104,57 @@ def fp8(device: str, *, prepared: bool) -> list[str]:
 
 def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """vLLM's environment: without what is empty or not for it, and with the keys under the names that it reads."""
-    found = {name: value for name, value in environ.items() if value and name not in NOT_VLLMS}
+    found = {
+        name: value
+        for name, value in environ.items()
+        if value and name not in NOT_VLLMS and not _GATEWAYS_OWN.fullmatch(name)
+    }
     if key := environ.get("LLM_VLLM_API_KEY"):
         found["VLLM_API_KEY"] = key
     if token := environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"):
         found["HF_TOKEN"] = token
     return found
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command line as a shell would take it, for a log: without what may be a secret.
+
+    That is all values of an option whose name has key, token, secret or password, or may be short for one of vLLM's
+    that has; those of such names in JSON; and the user and password of a URL. What our own variables have options for
+    is shown.
+    """
+    words, hides = [], False
+    for word in argv:
+        option = _OPTION.fullmatch(word)
+        if option is None:
+            words.append(_HIDDEN if hides else shlex.quote(_without_secrets(word)))
+            continue
+        name, equals, value = option.groups()
+        hides = _is_secret(name)
+        if value:
+            value = _HIDDEN if hides else shlex.quote(_without_secrets(value))
+        words.append(f"{name}{equals}{value}")
+    return " ".join(words)
+
+
+def _is_secret(option: str) -> bool:
+    name = option.replace("_", "-").lower()
+    if name in _OPTIONS:
+        return False
+    return bool(_SECRET.search(name)) or (len(name) > 2 and any(known.startswith(name) for known in _SECRET_OPTIONS))
+
+
+def _without_secrets(value: str) -> str:
+    if value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.dumps(_redacted(json.loads(value)), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            if _SECRET.search(value):
+                return _HIDDEN
+    return _PASSWORD.sub(_HIDDEN, value)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _HIDDEN if _SECRET.search(name) else _redacted(one) for name, one in value.items()}
+    return [_redacted(one) for one in value] if isinstance(value, list) else value

@@ -10,7 +10,8 @@ from typing import NamedTuple, Self
 
 import httpx
 
-from gateway.config.settings import ModelServerSettings, names_of
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import names_of
 from gateway.modelserver import vllm_args
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import CannotStart

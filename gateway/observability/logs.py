@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ Format = Literal["json", "text"]
 _PENDING = 50_000
 # Lines of this long are written together, in seconds.
 _TOGETHER = 0.1
+_LOST = b'{"level":"WARNING","message":"%d log lines were lost: %b"}'
 
 
 class LineWriter:
@@ -34,10 +34,13 @@ class LineWriter:
         self._fd = fd
         os.set_blocking(fd, True)
         self._pending: deque[tuple[bytes, int]] = deque()
-        # Each is changed by one thread alone.
+        # Each is changed by one thread alone: what was taken and what dropped, and what the lines' own thread did.
         self._taken = 0
+        self._dropped = 0
         self._written = 0
-        self._lost = 0
+        self._failed = 0
+        self._dropped_told = 0
+        self._failed_told = 0
         self._closing = False
         self._woken = False
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -47,7 +50,7 @@ class LineWriter:
     def write(self, lines: bytes, count: int = 1) -> None:
         """Write so many lines, the last without its end, soon."""
         if self._taken - self._written >= _PENDING:
-            self._lost += count
+            self._dropped += count
             return
         self._taken += count
         self._pending.append((lines, count))
@@ -69,21 +72,36 @@ class LineWriter:
             self._flush()
         self._flush()
 
+    @property
+    def lost(self) -> int:
+        """How many lines were dropped or could not be written since the start."""
+        return self._dropped + self._failed
+
     def _flush(self) -> None:
         taken = [self._pending.popleft() for _ in range(len(self._pending))]
         lines = [block for block, _ in taken]
         self._written += sum(count for _, count in taken)
-        if self._lost:
-            lost, self._lost = self._lost, 0
-            lines.append(b'{"level":"WARNING","message":"%d log lines were lost: their reader is too slow"}' % lost)
+        told = self._dropped
+        if told > self._dropped_told:
+            lines.append(_LOST % (told - self._dropped_told, b"their reader is too slow"))
+            self._dropped_told = told
         if lines:
             self._write(b"\n".join([*lines, b""]))
 
     def _write(self, data: bytes) -> None:
-        # A full disk or a closed pipe must not end the process: the gateway serves on without its log.
-        with contextlib.suppress(OSError):
-            while data:
-                data = data[os.write(self._fd, data) :]
+        failed = self._failed - self._failed_told
+        if failed:
+            data = _LOST % (failed, b"they could not be written") + b"\n" + data
+        lines = data.count(b"\n")
+        left = data
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            # A full disk or a closed pipe must not end the process: the gateway serves on without its log.
+            self._failed += min(left.count(b"\n"), lines - bool(failed))
+        if failed and left.count(b"\n") < lines:
+            self._failed_told += failed
 
 
 class _Json(logging.Formatter):
@@ -149,12 +167,14 @@ class RequestLog:
 
     def _request_line(self, record: Record, ahead: float) -> bytes:
         started, first, ended = record.started_at, record.first_byte_at, record.ended_at
-        usage, trace = record.usage, record.trace
+        tokens, trace = record.tokens, record.trace
         fields = {
             "time": _iso(int((started + ahead) * 1000)),
             "request_id": record.request_id,
+            "upstream_request_id": None if record.sent_at is None else record.upstream_id,
             "method": record.route.method,
             "path": record.route.path,
+            "client": record.address or None,
             "key": record.key.name if record.key else None,
             "form": record.form or None,
             "model": record.model and record.model[:200],
@@ -162,8 +182,9 @@ class RequestLog:
             "status": record.status,
             "first_token_s": None if first is None else _in_microseconds(first - started),
             "total_s": _in_microseconds((ended or started) - started),
-            "prompt_tokens": usage[0] if usage else None,
-            "completion_tokens": usage[1] if usage else None,
+            "prompt_tokens": tokens[0] if tokens else None,
+            "completion_tokens": tokens[1] if tokens else None,
+            "tokens_estimated": tokens[2] if tokens else None,
             "bytes": record.bytes_out,
             "outcome": record.outcome,
         }
@@ -171,8 +192,8 @@ class RequestLog:
             fields["trace_id"], fields["span_id"] = trace.trace_id, trace.span_id
         return self._line(fields)
 
-    def other(self, request_id: str, method: str, path: str, status: int, total: float) -> None:
-        """The line of a request that is not relayed; `total` in seconds."""
+    def other(self, request_id: str, method: str, path: str, client: str, status: int, total: float) -> None:
+        """The line of a request that is not relayed; `client` is its address, if any, `total` in seconds."""
         if self._writer is None:
             return
         line = self._line(
@@ -181,6 +202,7 @@ class RequestLog:
                 "request_id": request_id,
                 "method": method,
                 "path": path,
+                "client": client or None,
                 "status": status,
                 "total_s": _in_microseconds(total),
                 "outcome": "done",

@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gateway.pool.admission_queue import AdmissionQueue
+from gateway.pool.arrivals import Arrivals
+from gateway.pool.buffers import Buffers
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.relay.interfaces import Call
 from gateway.relay.record import Record
@@ -30,10 +32,20 @@ class Metrics(Collector):
     """
 
     def __init__(
-        self, pool: UpstreamPool, in_flight: set[Call], queue: AdmissionQueue[Call], time: Callable[[], float]
+        self,
+        pool: UpstreamPool,
+        in_flight: set[Call],
+        queue: AdmissionQueue[Call],
+        arrivals: Arrivals[Call],
+        buffers: Buffers,
+        time: Callable[[], float],
+        lost_lines: Callable[[], int],
     ) -> None:
-        """All of them the data path's."""
+        """Most of them the data path's; `lost_lines` tells how many lines of the log were lost."""
+        self._lost_lines = lost_lines
         self._queue = queue
+        self._arrivals = arrivals
+        self._buffers = buffers
         self._time = time
         self._pool = pool
         self._in_flight = in_flight
@@ -43,8 +55,8 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
         # By route, form, model, status and outcome.
         self._requests: Counter[tuple[str, str, str, int, str]] = Counter()
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
+        # Reported and estimated, of prompts and then of completions.
+        self._tokens = [0, 0, 0, 0]
         self._first_token = _Histogram(
             "gateway_first_token_seconds", "From a streamed request's start to the first byte of its answer.", _SECONDS
         )
@@ -61,7 +73,7 @@ class Metrics(Collector):
 
     def finished(self, records: list[Record]) -> None:
         """Relayed requests have ended."""
-        models = self._pool.models
+        models, tokens = self._pool.models, self._tokens
         requests, total, added, first_token, per_event = [], [], [], [], []
         for record in records:
             started, ended = record.started_at, record.ended_at or record.started_at
@@ -78,10 +90,10 @@ class Metrics(Collector):
                 first_token.append(record.first_byte_at - started)
                 if record.events > 1:
                     per_event.append((ended - record.first_byte_at) / (record.events - 1))
-            usage = record.usage
-            if usage is not None:
-                self._prompt_tokens += usage[0]
-                self._completion_tokens += usage[1]
+            if (found := record.tokens) is not None:
+                prompt, completion, estimated = found
+                tokens[estimated] += prompt
+                tokens[2 + estimated] += completion
         self._requests.update(requests)
         self._total.observe(total)
         self._added.observe(added)
@@ -118,18 +130,41 @@ class Metrics(Collector):
         )
         for outcome, count in by_outcome.items():
             outcomes.add_metric((outcome,), count)
-        tokens = CounterMetricFamily("gateway_tokens", "Tokens that vLLM has reported.", labels=("kind",))
-        tokens.add_metric(("prompt",), self._prompt_tokens)
-        tokens.add_metric(("completion",), self._completion_tokens)
+        tokens = CounterMetricFamily(
+            "gateway_tokens",
+            "Tokens that vLLM has reported, and those estimated of streams of which it has not.",
+            labels=("kind", "source"),
+        )
+        for number, kind in enumerate(("prompt", "completion")):
+            for estimated, source in enumerate(("reported", "estimated")):
+                tokens.add_metric((kind, source), self._tokens[2 * number + estimated])
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
         waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._queue))
+        arriving = GaugeMetricFamily(
+            "gateway_arriving", "Those of them that have not come whole.", value=len(self._arrivals)
+        )
+        buffered = GaugeMetricFamily(
+            "gateway_buffered_bytes",
+            "What is held of requests, answers and what is not yet written.",
+            value=self._buffers.held,
+        )
+        most = GaugeMetricFamily("gateway_buffered_bytes_limit", "Most that may be held.", value=self._buffers.limit)
+        lost = CounterMetricFamily(
+            "gateway_log_lines_lost",
+            "Lines of the log that were dropped, or could not be written.",
+            value=self._lost_lines(),
+        )
         histograms = (self._first_token, self._per_event, self._total, self._added)
         return [
             requests,
             outcomes,
             in_flight,
             waiting,
+            arriving,
+            buffered,
+            most,
             tokens,
+            lost,
             *(one.family() for one in histograms),
             *self._upstreams(),
         ]

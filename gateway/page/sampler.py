@@ -31,6 +31,8 @@ _RATE_OF = 6
 _FIRST_TOKENS_OF = 60.0
 # Seconds for which the metrics of an upstream count.
 _GOOD_FOR = 3.0
+# Each costs an event a second, through the app.
+MOST_WATCHERS = 64
 
 
 class _Rate:
@@ -137,16 +139,22 @@ class Sampler:
         await self._ask()
         return orjson.dumps(self._report() | {"history": self._history.series()})
 
+    def begin_watch(self) -> bool:
+        """Take one of the places from which one may `watch`; False where none is free. `end_watch` gives it back."""
+        free = self._watchers < MOST_WATCHERS
+        self._watchers += free
+        return free
+
+    def end_watch(self) -> None:
+        """Give the place back."""
+        self._watchers -= 1
+
     async def watch(self) -> AsyncGenerator[bytes, None]:
         """The same as an event and, with each sample, one of how all is then, until the gateway ends."""
-        self._watchers += 1
-        try:
-            yield sse.encode(await self.report())
-            while not self._ends:
-                await self._sampled.wait()
-                yield self._event
-        finally:
-            self._watchers -= 1
+        yield sse.encode(await self.report())
+        while not self._ends:
+            await self._sampled.wait()
+            yield self._event
 
     @property
     def _ends(self) -> bool:
@@ -200,6 +208,7 @@ class Sampler:
         return {
             "in_flight": len(self._path.in_flight),
             "queue": len(self._path.queue),
+            "buffered_bytes": self._path.buffers.held,
             "requests_per_second": _rounded(self._requests.a_second),
             "errors_per_second": _rounded(self._failed.a_second),
             "first_token_p50": _rounded(first_tokens[0]),

@@ -1,48 +1,113 @@
-"""Calls that wait for room upstream, first come first served."""
+"""Calls that wait for room upstream: by turns among those whose they are, and first come first served within one's."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
+
+from gateway.pool.owners import Owner
 
 
 class WaitingCall(Protocol):
     """What may wait."""
 
-    model: str | None
-
     def try_admit(self) -> bool:
         """There may be room now; True if it was taken."""
+
+    def give_way(self) -> None:
+        """End: the queue is full, and this call's owner has the most in it."""
 
 
 C = TypeVar("C", bound=WaitingCall)
 
 
-class AdmissionQueue(OrderedDict[C, None], Generic[C]):
+class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
     """The calls that wait, at most `max_queue` of them.
 
-    An OrderedDict, because taking the first key of a plain dict is O(n) after many deletions. Nothing is around it, as
-    every request asks whether somebody waits.
+    Those that the same upstreams can take wait together, in a line for each owner. An OrderedDict, because taking the
+    first key of a plain dict is O(n) after many deletions; of all that wait, as every request asks whether somebody
+    does.
     """
 
     def __init__(self, max_queue: int) -> None:
         super().__init__()
         self.max_queue = max_queue
+        self._groups: OrderedDict[Hashable, OrderedDict[Owner, OrderedDict[C, None]]] = OrderedDict()
+        self._waiting: Counter[Owner] = Counter()
+        self._wakes = 0
 
-    def add(self, call: C) -> bool:
-        """Wait behind all others; False where too many wait."""
-        if len(self) >= self.max_queue:
+    def add(self, call: C, group: Hashable, owner: Owner) -> bool:
+        """Wait behind the others of this owner, for which the upstreams of `group` are; False where too many wait.
+
+        Where the queue is full, the newest of those that have most in it gives way to one that has less.
+        """
+        if owner.max_waiting is not None and self._waiting[owner] >= owner.max_waiting:
             return False
-        self[call] = None
+        if len(self) >= self.max_queue and not self._make_room(owner):
+            return False
+        self._groups.setdefault(group, OrderedDict()).setdefault(owner, OrderedDict())[call] = None
+        self._waiting[owner] += 1
+        self[call] = group, owner
         return True
+
+    def _make_room(self, owner: Owner) -> bool:
+        if not self._waiting:
+            return False
+        most, count = self._waiting.most_common(1)[0]
+        if count <= self._waiting[owner] + 1:
+            return False
+        newest = next(call for call in reversed(self) if self[call][1] == most)
+        newest.give_way()
+        return len(self) < self.max_queue
 
     def leave(self, call: C) -> None:
         """It waits no longer."""
-        self.pop(call, None)
+        place = self.pop(call, None)
+        if place is None:
+            return
+        group, owner = place
+        lines = self._groups[group]
+        del lines[owner][call]
+        if not lines[owner]:
+            del lines[owner]
+        if not lines:
+            del self._groups[group]
+        self._waiting[owner] -= 1
+        if not self._waiting[owner]:
+            del self._waiting[owner]
 
     def wake(self) -> None:
-        """There may be room: it is for the first that can use it, as not every upstream serves every model."""
-        full = set()
-        for call in list(self):
-            if call.model not in full and not call.try_admit():
-                full.add(call.model)
+        """There may be room for one call: for the first, in the turn of its owner, that can use it."""
+        # A call that is let in may end at once, and make room in its turn: that is no deeper a call of this.
+        self._wakes += 1
+        if self._wakes > 1:
+            return
+        try:
+            while self._wakes:
+                self._admit_one()
+                self._wakes -= 1
+        finally:
+            self._wakes = 0
+
+    def wake_all(self) -> None:
+        """There may be room for many."""
+        for _ in range(len(self)):
+            before = len(self)
+            self.wake()
+            if len(self) == before:
+                return
+
+    def _admit_one(self) -> None:
+        # Nothing changes until one is let in, and then this looks no further.
+        for group, lines in self._groups.items():
+            for owner, line in lines.items():
+                if owner.is_full:
+                    continue
+                if not next(iter(line)).try_admit():
+                    break  # those behind it need the same room
+                if owner in lines:
+                    lines.move_to_end(owner)
+                if group in self._groups:
+                    self._groups.move_to_end(group)
+                return

@@ -1,4 +1,4 @@
-"""Who may call: keys, of which only hashes are kept, and how many requests a minute each may make."""
+"""Who may call: keys, of which only hashes are kept, and what each may ask for in a minute, at a time, and of whom."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from gateway.pool.owners import Owner
+from gateway.pool.token_budget import TokenBudget
+
 _MINUTE = 60.0
 # What a key may look like at the least, where we see it: shorter ones, and those of few letters, are guessed.
 SHORTEST = 20
 _FEWEST_LETTERS = 8
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})(?:\s+(?P<a_minute>[1-9]\d{0,8}))?")
+_LINE = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})(?:\s+(?P<a_minute>[1-9]\d{0,8}))?(?P<limits>(?:\s+\S+)*)"
+)
+# What may stand behind these, as NAME=NUMBER, and the field that it is for.
+_LIMITS = {"tokens": "tokens", "in-flight": "max_in_flight", "waiting": "max_waiting"}
+_FORM = "NAME SHA256 [REQUESTS_A_MINUTE] [tokens=N] [in-flight=N] [waiting=N] [models=A,B]"
+_MODELS = "models="
 _OF_NOTHING = hashlib.sha256(b"").digest()
 
 
@@ -20,9 +29,11 @@ class BadKeys(ValueError):
     """What is wrong with a key or a file of them, in a sentence that does not show it."""
 
 
-@dataclass(slots=True)
-class Key:
+@dataclass(slots=True, eq=False)
+class Key(Owner):
     """Whom a key is for, by a name that stands in the log; `a_minute` requests, None for any number.
+
+    `tokens` are those of a minute, `models` those that it may ask for; None: any.
 
     The count is GCRA's (ITU-T I.371): one number, the time at which all that was taken will be earned again,
     so that a minute's requests may come at once and no more than these in any minute after.
@@ -30,6 +41,8 @@ class Key:
 
     name: str
     a_minute: int | None = None
+    tokens: TokenBudget | None = None
+    models: frozenset[str] | None = None
     _earned_at: float = field(default=-math.inf, repr=False)
 
     def take(self, now: float) -> float:
@@ -48,9 +61,14 @@ class Key:
         reset = max(0.0, self._earned_at - now)
         return math.floor((_MINUTE - reset) * self.a_minute / _MINUTE + 1e-6), reset
 
-    def go_on_as(self, before: Key) -> None:
-        """Count on from where `before`, of the same name, was."""
-        self._earned_at = before._earned_at
+    def become(self, other: Key) -> None:
+        """Have the limits of `other`, of the same name, and count on."""
+        self.a_minute, self.max_in_flight, self.max_waiting = other.a_minute, other.max_in_flight, other.max_waiting
+        self.models = other.models
+        if self.tokens is not None and other.tokens is not None:
+            self.tokens.a_minute = other.tokens.a_minute  # and what is in flight is settled with it
+        else:
+            self.tokens = other.tokens
 
 
 class Keys:
@@ -69,11 +87,11 @@ class Keys:
         before = {key.name: key for key in self._by_digest.values()}
         for key in by_digest.values():
             if key.name in before:
-                key.go_on_as(before[key.name])
-        self._by_digest = by_digest
+                before[key.name].become(key)  # which calls that run count on
+        self._by_digest = {digest: before.get(key.name, key) for digest, key in by_digest.items()}
 
 
-def from_secrets(secrets: Iterable[str]) -> dict[bytes, Key]:
+def from_secrets(secrets: Iterable[str], max_in_flight: int | None = None) -> dict[bytes, Key]:
     """Keys as they are, named by their place. Raises BadKeys for one that is weak."""
     found: dict[bytes, Key] = {}
     for place, secret in enumerate(secrets, 1):
@@ -87,15 +105,18 @@ def from_secrets(secrets: Iterable[str]) -> dict[bytes, Key]:
         digest = hashlib.sha256(secret.encode()).digest()
         if digest in found:
             raise BadKeys(f"key {place} stands there twice")
-        found[digest] = Key(f"key-{place}")
+        found[digest] = Key(f"key-{place}", max_in_flight=max_in_flight)
     return found
 
 
-def from_lines(text: str) -> dict[bytes, Key]:
-    """Keys of a file: each line a name, the key's SHA-256 in hex and, if any, its requests a minute.
+def from_lines(text: str, max_in_flight: int | None = None) -> dict[bytes, Key]:
+    """Keys of a file: each line a name, the key's SHA-256 in hex and, if any, its limits.
+
+    These are its requests and its tokens a minute, how many of its calls run (of itself `max_in_flight`) and wait at a
+    time, and the models that it may ask for.
 
         # made by: openssl rand -hex 32 | tee key | tr -d '\\n' | sha256sum
-        rag-pipeline 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 600
+        rag-pipeline 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 600 tokens=90000 in-flight=8
 
     Raises BadKeys, which names the line.
     """
@@ -106,13 +127,43 @@ def from_lines(text: str) -> dict[bytes, Key]:
             continue
         match = _LINE.fullmatch(content)
         if match is None:
-            raise BadKeys(f"line {number} must be NAME SHA256 or NAME SHA256 REQUESTS_A_MINUTE")
+            raise BadKeys(f"line {number} must be {_FORM}")
         digest = bytes.fromhex(match["digest"])
         if digest == _OF_NOTHING:
             raise BadKeys(f"line {number} has the SHA-256 of nothing")
         if digest in found or match["name"] in {key.name for key in found.values()}:
             raise BadKeys(f"line {number} has a name or a key that another line has")
-        found[digest] = Key(match["name"], int(match["a_minute"]) if match["a_minute"] else None)
+        a_minute = int(match["a_minute"]) if match["a_minute"] else None
+        words = match["limits"].split()
+        limits = _limits([word for word in words if not word.startswith(_MODELS)], number)
+        tokens = limits.get("tokens")
+        found[digest] = Key(
+            match["name"],
+            a_minute,
+            tokens=None if tokens is None else TokenBudget(tokens),
+            models=_models([word.removeprefix(_MODELS) for word in words if word.startswith(_MODELS)], number),
+            max_in_flight=limits.get("max_in_flight", max_in_flight),
+            max_waiting=limits.get("max_waiting"),
+        )
     if not found:
         raise BadKeys("it has no key")
     return found
+
+
+def _limits(words: list[str], number: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in _LIMITS or not re.fullmatch(r"[1-9]\d{0,8}", value) or _LIMITS[name] in found:
+            raise BadKeys(f"line {number} must be {_FORM}, but it has {word[:40]!r}")
+        found[_LIMITS[name]] = int(value)
+    return found
+
+
+def _models(lists: list[str], number: int) -> frozenset[str] | None:
+    if not lists:
+        return None
+    names = lists[0].split(",")
+    if len(lists) > 1 or not all(names):
+        raise BadKeys(f"line {number} must be {_FORM}, each model's name between commas")
+    return frozenset(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
@@ -26,10 +26,12 @@ _RETRIED_PART = 0.25
 class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
-    `models` is its model list's ids, empty until it was read, and `contexts` the most tokens of a prompt
-    and its answer that each of them takes, where the list has that. `supports_audio` says whether it takes speech,
-    where that was asked, `why` why it does not serve. `failovers` counts the calls that it did not take and
-    that another was asked for instead.
+    `model_list` is its model list as it was read, `models` the ids in it, both empty until then, and `contexts` the
+    most tokens of a prompt and its answer that each of them takes, where the list has that. `supports_audio` says
+    whether it takes speech, where that was asked, `routes` what it takes at all, by the routes' names (None: not
+    known), `why` why it does not serve. `fingerprint` is its answers' `system_fingerprint`, with its quotes, once one
+    was seen. `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is
+    when its last probe ended, `on_failure` is told of each broken call.
     """
 
     url: str
@@ -40,13 +42,18 @@ class Upstream:
     authority: str
     state: State = "loading"
     why: str = "not probed yet"
+    model_list: bytes = field(default=b"", repr=False)
     models: tuple[str, ...] = ()
     contexts: dict[str, int] = field(default_factory=dict)
     supports_audio: bool = False
+    routes: frozenset[str] | None = None
+    fingerprint: bytes | None = None
     in_flight: int = 0
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
+    probed_at: float | None = field(default=None, repr=False)
+    on_failure: Callable[[Upstream], None] | None = field(default=None, repr=False)
     failovers: int = field(default=0, repr=False)
 
     @classmethod
@@ -67,6 +74,8 @@ class Upstream:
         """A real call failed by the upstream's fault."""
         self.broken_in_a_row += 1
         self.broken_at = now
+        if self.on_failure is not None:
+            self.on_failure(self)
         if self.broken_in_a_row == BROKEN_IN_A_ROW:
             _log.warning(
                 "upstream %s broke its last %d calls: while others serve it gets one each %g s",
@@ -118,6 +127,18 @@ class UpstreamPool:
             return self._upstreams[0].models
         return tuple(dict.fromkeys(model for upstream in self._upstreams for model in upstream.models))
 
+    @property
+    def chat_model(self) -> str | None:
+        """The first model of the first upstream that can chat, as far as is known; None where nothing is served."""
+        served = [one for one in self._upstreams if one.models]
+        able = [one for one in served if one.routes is None or "chat" in one.routes]
+        return next((one.models[0] for one in (*able, *served)), None)
+
+    def models_of(self, route: str) -> list[str]:
+        """The models whose upstreams are known to take this route, by its name."""
+        able = [one for one in self._upstreams if one.routes is not None and route in one.routes]
+        return list(dict.fromkeys(model for one in able for model in one.models))
+
     def context(self, model: str) -> float:
         """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
         return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
@@ -155,6 +176,10 @@ class UpstreamPool:
             self._retries -= 1
             instead_of.failovers += 1
         return best
+
+    def group(self, model: str | None, *, audio: bool = False) -> tuple[Upstream, ...]:
+        """Those that can take such a call: all that wait for the same ones wait together."""
+        return tuple(self._serving(model, audio=audio))
 
     def _serving(self, model: str | None, *, audio: bool) -> Sequence[Upstream]:
         able = [one for one in self._upstreams if (one.supports_audio if audio else model in one.models)]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from gateway.relay.exchange import ANSWERING, RECEIVING, RENEWING, WAITING, Exchange
-from gateway.wire.errors import GatewayError, UpstreamUnauthorized
-from gateway.wire.heads import AnswerHead
+from collections.abc import Iterator
+from io import BytesIO
 
+from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
+from gateway.dialects.reader import Reading, Translation
+from gateway.pool.arrivals import no_room
+from gateway.relay.exchange import ANSWERING, READING, RECEIVING, RENEWING, WAITING, Exchange
+from gateway.wire.body_edit import edited
+from gateway.wire.errors import GatewayError, UpstreamUnauthorized, body_too_large
+from gateway.wire.heads import UNCOMPRESSED, AnswerHead
+from gateway.wire.pieces import add_piece
+
+# From so many bytes on a body is read step by step; what one read may bring is less.
+LARGE = 256 * 1024
+# So much of it is joined in a step.
+_WRITTEN = 1024 * 1024
 # A reused connection that closes this soon after a request was already closing when it was sent, in seconds.
 STALE_WITHIN = 0.1
 
@@ -24,14 +36,50 @@ class BufferedCall(Exchange):
         self._last_read_at = self._path.time()
         self._size += len(data)
         if self._size > self._path.limits.max_body_bytes:
-            self.fail(self._too_large())
+            self.fail(body_too_large(self._path.limits.max_body_bytes))
+        elif self._body:
+            add_piece(self._body, data)
         else:
             self._body.append(data)
 
     def request_end(self) -> None:
         """The request is complete."""
-        if self._state is RECEIVING:
+        if self._state is not RECEIVING:
+            return
+        if self._size < LARGE:
             self._call(b"".join(self._body), self._path.time())
+            return
+        self._path.arrivals.leave(self)
+        self._state = READING
+        if self._hold(self._size):
+            self._path.work.add(self.owner, self._read_in_steps())
+        else:
+            self.fail(no_room(self._path.buffers))
+
+    def _read_in_steps(self) -> Iterator[None]:
+        try:
+            # In steps, too: to take memory of the system costs several times what it does to copy into it.
+            joined, written = BytesIO(), 0
+            self._body.reverse()
+            while self._body:
+                written += joined.write(self._body.pop())
+                if written >= _WRITTEN:
+                    written = 0
+                    yield
+            content = joined.getvalue()
+            marks = None if self.key is None else self._marks()
+            steps = self._path.reader.read_in_steps(self.route.body, content, marks)
+            while self._state is READING:
+                yield
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    self._call(content, self._path.time(), end.value)
+                    return
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self.crashed(error)
 
     def request(self, content: bytes) -> None:
         """The whole request is there."""
@@ -39,29 +87,54 @@ class BufferedCall(Exchange):
         if self._state is RECEIVING:
             self._call(content, self.started_at)
 
-    def _call(self, content: bytes, now: float) -> None:
-        """Make the upstream's request of this body, and begin, or wait for room."""
+    def _call(self, content: bytes, now: float, reading: Reading | None = None) -> None:
+        """Make the upstream's request of this body, and begin, or wait for room; a long one was read before."""
         self.received_at = now
+        self.bytes_in = len(content)
+        if self._path.arrivals:
+            self._path.arrivals.leave(self)
         reader, request = self._path.reader, self._request
-        self._lines = request.lines
         try:
-            reading = reader.read(self.route.body, content)
-            content, self.form, self.model, self.streaming, self._translation = reading
-            if (translation := self._translation) is not None:
-                self.target = translation.target
-                self.model = reader.select_model(translation)
-                content = translation.to_call(self.model)
-                self._lines = request.lines_rewritten
+            if reading is None:
+                reading = reader.read(self.route.body, content, None if self.key is None else self._marks())
+            content, self.form, self.model, self.streaming, self._translation, self._hides_usage = reading
+            if self._translation is not None:
+                content = self._translated(self._translation)
+            rewritten = self._translation is not None or self._hides_usage or self.route.name == "models"
+            self._lines = UNCOMPRESSED + request.lines_rewritten if rewritten else request.lines
         except GatewayError as error:
             self.fail(error)
             return
         self._body = [content]
+        more, self._held = len(content) - self._held, len(content)
+        if not self._path.buffers.hold(self.owner, more):
+            self.fail(no_room(self._path.buffers))
+            return
+        key = self.key
+        if (
+            key is not None
+            and (key.models is not None or key.tokens is not None)
+            and (refusal := self._bounded_by_key(key, content)) is not None
+        ):
+            self.fail(refusal)
+            return
         if self.route.method == "POST":
             self._framing = f"content-length: {len(content)}\r\n"
             if not request.json:
                 self._framing += "content-type: application/json\r\n"
         if not self._try_start(now):
             self._enqueue(now)
+
+    def _translated(self, translation: Translation) -> bytes:
+        """The body that goes upstream in the place of one in another form."""
+        self.target = translation.target
+        self.model = self._path.reader.select_model(translation)
+        content = translation.to_call(self.model)
+        marks = None if self.key is None else self._marks()
+        if marks is None:
+            return content
+        call = to_object(without_long_strings(content) if len(content) >= LONG_BODY else content)
+        return edited(content, call, **marks.fields(call))
 
     # The upstream
 

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 
 from gateway.dialects.reader import BodyReader
 from gateway.pool.admission_queue import AdmissionQueue
+from gateway.pool.arrivals import Arrivals
+from gateway.pool.buffers import Buffers
 from gateway.pool.keys import Keys
+from gateway.pool.owners import Owners
 from gateway.pool.upstream_pool import UpstreamPool
+from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.interfaces import Call, Credentials, Transport
 from gateway.relay.record import Record
+from gateway.wire.client_address import Network
 from gateway.wire.heads import HeadLimits
 from gateway.wire.routes import Route
 
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """What one call may take, by the settings' names: bytes and seconds; `max_requests` is the most at once."""
+    """What calls may take, by the settings' names: bytes and seconds.
 
+    `max_connections` is the most clients at once. A `heartbeat_interval` of None: there are no heartbeats.
+    """
+
+    max_connections: float
     max_body_bytes: int
-    max_requests: float
     queue_timeout: float
     first_token_timeout: float
     idle_timeout: float
@@ -29,6 +37,7 @@ class CallLimits:
     header_timeout: float
     body_timeout: float
     client_write_timeout: float
+    heartbeat_interval: float | None = None
 
 
 @dataclass(slots=True)
@@ -43,11 +52,16 @@ class Drain:
 class DataPath:
     """What all exchanges of one gateway share.
 
-    `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds. `finished` is called
-    with each call at its end. `in_flight` holds those that have begun and not ended. `keys` are those that clients must
-    bring, None where anyone may call. `credentials` are what the upstreams are shown. `cross_origin` says that pages of
-    other origins may call, which the application sees to. `traced` puts what names a call's trace among the lines of
-    the head that goes upstream, None where nothing is traced.
+    `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds, and `call_later` calls
+    back so many seconds from now. `finished` is called with each call at its end. `in_flight` holds those that have
+    begun and not ended, `arrivals` those of them that have not come whole, and `buffers` what is held of all; `work` is
+    what takes long. `keys` are those that clients must bring, None where anyone may call; `salts_caches` says that
+    each has its own part of vLLM's prefix cache. `owners` are whose calls are,
+    by address. `proxies` are those whose word counts for who calls. `credentials` are what the upstreams are shown.
+    `cors_origins` are those whose pages may call, which the application sees to. `allows_host` says whether a Host is
+    one to call us by, None where any is. `forwarded_headers` are those of clients that go upstream though vLLM obeys
+    them. `traced` puts what names a call's trace among the lines of the head that goes upstream, None where nothing is
+    traced.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -55,15 +69,24 @@ class DataPath:
     reader: BodyReader
     transport: Transport
     time: Callable[[], float]
+    call_later: Callable[[float, Callable[[], None]], object]
     in_flight: set[Call]
     queue: AdmissionQueue[Call]
+    buffers: Buffers
+    arrivals: Arrivals[Call]
+    work: WorkInSteps
     drain: Drain
     finished: Callable[[Record], None]
     limits: CallLimits
     head_limits: HeadLimits
     keys: Keys | None
+    salts_caches: bool
+    owners: Owners
+    proxies: tuple[Network, ...]
     credentials: Credentials
-    cross_origin: bool
+    cors_origins: frozenset[bytes]
+    allows_host: Callable[[bytes], object] | None
+    forwarded_headers: frozenset[bytes]
     traced: Callable[[Record, bytes], bytes] | None
 
     def overdue(self) -> list[Call]:

@@ -10,46 +10,51 @@ State is changed first and acted on last, as an action may call back at once.
 
 from __future__ import annotations
 
-import math
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 from gateway.dialects.reader import TranslatedStream, Translation
-from gateway.pool.keys import Key, Keys
+from gateway.dialects.streams import ChunkStream
+from gateway.pool.arrivals import no_room
+from gateway.pool.model_list import without_paths
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
 from gateway.relay.interfaces import Client, Connection
-from gateway.relay.record import CLIENT_LEFT, Record
+from gateway.relay.keyed_record import JSON, NO_SUCH_PATH
+from gateway.relay.paced_client import PacedClient
+from gateway.relay.record import CLIENT_LEFT
+from gateway.relay.streamed_answer import StreamedAnswer
 from gateway.relay.usage import usage_text
 from gateway.wire import sse
+from gateway.wire.client_address import client_address
 from gateway.wire.errors import (
     Draining,
     GatewayError,
     NoneReady,
-    RateLimited,
-    RequestTimeout,
-    TooLarge,
+    Shortage,
     TooMany,
-    Unauthorized,
     UnsupportedEncoding,
-    UnsupportedType,
     UpstreamBroken,
+    UpstreamCompressed,
+    UpstreamRedirects,
+    UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
+    body_too_large,
+    is_shortage,
 )
-from gateway.wire.heads import AnswerHead, RequestHead
+from gateway.wire.heads import REDIRECTS, AnswerHead, RequestHead
+from gateway.wire.pieces import add_piece
 from gateway.wire.routes import Route
+
+_log = logging.getLogger(__name__)
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
 HELD_EVENT = 64 * 1024
 # A whole answer that has to be rewritten is collected up to this size.
 COLLECTED = 64 * 1024 * 1024
-# The slowest that a body may come, in bytes a second, past its time limit.
-_BODY_RATE = 1024
 
-LIMIT_HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")
-KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key."
 NO_TOKEN = "The gateway has no token for the model server yet: try again soon."
 FAILED = "The gateway failed; its log says why under this request id."
 
@@ -61,6 +66,7 @@ WAITING = 3  # the request is sent, no answer yet
 RENEWING = 4  # the upstream has refused our credentials, and new ones are awaited
 ANSWERING = 5  # the answer's head is there
 ENDED = 6
+READING = 7  # the request is there, and is read when its turn comes
 
 # What happens to the answer's body.
 _RELAYED = 0  # piece by piece, as it comes
@@ -68,45 +74,33 @@ _IN_EVENTS = 1  # in whole events
 _COLLECTED = 2  # rewritten at its end
 
 _LINE_FEED = ord("\n")
-_JSON = (b"content-type", b"application/json")
-_REPLY = AnswerHead(200, [_JSON])
+_REPLY = AnswerHead(200, [JSON])
+# Statuses that may be no answer: for others to give, or for nobody.
+_REFUSALS = REDIRECTS | {401, 503}
 
 
-class Exchange(Record, ABC):
-    """One request and its answer. Attributes without an underscore are for observers to read.
-
-    No time limit can have passed before `deadline`.
-    """
+class Exchange(StreamedAnswer, ABC):
+    """One request and its answer. Attributes without an underscore are for observers to read."""
 
     __slots__ = (
-        "_attempt_started_at",
         "_authorization",
         "_before_last",
         "_body",
         "_body_mode",
-        "_client",
         "_collected",
-        "_collected_size",
         "_connection",
-        "_events",
         "_framing",
-        "_head",
+        "_held",
+        "_hides_usage",
         "_last",
-        "_last_read_at",
         "_length",
         "_lines",
-        "_path",
-        "_paused",
+        "_queued_until",
         "_refusal",
         "_renewed",
         "_retried",
-        "_size",
-        "_started",
         "_state",
-        "_stream",
         "_translation",
-        "_write_chunk",
-        "deadline",
     )
 
     # Whether an upstream is needed that takes speech.
@@ -115,35 +109,42 @@ class Exchange(Record, ABC):
     def __init__(self, path: DataPath, client: Client, route: Route, target: str, head: RequestHead) -> None:
         now = path.time()
         super().__init__(route, target, head, now)
-        self.deadline = now
         self._path = path
+        self.deadline = self._last_read_at = self._commented_at = self._attempt_started_at = now
+        self._size = 0
+        self._paused = False
+        self.address = client.address
+        self.owner = client.owner
+        if path.proxies:
+            self.address = client_address(client.address, head.forwarded_for, path.proxies)
+            self.owner = path.owners.of(self.address)
         self._client = client
         self._state = RECEIVING
-        # The request: what is held of its body, how much has come, its framing and other headers as they go upstream.
-        self._body: list[bytes] = []
-        self._size = 0
+        # The request: what is held of its body, and of all, its framing and other headers as they go upstream.
+        self._body: list[bytes | bytearray] = []
+        self._held = 0
+        # Of its key's tokens.
+        self._reserved: float | None = None
         self._framing = ""
         self._lines = b""
+        self._queued_until = now
         self._translation: Translation | None = None
+        self._hides_usage = False
         # The upstream.
         self._connection: Connection | None = None
         self._authorization: str | None = None
         self._retried = False
         self._renewed = False
         self._refusal: bytes | None = None
-        self._attempt_started_at = now
-        self._last_read_at = now
         # The answer: its head and length until they go out, and what becomes of its body.
         self._head: AnswerHead | None = None
         self._length: bytes | None = None
         self._started = False
-        self._paused = False
         self._body_mode = _RELAYED
         self._events: sse.WholeEvents | None = None
         self._stream: TranslatedStream | None = None
-        self._write_chunk: Callable[[bytes], None] | None = None
-        self._collected: list[bytes] | None = None
-        self._collected_size = 0
+        self._write_chunk = None
+        self._collected: list[bytes | bytearray] | None = None
         # The last two pieces, in which its end and its usage are.
         self._before_last = b""
         self._last = b""
@@ -166,13 +167,12 @@ class Exchange(Record, ABC):
                     f"Content-Encoding must be absent or identity, but it is {encoding!r}: send the body uncompressed."
                 )
             )
-        elif self._request.origin and not self._request.json and self.route.body not in ("none", "upload"):
-            # Of any other type a browser sends it for whatever page, and asks nobody.
-            self.fail(UnsupportedType("Content-Type must be application/json in a page's call, which has an Origin."))
         elif length > limits.max_body_bytes:
-            self.fail(self._too_large())
-        elif len(path.in_flight) > limits.max_requests:
-            self.fail(TooMany("Too many requests run and wait already: try again soon."))
+            self.fail(body_too_large(limits.max_body_bytes))
+        elif self.owner.short_until > self.started_at or (
+            length > HELD_EVENT and not path.buffers.has_room(self.owner, length)
+        ):
+            self.fail(no_room(path.buffers))
         elif path.credentials.value is None:
             self.fail(NoneReady(NO_TOKEN))
 
@@ -180,51 +180,50 @@ class Exchange(Record, ABC):
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
 
+    def awaits_more(self) -> None:
+        """What one read brought of the request is there, and more is to come."""
+        if self._state is RECEIVING:
+            self._path.arrivals.grow(self, self.owner, self._size)
+
     @abstractmethod
     def request_end(self) -> None:
         """The request is complete."""
 
-    def _key_refusal(self, keys: Keys) -> GatewayError | None:
-        """Why this client may not call now."""
-        digest = self._request.key
-        if digest is None:
-            return Unauthorized(KEY_NEEDED)
-        key = self.key = keys.find(digest)
-        if key is None:
-            return Unauthorized("The key that was sent is none of this gateway's.")
-        if wait := key.take(self.started_at):
-            return RateLimited(
-                f"The key {key.name} has made its {key.a_minute} requests of this minute: try again in {wait:.0f} s.",
-                retry_after=math.ceil(wait),
-            )
-        return None
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(
-            f"The request's body must be at most {self._path.limits.max_body_bytes} bytes (GATEWAY_MAX_BODY_BYTES)."
-        )
+    def _hold(self, size: int) -> bool:
+        """So many bytes are held now for this call; whether there is room for them."""
+        more = size - self._held
+        self._held = size
+        return self._path.buffers.hold(self.owner, more)
 
     # The queue
 
     def _enqueue(self, now: float) -> None:
         self._state = QUEUED
         path = self._path
-        if path.queue.add(self):
-            self.deadline = min(now + path.limits.queue_timeout, self.started_at + path.limits.total_timeout)
+        if path.queue.add(self, path.pool.group(self.model, audio=self._needs_audio), self.owner):
+            self._queued_until = min(now + path.limits.queue_timeout, self.started_at + path.limits.total_timeout)
+            self.deadline = min(self._queued_until, self._next_heartbeat())
         else:
-            self.fail(TooMany(f"There is no room, and {path.queue.max_queue} requests wait already: try again soon."))
+            self.fail(TooMany(f"There is no room, and {len(path.queue)} requests wait already: try again soon."))
+
+    def give_way(self) -> None:
+        """The queue is full, and others have less in it."""
+        self.fail(TooMany("There is no room, and most of those that wait are yours: others go first. Try again soon."))
 
     def try_admit(self) -> bool:
         """There may be room upstream; True if it was taken."""
         return self._state is not QUEUED or self._try_start(self._path.time())
 
     def _try_start(self, now: float) -> bool:
-        path = self._path
+        path, owner = self._path, self.owner
+        if owner.max_in_flight is not None and owner.is_full:
+            return False
         upstream = path.pool.select(self.model, now, audio=self._needs_audio)
         if upstream is None:
             return False
         if self._state is QUEUED:
             path.queue.leave(self)
+        owner.in_flight += 1
         self._attempt_started_at = now
         self.deadline = self._next_timeout(now) if self.streaming else self.started_at + path.limits.total_timeout
         self._connect(upstream, fresh=False)
@@ -275,21 +274,27 @@ class Exchange(Record, ABC):
         self.sent_at = self._path.time()
         if self._paused:
             connection.pause()
-        connection.send(self._to_upstream())
+        head = self._to_upstream()
+        if self._held <= HELD_EVENT:
+            connection.send(b"".join((head, *self._body)))
+            return
+        for piece in (head, *self._body):  # as they are: a large one is not held twice
+            if self._connection is connection:
+                connection.send(piece)
 
     def _to_upstream(self) -> bytes:
-        """The request's head as it goes out, and what is held of its body."""
+        """The request's head as it goes out."""
         upstream, lines, traced = self.upstream, self._lines, self._path.traced
         assert upstream is not None
         head = (
             f"{self.route.method} {upstream.prefix}{self.target} HTTP/1.1\r\n"
-            f"host: {upstream.authority}\r\nx-request-id: {self.request_id}\r\n{self._framing}"
+            f"host: {upstream.authority}\r\nx-request-id: {self.upstream_id}\r\n{self._framing}"
         )
         if self._authorization:
             head += f"authorization: {self._authorization}\r\n"
         if traced is not None:
             lines = traced(self, lines)
-        return b"".join((head.encode("latin-1"), lines, b"\r\n", *self._body))
+        return b"".join((head.encode("latin-1"), lines, b"\r\n"))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
@@ -302,12 +307,21 @@ class Exchange(Record, ABC):
             return
         if self._refusal is not None:
             self.fail(NoneReady("No model server takes requests now: try again later.", retry_after=self._refusal))
+        elif self.route.name == "models":
+            self.fail(NoneReady("No model server is up: try again soon."))  # as where all of several are down
         elif timed_out is not None:
             self.fail(UpstreamTimeout("connect", timed_out))
         elif not upstream.ever_served:
             self.fail(NoneReady("The model server is not up yet: it may still be loading. Try again soon."))
         else:
             self.fail(UpstreamUnreachable(f"The model server cannot be reached: {why}."))
+
+    def _is_no_answer(self, refusal: AnswerHead) -> bool:
+        """Whether the client does not get this: a redirect, or what others are asked for in this one's place."""
+        if refusal.status in REDIRECTS:
+            self._upstream_failed(UpstreamRedirects(refusal.status))
+            return True
+        return self._is_dealt_with(refusal)
 
     @abstractmethod
     def _is_dealt_with(self, refusal: AnswerHead) -> bool:
@@ -330,19 +344,31 @@ class Exchange(Record, ABC):
 
     def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
-        if self._state is not WAITING or (head.status in (401, 503) and self._is_dealt_with(head)):
+        if self._state is not WAITING or (head.status in _REFUSALS and self._is_no_answer(head)):
             return
         self._state = ANSWERING
         self._body.clear()
-        self.status = head.status
-        self._head = head
-        self._choose_body_mode(head, length)
+        if self._held:
+            self._hold(0)
+        if not self._started:
+            self.status = head.status
+            self._head = head
+            self._choose_body_mode(head, length)
+        elif not head.streams or head.status != 200:  # to be told in the stream that a heartbeat has begun
+            self._head = head
+            self._body_mode = _COLLECTED
+            self._collected = []
+        if self._stream is not None and self.upstream is not None:
+            self._stream.fingerprint = self.upstream.fingerprint
 
     def _choose_body_mode(self, head: AnswerHead, length: bytes | None) -> None:
         """What becomes of the answer's body; no length can be promised where an error event may have to be added."""
+        if head.encoding and self._is_unreadable(head):
+            return
         translation = self._translation if head.status == 200 else None
         if not head.streams:
-            if translation is not None or self._uses_erag_errors():
+            rewritten = translation is not None or head.status == 404 or self.route.name == "models"
+            if rewritten or self._uses_erag_errors():
                 self._body_mode = _COLLECTED
                 self._collected = []
             else:
@@ -359,24 +385,39 @@ class Exchange(Record, ABC):
         if translation is not None and (stream := translation.to_stream()):
             self._stream = stream
             self._head = stream.head
+            if stream.paced:
+                self._client = PacedClient(self._client, self._path.call_later)
+        elif self._hides_usage and head.status == 200:
+            self._stream = ChunkStream([], hides_usage=True)
+
+    def _is_unreadable(self, head: AnswerHead) -> bool:
+        """Whether what is compressed would have to be read, as the client gets it in other words; it is told so."""
+        if head.status == 200:
+            rewritten = self._translation is not None or self._hides_usage or self.route.name == "models"
+        else:
+            rewritten = head.status >= 400 and self._uses_erag_errors()
+        if rewritten:
+            self.fail(UpstreamCompressed(head.encoding))
+        return rewritten
 
     def upstream_body(self, data: bytes) -> None:
         """What one read brought of the answer's body."""
         if self._state is not ANSWERING:
             return
-        self._last_read_at = self._path.time()
-        if self.first_byte_at is None:
-            self.first_byte_at = self._last_read_at
         if self._body_mode is _IN_EVENTS:
             events = self._events
             assert events is not None
-            if events.unfinished or data[-2:] != b"\n\n":
-                data = events.feed(data)
-                self._write_chunk = self._chunk_writer() if self._started else None
+            # What is not whole, or does not begin with `data` or `event`, may be a comment.
+            if events.unfinished or data[-2:] != b"\n\n" or data[:1] not in b"de" or b"\n:" in data:
+                data = self._whole_events(events, data)
                 if not data:
                     return
             self.events += data.count(b"\n\n")
-        elif self._body_mode is _COLLECTED:
+        self._last_read_at = self._path.time()
+        if self.first_byte_at is None:
+            self.first_byte_at = self._last_read_at
+            self._write_chunk = self._chunk_writer() if self._started else None  # by a comment
+        if self._body_mode is _COLLECTED:
             self._collect(data)
             return
         self._before_last, self._last = self._last, data
@@ -398,13 +439,8 @@ class Exchange(Record, ABC):
         self._client.start(head, self._length, self.request_id)
         self._write_chunk = self._chunk_writer()
 
-    def _chunk_writer(self) -> Callable[[bytes], None] | None:
-        """What takes a chunk of whole events as it came; None where the next one has to be looked at."""
-        events = self._events
-        return None if events is None or events.unfinished or self._stream is not None else self._client.chunk
-
     def upstream_chunk(self, chunk: bytes, size: int) -> None:
-        """What one read brought, where that was one HTTP chunk of `size` bytes that ends in a blank line.
+        """What one read brought, where that was one HTTP chunk of `size` bytes, an event and its blank line or more.
 
         That is how most events come; they cost least by going on as they are.
         """
@@ -434,7 +470,7 @@ class Exchange(Record, ABC):
 
     def _lacks_end(self) -> bool:
         events = self._events
-        if events is None or self.status != 200:
+        if events is None or self.status != 200 or self._body_mode is _COLLECTED:
             return False
         return not self._has_end(self._before_last + self._last + events.held)
 
@@ -451,7 +487,7 @@ class Exchange(Record, ABC):
                 self.upstream_body(content)
             self.upstream_end()
         elif self._state is WAITING:
-            if head.status in (401, 503) and self._is_dealt_with(head):
+            if head.status in _REFUSALS and self._is_no_answer(head):
                 return
             connection, self._connection = self._connection, None
             self.upstream_ended_at = self._path.time()
@@ -476,29 +512,14 @@ class Exchange(Record, ABC):
 
     # The answer
 
-    def _translate_stream(self, data: bytes) -> bytes:
-        assert self._stream is not None
-        try:
-            return self._stream.feed(data)
-        except GatewayError as error:
-            self._upstream_failed(error)
-            return b""
-
-    def _with_limits(self, head: AnswerHead, key: Key) -> AnswerHead:
-        """The head, with what is left of the key's requests, in the headers that OpenAI's clients know."""
-        if key.a_minute is None:
-            return head
-        left, reset = key.left(self._path.time())
-        values = (str(key.a_minute), str(left), f"{reset:.3f}s")
-        limits = [(name.encode(), value.encode()) for name, value in zip(LIMIT_HEADERS, values, strict=True)]
-        return AnswerHead(head.status, head.headers + limits, streams=head.streams)
-
     def _collect(self, data: bytes) -> None:
         assert self._collected is not None
-        self._collected.append(data)
-        self._collected_size += len(data)
-        if self._collected_size > COLLECTED:
+        add_piece(self._collected, data)
+        size = self._held + len(data)
+        if size > COLLECTED:
             self._upstream_failed(UpstreamBroken(f"The model server's answer is larger than {COLLECTED} bytes."))
+        elif not self._hold(size):
+            self.fail(no_room(self._path.buffers))
 
     def _complete(self) -> None:
         if self._body_mode is _COLLECTED:
@@ -517,6 +538,8 @@ class Exchange(Record, ABC):
                 end_name = sse.END_NAMES[self.route.ends]
                 self._upstream_failed(UpstreamBroken(f"The model server ended its stream without {end_name}."))
             failed = failed or sse.has_error(end)
+            if self._stream is not None and self.upstream is not None:
+                self.upstream.fingerprint = self._stream.fingerprint
         if self._state is ENDED:  # the client has left while it was written to, or what it got was an error
             return
         client = self._client
@@ -527,23 +550,33 @@ class Exchange(Record, ABC):
 
     def _answer(self, head: AnswerHead, content: bytes) -> None:
         """Answer with all of it at once, in the simplified form where that was asked for."""
+        if head.encoding and self._is_unreadable(head):
+            return
         self._last = content
+        if self._started:
+            no_path = head.status == 404 and content == NO_SUCH_PATH
+            self._tell_in_stream(self._not_served() if no_path else UpstreamRefused(head.status, content))
+            return
         if self._translation is not None and head.status == 200:
             try:
                 head, content = _REPLY, self._translation.to_reply(content)
-            except GatewayError as error:
-                self._upstream_failed(error)
+            except GatewayError as unreadable:
+                self._upstream_failed(unreadable)
                 return
         elif head.status >= 400 and self._uses_erag_errors():
             rest = [header for header in head.headers if header[0] != b"content-type"]
-            head, content = AnswerHead(head.status, [_JSON, *rest]), self._path.reader.to_upstream_error(content)
+            head, content = AnswerHead(head.status, [JSON, *rest]), self._path.reader.to_upstream_error(content)
+        elif head.status == 404:
+            head, content = self._not_found(head, content)
+        elif self.route.name == "models" and head.status == 200:
+            content = without_paths(content)
         self.bytes_out = len(content)
         if self.key is not None:
             head = self._with_limits(head, self.key)
         self._answered(failed=head.status >= 500)
         self._client.whole(head, content, self.request_id)
 
-    def _answered(self, *, failed: bool) -> None:
+    def _answered(self, *, failed: bool, outcome: str = "done") -> None:
         upstream = self.upstream
         assert upstream is not None
         if failed:
@@ -552,13 +585,21 @@ class Exchange(Record, ABC):
         else:
             if upstream.broken_in_a_row:
                 upstream.record_success()
-            self._finish("done")
+            self._finish(outcome)
 
     # The client
 
     def client_paused(self) -> None:
         """The client reads more slowly than the upstream writes."""
         self._paused = True
+        if self._started and self._state is ANSWERING and self._collected is None:
+            # What nobody reads is to hold little: its end, in which the usage is, and what is written of it.
+            written, self._last = len(self._last), sse.last_events(self._before_last + self._last, HELD_EVENT)
+            self._before_last = b""
+            if not self._hold(written + len(self._last)):
+                self.client_gone("shortage")
+                self._client.abort()
+                return
         if self._connection is not None:
             self._connection.pause()
 
@@ -566,6 +607,8 @@ class Exchange(Record, ABC):
         """The client has caught up."""
         self._paused = False
         self._last_read_at = self._path.time()
+        if self._started and self._state is ANSWERING and self._collected is None:
+            self._hold(0)
         if self._connection is not None:
             self._connection.resume()
 
@@ -574,6 +617,8 @@ class Exchange(Record, ABC):
         if self._state is ENDED:
             return
         self._drop_connection()
+        if outcome == "shortage":
+            self.owner.was_cut(self._path.time())
         if not self._started:
             self.status = CLIENT_LEFT
         self._finish(outcome)
@@ -589,8 +634,12 @@ class Exchange(Record, ABC):
         if now >= self._path.drain.ends_at:
             self.fail(Draining("The gateway ends, and the time for what was still running is over: try again."))
         elif self._state is QUEUED and now - self.started_at < limits.total_timeout:
-            seconds = limits.queue_timeout
-            self.fail(TooMany(f"There was no room for {seconds:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
+            if now >= self._queued_until:
+                seconds = limits.queue_timeout
+                self.fail(TooMany(f"There was no room for {seconds:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
+                return
+            self._beat_if_due(now)
+            self.deadline = min(self._queued_until, self._next_heartbeat())
         elif self._state is RECEIVING:
             if late_body := self._late_body(now, self.started_at):
                 self.fail(late_body)
@@ -601,24 +650,8 @@ class Exchange(Record, ABC):
         elif self.streaming and (late := self._late(now)):
             self._upstream_failed(late)
         else:
+            self._beat_if_due(now)
             self.deadline = self._next_timeout(now)
-
-    def _late_body(self, now: float, since: float) -> RequestTimeout | None:
-        """What is wrong with the time in which the request's body has come since then."""
-        limits = self._path.limits
-        if now - self._last_read_at >= limits.body_timeout:
-            return RequestTimeout(f"The request's body stopped for {limits.body_timeout:g} s (GATEWAY_BODY_TIMEOUT).")
-        if now - self.started_at >= limits.total_timeout:
-            return RequestTimeout(f"The request took longer than {limits.total_timeout:g} s (GATEWAY_TOTAL_TIMEOUT).")
-        if now - since >= limits.body_timeout + self._size / _BODY_RATE:
-            return RequestTimeout(f"The request's body came more slowly than {_BODY_RATE} bytes a second.")
-        return None
-
-    def _body_deadline(self, since: float) -> float:
-        """When `_late_body` may find something."""
-        limits = self._path.limits
-        slowest = since + limits.body_timeout + self._size / _BODY_RATE
-        return min(self._last_read_at + limits.body_timeout, slowest, self.started_at + limits.total_timeout)
 
     def _took_too_long(self, now: float) -> None:
         limit = self._path.limits.total_timeout
@@ -629,29 +662,6 @@ class Exchange(Record, ABC):
         else:
             self.fail(error)  # a long stream, a slow reader or a slow upload is no fault of the upstream's
 
-    def _late(self, now: float) -> UpstreamTimeout | None:
-        limits = self._path.limits
-        if self._paused:
-            return None
-        if self.first_byte_at is None:
-            late = now - max(self._attempt_started_at, self._last_read_at) >= limits.first_token_timeout
-            return UpstreamTimeout("first_token", limits.first_token_timeout) if late else None
-        late = now - self._last_read_at >= limits.idle_timeout
-        return UpstreamTimeout("idle", limits.idle_timeout) if late else None
-
-    def _next_timeout(self, now: float) -> float:
-        """When a limit may pass. At most an idle gap from now, so that the first byte need not set it anew."""
-        limits = self._path.limits
-        end = self.started_at + limits.total_timeout
-        if not self.streaming:
-            return end
-        if self._paused:
-            return min(end, now + limits.idle_timeout)
-        if self.first_byte_at is None:
-            first_token = max(self._attempt_started_at, self._last_read_at) + limits.first_token_timeout
-            return min(end, now + limits.idle_timeout, first_token)
-        return min(end, self._last_read_at + limits.idle_timeout)
-
     # The end
 
     def _upstream_failed(self, error: GatewayError) -> None:
@@ -659,6 +669,17 @@ class Exchange(Record, ABC):
         if self.upstream is not None and not silent:
             self.upstream.record_failure(self._path.time())
         self.fail(error)
+
+    def crashed(self, error: BaseException) -> None:
+        """A bug of ours, or a shortage of memory: the client is told, and the upstream's standing stays as it is."""
+        _log.error("the exchange failed (request id %s)", self.request_id, exc_info=error)
+        if self._state is ENDED:
+            self._client.abort()  # it was being answered
+        elif isinstance(error, MemoryError) or is_shortage(error):
+            what = "memory" if isinstance(error, MemoryError) else "descriptors (ulimit -n)"
+            self.fail(Shortage(f"The gateway is short of {what}: try again soon."))
+        else:
+            self.fail(GatewayError(FAILED))
 
     def fail(self, error: GatewayError) -> None:
         """End with an error of our own: an answer, an event in a stream, or, where neither is possible, a cut."""
@@ -668,13 +689,13 @@ class Exchange(Record, ABC):
         client, events = self._client, self._events
         if not self._started:
             if self._uses_erag_errors():
-                content = self._path.reader.to_error(error.message)
+                content = self._path.reader.to_error(error)
             else:
                 content = error.envelope(self.request_id, self.route.ends)
             self.status = error.status
             self.bytes_out = len(content)
             self._finish(error.outcome)
-            head = AnswerHead(error.status, [_JSON, *error.headers])
+            head = AnswerHead(error.status, [JSON, *error.answer_headers])
             if self.key is not None:
                 head = self._with_limits(head, self.key)
             client.whole(head, content, self.request_id)
@@ -708,9 +729,18 @@ class Exchange(Record, ABC):
         path = self._path
         self.ended_at = path.time()
         path.in_flight.discard(self)
+        if path.arrivals:
+            path.arrivals.leave(self)
+        # Not by `_hold`, as every call ends here.
+        path.buffers.held -= self._held
+        self.owner.held -= self._held
+        self._held = 0
         if self.upstream is not None:
             self.upstream.in_flight -= 1
+            self.owner.in_flight -= 1
         self._usage_text = usage_text(self._before_last + self._last)
+        if self._reserved is not None:
+            self._settle(self._reserved)
         # Observers may hold this object for a while, so what is large is dropped.
         self._last = self._before_last = b""
         self._body.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from gateway.pool.owners import Owner
 from gateway.pool.upstream_pool import Upstream
 from gateway.wire.errors import GatewayError
 from gateway.wire.heads import AnswerHead
@@ -13,9 +14,12 @@ from gateway.wire.heads import AnswerHead
 class Client(Protocol):
     """The side that asked; each adapter does its own framing.
 
-    `chunk` takes a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
+    `address` is that of the connection's other end, empty where it has none, and `owner` is whose it is. `chunk` takes
+    a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
     """
 
+    address: str
+    owner: Owner
     chunk: Callable[[bytes], None] | None
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
@@ -33,14 +37,17 @@ class Client(Protocol):
     def abort(self) -> None:
         """The answer breaks off: the connection closes without a clean end."""
 
+    def is_gone(self) -> bool:
+        """Whether nothing can reach it any more."""
+
 
 class Connection(Protocol):
     """One connection to an upstream, lent to one exchange at a time."""
 
     reused: bool
 
-    def send(self, request: bytes) -> None:
-        """The whole request, head and body; an upload's in pieces."""
+    def send(self, request: bytes | bytearray) -> None:
+        """The whole request, head and body; a large one's in pieces."""
 
     def pause(self) -> None:
         """Stop reading."""
@@ -50,6 +57,9 @@ class Connection(Protocol):
 
     def release(self) -> None:
         """Done with it: to the idle ones where it can serve again."""
+
+    def unsent(self) -> int:
+        """How many bytes of the request the upstream has yet to take."""
 
     def discard(self) -> None:
         """Close it at once; what the upstream still does for this request is not wanted."""
@@ -77,6 +87,9 @@ class Caller(Protocol):
     def upstream_paused(self) -> None: ...
 
     def upstream_resumed(self) -> None: ...
+
+    def crashed(self, error: BaseException) -> None:
+        """What was done for it has failed by no fault of an upstream's: a bug of ours, or a shortage."""
 
 
 class Transport(Protocol):
@@ -106,6 +119,7 @@ class Call(Protocol):
 
     request_id: str
     model: str | None
+    started_at: float
     deadline: float
 
     def check_timeouts(self) -> None:
@@ -113,3 +127,9 @@ class Call(Protocol):
 
     def try_admit(self) -> bool:
         """There may be room upstream; True if it was taken."""
+
+    def give_way(self) -> None:
+        """End: too many wait."""
+
+    def fail(self, error: GatewayError) -> None:
+        """End with this."""

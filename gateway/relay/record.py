@@ -26,13 +26,19 @@ class Record:
     Times are the clock's seconds, None for what has not happened. `form` is `openai`, `simplified`, `generate` or
     `ask`; empty where it is not known. `target` is what the upstream is asked for, `status` what the client got.
     `trace` is there once something traces it. `outcome` is `done`, `client_left`, `refused`, `upstream_error`,
-    `drained` or `timeout:<which>`, and empty until the end. `bytes_out` and `events` are those of the answer.
+    `drained`, `shortage` (of memory, for what nobody read) or `timeout:<which>`, and empty until the end. `address` is
+    the client's, as far as it is known. `request_id` is what the client calls it, if anything, and `upstream_id` what
+    the upstream is told, of which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the
+    request's body, `bytes_out` and `events` those of the answer.
     """
 
     __slots__ = (
+        "_refused",
         "_request",
         "_usage",
         "_usage_text",
+        "address",
+        "bytes_in",
         "bytes_out",
         "ended_at",
         "events",
@@ -52,6 +58,7 @@ class Record:
         "trace",
         "upstream",
         "upstream_ended_at",
+        "upstream_id",
     )
 
     def __init__(self, route: Route, target: str, head: RequestHead, started_at: float) -> None:
@@ -59,7 +66,9 @@ class Record:
         self.target = target
         self.trace: Trace | None = None
         self.request_id = head.request_id or new_request_id()
+        self.upstream_id = new_request_id() if head.names_itself else self.request_id
         self.form = ""
+        self.address = ""
         self.key: Key | None = None
         self.model: str | None = None
         self.upstream: Upstream | None = None
@@ -67,6 +76,7 @@ class Record:
         self.streaming = False
         self.outcome = ""
         self.events = 0
+        self.bytes_in = 0
         self.bytes_out = 0
         self.started_at = started_at
         self.received_at: float | None = None
@@ -74,6 +84,7 @@ class Record:
         self.first_byte_at: float | None = None
         self.upstream_ended_at: float | None = None
         self.ended_at: float | None = None
+        self._refused = False  # by the upstream, though the status be that of a stream
         self._request = head
         self._usage: tuple[int, int] | None = None
         self._usage_text = b""
@@ -90,3 +101,17 @@ class Record:
             self._usage = usage_in(self._usage_text)
             self._usage_text = b""
         return self._usage
+
+    @property
+    def tokens(self) -> tuple[int, int, bool] | None:
+        """Prompt and completion tokens, and whether they are an estimate, as that of a stream of which none was told.
+
+        That is a quarter of the body's bytes, and the events but for those that bring no text.
+        """
+        usage = self.usage
+        if usage is not None:
+            return *usage, False
+        if not self.streaming or self.sent_at is None or self._refused or self.status not in (200, CLIENT_LEFT):
+            return None
+        without_text = (self.route.body == "chat") + (self.outcome == "done")
+        return self.bytes_in // 4, max(0, self.events - without_text), True

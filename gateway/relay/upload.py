@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from gateway.pool.arrivals import no_room
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
-from gateway.relay.exchange import RENEWING, Exchange
+from gateway.relay.exchange import RECEIVING, RENEWING, Exchange
 from gateway.relay.interfaces import Client, Connection
-from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken
+from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken, body_too_large
 from gateway.wire.heads import AnswerHead, RequestHead
+from gateway.wire.pieces import add_piece
 from gateway.wire.routes import Route
 
 # What is held of a body while there is no connection yet, before the client is paused.
@@ -27,7 +29,7 @@ class UploadingClient(Client, Protocol):
 
 
 class Upload(Exchange):
-    """An exchange that asks for a connection with the request's head, and sends each piece of its body on.
+    """An exchange that asks for a connection once there is something to send, and sends each piece of its body on.
 
     What was sent is gone, so nothing is sent twice: the connection is always a new one, and another upstream
     is asked only where this one took no connection. The model stands somewhere in the body, so that an upstream
@@ -57,11 +59,12 @@ class Upload(Exchange):
             said = repr(kind[:40].decode("latin-1")) if kind else "missing"
             self.fail(UnsupportedType(f"Content-Type must be multipart/form-data, with a file, but it is {said}."))
             return
+        key = self.key
+        if key is not None and (refusal := self._bounded_by_key(key, b"")):
+            self.fail(refusal)
+            return
         self._framing = f"content-length: {request.length}\r\n" if request.length else "transfer-encoding: chunked\r\n"
         self._lines = b"content-type: %b\r\n%b" % (kind, request.lines)
-        now = self._path.time()
-        if not self._try_start(now):
-            self._enqueue(now)
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -70,23 +73,37 @@ class Upload(Exchange):
         self._last_read_at = self._path.time()
         self._size += len(data)
         if self._size > self._path.limits.max_body_bytes:
-            self.fail(self._too_large())
+            self.fail(body_too_large(self._path.limits.max_body_bytes))
         elif self._connection is not None:
             self._connection.send(self._framed(data))
         else:
-            self._body.append(self._framed(data))
+            add_piece(self._body, self._framed(data))
             if self._size > HELD:
-                self.upstream_paused()
+                self._go(self._last_read_at)
+                if self._connection is None and self._has_room(self._size):
+                    self.upstream_paused()
+
+    def _go(self, now: float) -> None:
+        """There is something to send: only now is a place upstream taken for it."""
+        if self._state is not RECEIVING:
+            return
+        self._path.arrivals.leave(self)
+        if self._has_room(self._size) and not self._try_start(now):
+            self._enqueue(now)
+
+    def _has_room(self, size: int) -> bool:
+        """So many bytes are held now; where that is too much the call ends."""
+        if not self.outcome and not self._hold(size):
+            self.fail(no_room(self._path.buffers))
+        return not self.outcome
 
     def request_end(self) -> None:
         """The request is complete."""
         if self.outcome:
             return
         if self._size != self._request.length > 0:
-            # As with an `Upgrade: h2c`, behind which no body is read.
-            self.fail(
-                BadRequest("The request's body is not as long as its Content-Length says: send it without Upgrade.")
-            )
+            # As of one with an `Upgrade` under an ASGI server that takes it for the end of HTTP.
+            self.fail(BadRequest("The request's body is not as long as its Content-Length says."))
             return
         self._all_came = True
         self.received_at = self._path.time()
@@ -96,6 +113,7 @@ class Upload(Exchange):
         end = self._framed(b"")
         if self._connection is None:
             self._body.append(end)
+            self._go(self.received_at)
             return
         self.sent_at = self.received_at
         if end:
@@ -113,12 +131,15 @@ class Upload(Exchange):
 
     def upstream_paused(self) -> None:
         """The upstream takes the request more slowly than it comes."""
+        if self._connection is not None and not self._has_room(self._connection.unsent()):
+            return
         if not self._all_came and not self._blocked:
             self._blocked = True
             self._uploader.pause()
 
     def upstream_resumed(self) -> None:
         """The upstream takes more."""
+        self._hold(0)
         if self._blocked and not self.outcome:
             now = self._path.time()
             self._attempt_started_at += now - self._last_read_at  # the client could send nothing in this time
@@ -132,15 +153,12 @@ class Upload(Exchange):
         was_blocked, self._blocked = self._blocked, False
         self._last_read_at = self._attempt_started_at = self._path.time()
         super().upstream_connected(connection)
+        self._body.clear()  # nothing is sent twice
         if self._connection is not None:
+            self._hold(connection.unsent() if self._blocked else 0)
             self.deadline = self._next_timeout(self._attempt_started_at)
             if was_blocked and not self._blocked:  # the sending may have paused it again
                 self._uploader.resume()
-
-    def _to_upstream(self) -> bytes:
-        request = super()._to_upstream()
-        self._body.clear()  # nothing is sent twice
-        return request
 
     def _is_dealt_with(self, refusal: AnswerHead) -> bool:
         """Whether other credentials are asked for; the next call finds them, and to wait would not help this one."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.pool.owners import Owner
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED, Exchange
 from gateway.relay.upload import Upload
@@ -39,8 +40,9 @@ class Relay:
             raise HTTPException(404)
         state, context = state_of(scope), context_of(scope)
         context.relayed = True
-        client = _AsgiClient()
         path, head = state["parts"].data_path, context.head
+        address = scope["client"][0] if scope["client"] else ""
+        client = _AsgiClient(address, path.owners.of(address))
         # Starlette answers HEAD wherever it answers GET; the exchange asks by GET, the server drops the body.
         query = scope["query_string"].decode("latin-1")
         target = self._route.path.format(**scope["path_params"])
@@ -60,6 +62,7 @@ class Relay:
         finally:
             reader.cancel()
             del client.exchange  # which holds the client, too
+            client.abort()  # whatever still comes for it goes nowhere
             exchange.client_gone()
 
 
@@ -70,11 +73,14 @@ async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: R
         if exchange.outcome:
             return  # what was refused by its head is not asked for, as `receive` would by a 100 (Continue)
         client.asked_for = True
+        exchange.awaits_more()
         while (message := await receive())["type"] == "http.request":
             await client.readable()
             if body := message.get("body"):
                 exchange.request_body(body)
-            if not message.get("more_body"):
+            if message.get("more_body"):
+                exchange.awaits_more()
+            else:
                 exchange.request_end()
         exchange.client_gone()
     except Exception:
@@ -90,7 +96,9 @@ class _AsgiClient:
     exchange: Exchange
     chunk: Callable[[bytes], None] | None = None  # the server does the framing
 
-    def __init__(self) -> None:
+    def __init__(self, address: str, owner: Owner) -> None:
+        self.address = address
+        self.owner = owner
         self._queue: deque[Message] = deque()
         self._queued = 0
         self._paused = False
@@ -141,6 +149,9 @@ class _AsgiClient:
     def abort(self) -> None:
         self._aborted = True
         self._wake.set()
+
+    def is_gone(self) -> bool:
+        return self._aborted
 
     def _put(self, message: Message) -> None:
         self._queue.append(message)

@@ -7,18 +7,27 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import orjson
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from gateway.page.document import Document
-from gateway.page.sampler import Sampler
-from gateway.relay.exchange import KEY_NEEDED
+from gateway.page.sampler import MOST_WATCHERS, Sampler
+from gateway.pool.model_list import union
+from gateway.relay.keyed_record import KEY_NEEDED
 from gateway.server.context import Parts, context_of, state_of
+from gateway.server.openapi import MODEL
 from gateway.server.responses import to_response
-from gateway.wire.errors import Unauthorized
+from gateway.wire.errors import ModelNotFound, NoneReady, TooMany, Unauthorized
+from gateway.wire.heads import RequestHead
 
 Handler = Callable[[Request], Awaitable[Response]]
+# A status, what is said, which is JSON, and headers.
+Answer = tuple[int, bytes, dict[str, str]]
 
+_LIVES = b'{"status":"ok"}'
 
 # No longer than a sample and a half does a watch go on, in seconds.
 _WATCH_ENDS = 5.0
@@ -36,8 +45,12 @@ def _sampler(request: Request) -> Sampler:
 
 def _has_key(request: Request) -> bool:
     """Whether there are no keys, or one was brought."""
-    keys, digest = _parts(request).data_path.keys, context_of(request.scope).head.key
-    return keys is None or (digest is not None and keys.find(digest) is not None)
+    return _is_known(_parts(request), context_of(request.scope).head)
+
+
+def _is_known(parts: Parts, head: RequestHead) -> bool:
+    keys = parts.data_path.keys
+    return keys is None or (head.key is not None and keys.find(head.key) is not None)
 
 
 def guarded(handler: Handler) -> Handler:
@@ -51,36 +64,97 @@ def guarded(handler: Handler) -> Handler:
     return asks_for_key
 
 
-async def health(request: Request) -> Response:
+def lives(parts: Parts, head: RequestHead) -> Answer:
     """This process lives; says nothing of the upstreams."""
-    return JSONResponse({"status": "ok"})
+    return 200, _LIVES, {}
 
 
-async def health_check(request: Request) -> Response:
-    """200 only when a chat call would succeed now, else 503; with how each upstream is and, given a key, where."""
-    prober = _parts(request).prober
-    await prober.probe_all()
-    upstreams = prober.report(time.monotonic())
-    if not _has_key(request):
+def how_all_is(parts: Parts, head: RequestHead, asked: str | None = None) -> Answer:
+    """200 only when a chat call would succeed now, else 503; with how each upstream is and, to who may call, where.
+
+    That is one of the model `asked` for, or of the one that a simplified call without a model is for.
+    """
+    upstreams = parts.prober.report(time.monotonic())
+    model = parts.data_path.reader.resolve("chat", asked) or parts.data_path.reader.default_model
+    allows_host = parts.data_path.allows_host
+    if not _is_known(parts, head) or (allows_host is not None and not allows_host(head.hosts or b"")):
         for upstream in upstreams:
             del upstream["url"]
-    draining = _parts(request).data_path.drain.began
-    serving = not draining and any(upstream["state"] == "serving" for upstream in upstreams)
+    draining = parts.data_path.drain.began
+    answered_by = [one for one in upstreams if model is None or model in one["models"]]
+    serving = not draining and any(upstream["state"] == "serving" for upstream in answered_by)
     body: dict[str, Any] = {
         "Service Title": "vllm-gateway",
         "Service Description": "A thin gateway in front of vLLM model servers",
         "status": "draining" if draining else "serving" if serving else "unavailable",
+        "model": model,
         "upstreams": upstreams,
     }
-    return JSONResponse(body, 200 if serving else 503, None if serving else {"retry-after": "2"})
+    return (200, orjson.dumps(body), {}) if serving else (503, orjson.dumps(body), {"retry-after": "2"})
+
+
+# What is asked again and again, of anyone, and costs the server least where it is answered at once.
+AT_ONCE: dict[bytes, Callable[[Parts, RequestHead], Answer]] = {b"/health": lives, b"/v1/health_check": how_all_is}
+
+
+async def health(request: Request) -> Response:
+    """As `lives`."""
+    return _response(lives(_parts(request), context_of(request.scope).head))
+
+
+async def health_check(request: Request) -> Response:
+    """As `how_all_is`, of `?model=`."""
+    head = context_of(request.scope).head
+    return _response(how_all_is(_parts(request), head, request.query_params.get("model")))
+
+
+def _response(answer: Answer) -> Response:
+    status, content, headers = answer
+    return Response(content, status, headers, media_type="application/json")
 
 
 async def ping(request: Request) -> Response:
     """What load balancers of GPU workers ask for: 200 serving, 204 loading, else 503; nothing is probed for it."""
-    states = {upstream["state"] for upstream in _parts(request).prober.report(time.monotonic())}
-    if _parts(request).data_path.drain.began or not states & {"serving", "loading"}:
+    parts = _parts(request)
+    upstreams, model = parts.prober.report(time.monotonic()), parts.data_path.reader.default_model
+    states = {one["state"] for one in upstreams if model is None or not one["models"] or model in one["models"]}
+    if parts.data_path.drain.began or not states & {"serving", "loading"}:
         return JSONResponse({"status": "unhealthy"}, 503)
     return JSONResponse({"status": "healthy"}) if "serving" in states else Response(status_code=204)
+
+
+def _models(request: Request) -> dict[str, dict[str, Any]]:
+    """What the probes have read of the upstreams that are not down, by id, with the other names; raises NoneReady."""
+    path, now = _parts(request).data_path, time.monotonic()
+    lists = [one.model_list for one in path.pool if one.model_list and one.status(now)[0] != "down"]
+    if not lists:
+        raise NoneReady("No model server is up: try again soon.")
+    return union(lists, path.reader.model_aliases)
+
+
+async def models(request: Request) -> Response:
+    """OpenAI's list of models, of all upstreams."""
+    try:
+        found = _models(request)
+    except NoneReady as error:
+        return to_response(error, context_of(request.scope).request_id)
+    return Response(orjson.dumps({"object": "list", "data": [*found.values()]}), media_type="application/json")
+
+
+async def model(request: Request) -> Response:
+    """One of them, by its id."""
+    context, name = context_of(request.scope), request.path_params["model"]
+    context.route = MODEL
+    if not name:
+        raise HTTPException(404)
+    try:
+        found = _models(request)
+        if name not in found:
+            others = ", ".join(found)
+            raise ModelNotFound(f"The model {name[:200]!r} does not exist; those that do: {others}.", param="model")
+    except (NoneReady, ModelNotFound) as error:
+        return to_response(error, context.request_id)
+    return Response(orjson.dumps(found[name]), media_type="application/json")
 
 
 async def statistics(request: Request) -> Response:
@@ -115,12 +189,24 @@ async def status_stream(request: Request) -> Response:
     # Only here: it patches uvicorn's way to end, which ours does not go, and not every gateway is watched.
     from sse_starlette import EventSourceResponse
 
+    sampler = _sampler(request)
+
+    class Watch(EventSourceResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                sampler.end_watch()
+
     async def events() -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(_sampler(request).watch()) as watched:
+        async with contextlib.aclosing(sampler.watch()) as watched:
             async for event in watched:
                 if not _has_key(request):  # its key has been taken back
                     return
                 yield event
 
+    if not sampler.begin_watch():
+        refused = TooMany(f"{MOST_WATCHERS} watch already, which is the most: try again later, or ask /v1/status.")
+        return to_response(refused, context_of(request.scope).request_id)
     # It would cut what still runs when the gateway ends; a watch ends by itself, well within this time.
-    return EventSourceResponse(events(), ping=0, shutdown_grace_period=_WATCH_ENDS)
+    return Watch(events(), ping=0, shutdown_grace_period=_WATCH_ENDS)

@@ -22,7 +22,8 @@ _GARBAGE = 20_000
 # glibc's; others give back by themselves.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-_ARENA_MAX = -8  # malloc.h's M_ARENA_MAX
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # malloc.h's M_…
+_LARGE = 128 * 1024
 
 
 def share_heap() -> None:
@@ -32,6 +33,7 @@ def share_heap() -> None:
     """
     if _mallopt is not None:
         _mallopt(_ARENA_MAX, 1)
+        _mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def settle() -> None:

@@ -8,21 +8,28 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.relay.exchange import FAILED
 from gateway.server.context import context_of, state_of
 from gateway.server.responses import no_path, to_response
-from gateway.wire.errors import GatewayError
+from gateway.wire.client_address import client_address
+from gateway.wire.errors import BadRequest, GatewayError
 from gateway.wire.heads import RequestHead, fault_of
+from gateway.wire.origins import misdirected, page_fault
 
 _log = logging.getLogger(__name__)
 
+# Asked by platforms, by whatever name or address they know a gateway.
+PROBES = frozenset({"/health", "/ping", "/v1/health_check"})
 # Asked again and again by machines: a line for each would hide the others.
-_QUIET = frozenset(
-    {"/health", "/metrics", "/ping", "/v1/health_check", "/v1/statistics", "/v1/status", "/v1/status/stream"}
-)
+_QUIET = PROBES | {"/metrics", "/v1/statistics", "/v1/status", "/v1/status/stream"}
+# Before a model's id.
+MODELS = b"/v1/models/"
+# Where links of other sites may lead: the page, which is the same for everyone.
+_LINKED = "/"
 
 
 class PortRoute(BaseRoute):
@@ -58,8 +65,19 @@ class Cors(CORSMiddleware):
             return
         headers = Headers(scope=scope)
         if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= set(headers):
-            context_of(scope).preflight = self.preflight_response(headers)
+            context = context_of(scope)
+            answer = self.preflight_response(headers)
+            context.preflight = answer if answer.status_code == 200 else _refused(answer, context.request_id)
         await self.simple_response(scope, receive, send, headers)
+
+
+def _refused(answer: Response, request_id: str) -> Response:
+    """A preflight that Starlette refuses, in the envelope of all errors."""
+    said = bytes(answer.body).decode()
+    dropped = ("content-length", "content-type", "access-control-allow-private-network")
+    headers = {name: value for name, value in answer.headers.items() if name not in dropped}
+    error = BadRequest(f"{said}: GATEWAY_CORS_ORIGINS names the origins whose pages may GET and POST.")
+    return to_response(error, request_id, headers)
 
 
 class RequestContext:
@@ -99,19 +117,31 @@ class RequestContext:
         if context.relayed:
             return
         parts = state_of(scope)["parts"]
-        route = scope["path"] if status != 404 and scope["path"] in self._paths else "unknown"
+        route = context.route or scope["path"]
+        if status == 404 or route not in self._paths:
+            route = "unknown"
         parts.metrics.other(route, status)
         if route not in _QUIET or status >= 400:
-            parts.request_log.other(request_id, scope["method"], scope["path"], status, time.monotonic() - started)
+            peer, head = scope["client"][0] if scope["client"] else "", context.head
+            client = client_address(peer, head.forwarded_for, parts.data_path.proxies)
+            total = time.monotonic() - started
+            parts.request_log.other(request_id, scope["method"], scope["path"], client, status, total)
 
 
 def _fault_of(scope: Scope, head: RequestHead) -> GatewayError | None:
     """Why a request is refused by its head alone."""
     path, raw = scope["path"], scope.get("raw_path") or b""
-    # No path that there is needs to be encoded; who stands before us may not have decoded it. A line feed is what a
-    # pattern's `$` takes for the end.
-    if b"%" in raw or path.endswith("\n"):
-        return no_path(path)
+    # No path that there is needs to be encoded, but for a model's id, which goes nowhere; who stands before us may not
+    # have decoded it. A line feed is what a pattern's `$` takes for the end.
+    if (b"%" in raw and not raw.startswith(MODELS)) or path.endswith("\n"):
+        return no_path(scope)
     target = len(raw or path) + len(scope["query_string"])
-    limits = state_of(scope)["parts"].data_path.head_limits
-    return fault_of(head, target, limits, scope["http_version"])
+    data_path = state_of(scope)["parts"].data_path
+    fault = fault_of(head, target, data_path.head_limits, scope["http_version"])
+    if fault is not None or path in PROBES:
+        return fault
+    if data_path.allows_host is not None and head.hosts is not None and not data_path.allows_host(head.hosts):
+        return misdirected(head.hosts)
+    if path == _LINKED or scope["method"] == "OPTIONS":  # by which a browser asks
+        return None
+    return page_fault(head, data_path.cors_origins)

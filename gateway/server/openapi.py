@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, get_args
 
-from gateway.dialects.text_stream import Style
+from gateway.dialects.streams import Style
 from gateway.wire.routes import RESPONSE_ID, Route
 
 Json = dict[str, Any]
@@ -25,12 +25,17 @@ _SIMPLIFIED = {
     "properties": {
         "messages": {
             "description": "What is asked. A list of OpenAI's messages makes the call simplified only together with "
-            "`max_new_tokens` or `streaming`.",
+            "`max_new_tokens`, `streaming`, `data` or a guardrail's parameters.",
             "anyOf": [
                 {
                     "type": "object",
-                    "properties": {"system": {"type": ["string", "null"]}, "user": {"anyOf": [_TEXT, _PARTS]}},
+                    "properties": {
+                        "id": {"description": "Of the class that it was in the systems that this replaces."},
+                        "system": {"type": ["string", "null"]},
+                        "user": {"anyOf": [_TEXT, _PARTS]},
+                    },
                     "required": ["user"],
+                    "additionalProperties": False,
                 },
                 _TEXT,
                 {"type": "array", "items": _MESSAGE, "contains": _FROM_USER},
@@ -50,7 +55,7 @@ _SIMPLIFIED = {
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": 0.95},
         "model": {
             "type": ["string", "null"],
-            "description": "Of those that are served; else the configured one, or the first.",
+            "description": "Any that the model server may know; else the configured one, or the first that can chat.",
         },
         "stream_style": {"enum": [*get_args(Style), None], "description": "How the stream looks."},
         "data": {
@@ -104,6 +109,20 @@ _OWN = {
     "/metrics": "Prometheus.",
     "/openapi.json": "This description.",
 }
+# Of a model's own path, which vLLM lacks.
+MODEL = "/v1/models/{model}"
+_MODEL = {
+    "summary": "One of them, by its id.",
+    "tags": ["models"],
+    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+    "responses": {
+        "200": {"description": "As in the list.", "content": {"application/json": {"schema": {}}}},
+        "default": {
+            "description": "An error: there is no such model, or no model server is up.",
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        },
+    },
+}
 _PAGE = {
     "/": "A page to ask from and to watch.",
     "/v1/status": "How the gateway and its upstreams are, and were in the last five minutes.",
@@ -111,14 +130,16 @@ _PAGE = {
 }
 
 
-def describe(routes: Iterable[Route], *, page: bool) -> Json:
-    """OpenAPI 3.1: the relayed `routes`, whose requests and answers are vLLM's own, and the gateway's.
+def describe(relayed: Sequence[Route], *, page: bool) -> Json:
+    """OpenAPI 3.1: the `relayed` routes, whose requests and answers are vLLM's own, and the gateway's.
 
     `page` says whether there is the page, and what feeds it.
     """
     paths: dict[str, Json] = {}
-    for route in routes:
+    for route in relayed:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    if any(route.name == "models" for route in relayed):
+        paths[MODEL] = {"get": _MODEL}
     for path, about in {**_OWN, **(_PAGE if page else {})}.items():
         paths[path] = {"get": {"summary": about, "responses": {"200": {"description": "As it says."}}}}
     for path in ("/v1/health_check", "/ping"):

@@ -12,13 +12,16 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from gateway.pool.owners import Owner
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED
 from gateway.server.context import Parts
-from gateway.server.http_protocol import HttpProtocol, SharedState
+from gateway.server.endpoints import AT_ONCE, Answer
+from gateway.server.http_protocol import HttpProtocol, SharedState, TooManyHeaders
+from gateway.wire.client_address import client_address
 from gateway.wire.errors import GatewayError
 from gateway.wire.head_cache import SameHead
-from gateway.wire.heads import AnswerHead, RequestHead, fault_of
+from gateway.wire.heads import AnswerHead, RequestHead, fault_of, new_request_id
 from gateway.wire.routes import Route
 
 _log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Shortcut(HttpProtocol):
         "_exchange",
         "_head",
         "_in_message",
+        "_length",
         "_routes",
         "_same",
         "chunk",
@@ -68,6 +72,7 @@ class Shortcut(HttpProtocol):
         # What came last on the connection, for the next that is like it but for its length.
         self._same: tuple[SameHead, RequestHead, Route] | None = None
         self._in_message = False
+        self._length = 0
         self._data = b""
         self._routes: dict[tuple[bytes, bytes], Route] = {}
 
@@ -80,13 +85,19 @@ class Shortcut(HttpProtocol):
     def data_received(self, data: bytes) -> None:
         if self._same is not None and self.cycle is self and self.response_complete and not self._in_message:
             same, head, route = self._same
-            if at := same.body_at(data):
+            if (at := same.body_at(data)) and not self._rest:
                 self._idle_since = None
                 self._take(head, route, data, at)
                 return
         self._data = b"" if self._in_message else data
         super().data_received(data)
         self._data = b""
+        exchange = self._exchange
+        if self._in_message and exchange is not None and self.cycle is self:
+            try:
+                exchange.awaits_more()
+            except Exception as error:
+                self._failed(exchange, error)
 
     def _take(self, head: RequestHead, route: Route, data: bytes, at: int) -> None:
         """What is in `data` whole, its body beginning at `at`, is the request."""
@@ -120,6 +131,8 @@ class Shortcut(HttpProtocol):
         parser, cycle = self.parser, self.cycle
         # A target with a query, or in another spelling, goes the long way.
         route = self._routes.get((parser.get_method(), self.url))
+        if route is None and self.url in AT_ONCE and self._is_answered_at_once(AT_ONCE[self.url]):
+            return
         if (
             route is None
             or self.expect_100_continue
@@ -130,13 +143,19 @@ class Shortcut(HttpProtocol):
             self._data = b""
             self._to_the_app()
             return
-        head, path = RequestHead(self.headers), self._path
-        if fault_of(head, len(self.url), path.head_limits, "1.1") or (head.origin and path.cross_origin):
+        path = self._path
+        head = RequestHead(self.headers, path.forwarded_headers)
+        if (
+            fault_of(head, len(self.url), path.head_limits, "1.1")
+            or (head.from_page and (path.cors_origins or not head.json))
+            or (path.allows_host is not None and head.hosts is not None and not path.allows_host(head.hosts))
+        ):
             self._data = b""
             self._to_the_app()  # which says so
             return
         self.headers = []  # trailers are of no interest
         exchange = self._begin(head, route)
+        self._length = head.length
         self._in_head = False
         self._awaited_since = None
         self._in_body = True
@@ -147,6 +166,52 @@ class Shortcut(HttpProtocol):
             self._same = (same, head, route) if same else None
             self._data = b""
         exchange.begin(head.length)
+
+    def _is_answered_at_once(self, answer: Callable[[Parts, RequestHead], Answer]) -> bool:
+        """Whether a plain GET of what machines ask for was: past the application, as a call is."""
+        parser, path, parts = self.parser, self._path, self.app_state["parts"]
+        if (
+            not self._routes  # the port of the metrics
+            or self.flow.write_paused  # it reads none of its answers, for which the app waits
+            or path.cors_origins
+            or parser.get_method() != b"GET"
+            or self.expect_100_continue
+            or (self.cycle is not None and not self.cycle.response_complete)
+            or parser.should_upgrade()
+            or parser.get_http_version() != "1.1"
+        ):
+            return False
+        head = RequestHead(self.headers, path.forwarded_headers)
+        has_body = head.length or head.coding is not None
+        if has_body or head.from_page or fault_of(head, len(self.url), path.head_limits, "1.1"):
+            return False
+        self._data = b""
+        self.headers = []
+        if self.transport.is_closing():
+            return True  # the answer before said so
+        self.cycle = self
+        self._in_head, self._in_body = False, True
+        self._awaited_since = None
+        self.keep_alive = not path.drain.began and parser.should_keep_alive()
+        self.response_started, self.response_complete, self._chunked = True, False, False
+        began, request_id = path.time(), head.request_id or new_request_id()
+        try:
+            status, content, more = answer(parts, head)
+        except Exception:
+            _log.exception("the answer to %r failed (request id %s)", self.url, request_id)
+            error = GatewayError(FAILED)
+            status, content = error.status, error.envelope(request_id)
+            more = {name.decode(): value.decode() for name, value in error.answer_headers}
+        headers = [(name.encode(), value.encode()) for name, value in more.items()]
+        headers += [(b"content-length", b"%d" % len(content)), (b"content-type", b"application/json")]
+        self.transport.write(self._to_head(AnswerHead(status, headers), f"x-request-id: {request_id}\r\n") + content)
+        name = self.url.decode()
+        parts.metrics.other(name, status)
+        if status >= 400:
+            client = client_address(self.address, head.forwarded_for, path.proxies)
+            parts.request_log.other(request_id, "GET", name, client, status, path.time() - began)
+        self._complete()
+        return True
 
     def _to_the_app(self) -> None:
         url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
@@ -163,6 +228,8 @@ class Shortcut(HttpProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._in_head:
+            return  # of a head that comes once more
         if self.cycle is self and self._exchange is not None:
             self._ends_message()
             self._exchange.request_end()
@@ -173,39 +240,50 @@ class Shortcut(HttpProtocol):
     def send_400_response(self, msg: str) -> None:
         error = sys.exception()
         exchange = self._exchange
-        if isinstance(error, httptools.HttpParserCallbackError) and exchange is not None and self.cycle is self:
+        ours = isinstance(error, httptools.HttpParserCallbackError) and not isinstance(
+            error.__context__, TooManyHeaders
+        )
+        if ours and error is not None and exchange is not None and self.cycle is self:
             # A bug of ours, which httptools takes for one of the client's.
             self._failed(exchange, error)
         else:
             super().send_400_response(msg)
 
     def _failed(self, exchange: BufferedCall, error: Exception) -> None:
-        _log.error("the exchange failed (request id %s)", exchange.request_id, exc_info=error)
         self.keep_alive = False
-        exchange.fail(GatewayError(FAILED))
+        exchange.crashed(error)
         self.transport.close()
 
-    def _stuck(self) -> None:
+    def _cut(self, outcome: str) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            exchange.client_gone("timeout:client_write")
-        super()._stuck()
+            exchange.client_gone(outcome)
+        super()._cut(outcome)
+
+    def _whose(self) -> Owner:
+        return self.owner if self._exchange is None else self._exchange.owner
+
+    def _has_length(self) -> bool:
+        if self.cycle is not self:
+            return super()._has_length()
+        return bool(self._in_body and self._length)  # of a call that was refused, too
 
     def pause_writing(self) -> None:
-        super().pause_writing()
         if self._exchange is not None:
             self._exchange.client_paused()
+        super().pause_writing()  # which sees whether there is room for all of it
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._exchange is not None:
+    def _resume(self) -> None:
+        super()._resume()
+        # A client that is gone has nothing left to take, either.
+        if self._exchange is not None and not self.flow.write_paused and not self.transport.is_closing():
             self._exchange.client_resumed()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def _lost(self, exc: Exception | None) -> None:
         exchange, self._exchange = self._exchange, None
         if self.cycle is self:
             self.cycle = None
-        super().connection_lost(exc)
+        super()._lost(exc)
         if exchange is not None:
             exchange.client_gone()
 
@@ -265,3 +343,7 @@ class Shortcut(HttpProtocol):
     def abort(self) -> None:
         """The answer breaks off."""
         self.transport.close()
+
+    def is_gone(self) -> bool:
+        """Whether nothing can reach it any more."""
+        return self.transport.is_closing()

@@ -17,8 +17,10 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.config.secrets import Secrets, client_keys
-from gateway.config.settings import Settings, SettingsError
+from gateway.config.environment import SettingsError
+from gateway.config.keys_file import reread_client_keys
+from gateway.config.secrets import Secrets
+from gateway.config.settings import CLOSING_TIME, Settings
 from gateway.config.tls import load_certificate, own_tls
 from gateway.relay.data_path import Drain
 from gateway.server.context import Parts
@@ -57,7 +59,7 @@ def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Serve
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
         # Calls end by a limit of their own, with an error; this one is for what does not.
-        timeout_graceful_shutdown=round(settings.drain_timeout) + 3,
+        timeout_graceful_shutdown=round(settings.drain_timeout) + CLOSING_TIME,
         ssl_context_factory=_as_factory(secrets.own_tls),
     )
     return Server(config, settings)
@@ -65,6 +67,11 @@ def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Serve
 
 def _as_factory(tls: ssl.SSLContext | None) -> Callable[..., ssl.SSLContext] | None:
     return None if tls is None else lambda config, default: tls
+
+
+# So many clients are accepted in a turn of the loop. libuv accepts one of each listening descriptor (libuv/libuv#3696),
+# so that who connects behind some hundreds would wait for as many turns; with one more descriptor it is one more.
+_ACCEPTS = 4
 
 
 class Server(uvicorn.Server):
@@ -78,6 +85,7 @@ class Server(uvicorn.Server):
         self._drain_timeout = settings.drain_timeout
         self._signalled_at: float | None = None
         self._hung_up = False
+        self._rereading: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one is not to be argued with."""
@@ -91,22 +99,30 @@ class Server(uvicorn.Server):
         """The file of keys, or the certificate, has changed."""
         self._hung_up = True
 
-    def _reread(self) -> None:
-        self._hung_up = False
-        self._reread_keys()
-        if self.config.ssl is not None:
-            try:
-                own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
-                load_certificate(self.config.ssl, self._settings)
-            except SettingsError as error:
-                _log.error("the certificate stays as it is: %s", error)
-            else:
-                _log.info("certificate read again")
+    async def _reread(self) -> None:
+        """Not within a tick, as a file of keys is looked at for a while, and calls go on."""
+        try:
+            self._reread_certificate()
+            await self._reread_keys()
+        except Exception:
+            # A bug of ours, which must not go unseen.
+            _log.exception("the files were not read again")
 
-    def _reread_keys(self) -> None:
+    def _reread_certificate(self) -> None:
+        if self.config.ssl is None:
+            return
+        try:
+            own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
+            load_certificate(self.config.ssl, self._settings)
+        except SettingsError as error:
+            _log.error("the certificate stays as it is: %s", error)
+        else:
+            _log.info("certificate read again")
+
+    async def _reread_keys(self) -> None:
         keys = self._parts.data_path.keys
         try:
-            found = client_keys(self._settings)
+            found = await reread_client_keys(self._settings)
         except SettingsError as error:
             _log.error("the keys stay as they are: %s", error)
             return
@@ -118,8 +134,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        if self._hung_up:
-            self._reread()
+        if self._hung_up and (self._rereading is None or self._rereading.done()):
+            self._hung_up = False
+            self._rereading = asyncio.create_task(self._reread())
         self._check_connections(counter)
         if self._signalled_at is not None:
             self._drain.began = True
@@ -141,6 +158,7 @@ class Server(uvicorn.Server):
     def _check_connections(self, counter: int) -> None:
         """At a tenth of the connections, so that each has its turn once a second: all at once would hold up events."""
         now = asyncio.get_running_loop().time()
+        self._shared.bulk_reads.tick()
         for connection in list(self._shared.sweep_groups[counter % 10]):
             try:
                 connection.check_timeouts(now)
@@ -158,10 +176,11 @@ class Server(uvicorn.Server):
         loop, tls = asyncio.get_running_loop(), self.config.ssl
         within = None if tls is None else self._settings.header_timeout
         for listener in sockets or ():
-            server = await loop.create_server(
-                self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=within, backlog=BACKLOG
-            )
-            self.servers.append(server)
+            for one in (listener, *(listener.dup() for _ in range(_ACCEPTS - 1))):
+                server = await loop.create_server(
+                    self._protocol, sock=one, ssl=tls, ssl_handshake_timeout=within, backlog=BACKLOG
+                )
+                self.servers.append(server)
         settle()
 
     async def _accept_the_last(self, listeners: Iterable[socket.socket]) -> None:

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import httptools
+from aiohappyeyeballs import start_connection
 
+from gateway.pool.bulk_reads import BulkReads
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Caller
 from gateway.upstream.connect_errors import describe_error
+from gateway.upstream.keepalive import end_silent_peers
+from gateway.upstream.resolver import Address, Resolver
+from gateway.wire.errors import is_shortage
 from gateway.wire.head_cache import SameHead
 from gateway.wire.heads import AnswerHead, Header, answer_head
 
 # vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
 IDLE_FOR = 4.0
+# What the system holds of an answer that is not read, in bytes; Linux takes twice as much for it. One read brings no
+# more, and thousands of streams may bring as much in one turn of the loop.
+_SYSTEM_BUFFER = 64 * 1024
+# A read of so many bytes is one of many: of thousands of streams at full speed each would have its turn before a timer.
+_BULK = 16 * 1024
+# The next of several addresses is tried after so many seconds (RFC 8305, 5).
+_NEXT_ADDRESS = 0.25
+# By so much of themselves ages and counts of requests are spread.
+_SPREAD = (0.9, 1.1)
 # Most that an answer may send before its head is complete, or after that without any of its body.
 HEADER_BYTES = 64 * 1024
 # What a chunk begins with, how long that is, and the chunk's size, by its whole length: an event of a usual size need
-# not be parsed and framed anew.
+# not be parsed and framed anew. Its first letter, of `data` or `event`, tells it from a comment.
 _CHUNKS = {
-    len(head) + size + 2: (head, len(head), size) for size, head in ((size, b"%x\r\n" % size) for size in range(1, 512))
+    len(head) + size + 2: ((head + b"d", head + b"e"), len(head) + 1, size)
+    for size, head in ((size, b"%x\r\n" % size) for size in range(1, 512))
 }
 _TOO_LARGE = f"its headers are larger than {HEADER_BYTES} bytes"
 
@@ -45,6 +64,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_head",
         "_head_done",
         "_headers",
+        "_held_up",
         "_interim",
         "_keep_alive",
         "_new_head",
@@ -57,25 +77,33 @@ class UpstreamConnection(asyncio.Protocol):
         "_status",
         "_transport",
         "_until_close",
+        "address",
+        "ends_at",
         "exchange",
         "idle_since",
         "on_body",
+        "requests",
         "reused",
         "send",
         "upstream",
     )
 
-    def __init__(self, owner: ConnectionPool, upstream: Upstream) -> None:
+    def __init__(self, owner: ConnectionPool, upstream: Upstream, address: str, ends_at: float, requests: int) -> None:
+        """To `address`; it is closed after so many `requests`, and after the first that is over past `ends_at`."""
         self.upstream = upstream
+        self.address = address
+        self.ends_at = ends_at
+        self.requests = requests
         self.exchange: Caller | None = None
         self.reused = False
         self.idle_since = 0.0  # not idle
         self._same: tuple[SameHead, AnswerHead] | None = None
         # The transport's own, as one more call for each request would only pass it on.
-        self.send: Callable[[bytes], None] = _nowhere
+        self.send: Callable[[bytes | bytearray], None] = _nowhere
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self._held_up = False
         self._body: list[bytes] = []
         self.on_body = self._body.append  # the parser's callback: the list's own, as it comes with every event
         self._parser = httptools.HttpResponseParser(self)
@@ -106,10 +134,28 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read again."""
+        """Read again, in its turn: thousands of clients may begin to read at once."""
         self._paused = False
+        if self._transport is not None and not self._held_up:
+            self._owner.bulk_reads.has_read(self)
+            if not self._held_up:
+                self._transport.resume_reading()
+
+    def hold_up(self) -> None:
+        """Others bring much, too: read no more until it is its turn."""
+        self._held_up = True
         if self._transport is not None:
+            self._transport.pause_reading()
+
+    def read_on(self) -> None:
+        """It is its turn."""
+        self._held_up = False
+        if self._transport is not None and not self._paused:
             self._transport.resume_reading()
+
+    def unsent(self) -> int:
+        """How many bytes were written that the system has yet to take."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def release(self) -> None:
         """To the idle ones, if the answer left the connection fit for another request."""
@@ -151,15 +197,22 @@ class UpstreamConnection(asyncio.Protocol):
             self._forget()
             self.discard()
             return
-        if self._between_chunks:
-            known = _CHUNKS.get(len(data))
-            if known is not None:
-                head, start, size = known
-                # By slices, as startswith and endswith take longer; the blank line is an event's end.
-                if data[:start] == head and data[-4:] == b"\n\n\r\n":
-                    exchange.upstream_chunk(data, size)
-                    return
-        self._parse(exchange, data)
+        if len(data) >= _BULK:
+            self._owner.bulk_reads.has_read(self)
+        try:
+            if self._between_chunks:
+                known = _CHUNKS.get(len(data))
+                if known is not None:
+                    heads, start, size = known
+                    # By slices, as startswith and endswith take longer; the blank line is an event's end.
+                    if data[:start] in heads and data[-4:] == b"\n\n\r\n":
+                        exchange.upstream_chunk(data, size)
+                        return
+            self._parse(exchange, data)
+        except Exception as error:
+            # A bug of ours, which asyncio would take for the end of the connection.
+            self.discard()
+            exchange.crashed(error)
 
     def _parse(self, exchange: Caller, data: bytes) -> None:
         begins = not self._answered
@@ -296,20 +349,38 @@ class UpstreamConnection(asyncio.Protocol):
         self._complete = not self._interim
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """In seconds how long a connection may take to be there, be kept, and be to a peer that answers nothing.
+
+    `max_requests` is how many it may serve. Age and requests are spread a little, lest all end at once.
+    """
+
+    connect_timeout: float
+    max_age: float
+    max_requests: int
+    keepalive: float
+
+
 class ConnectionPool:
     """Idle connections per upstream, and the dials that make new ones: the exchanges' `Transport`.
 
-    `connect_timeout` is in seconds, `tls` says whom to trust. The event loop is the one that runs when it is made.
+    `resolver` says where hosts are, `tls` whom to trust. The event loop is the one that runs when it is made.
     """
 
-    def __init__(self, connect_timeout: float, tls: ssl.SSLContext | None = None) -> None:
-        self._connect_timeout = connect_timeout
+    def __init__(self, limits: ConnectionLimits, resolver: Resolver, tls: ssl.SSLContext | None = None) -> None:
+        self._limits = limits
+        self._connect_timeout = limits.connect_timeout
         self._loop = asyncio.get_running_loop()
+        self._resolver = resolver
+        self._gone = resolver.gone
+        resolver.on_gone = self._drop_gone
         self._idle: dict[Upstream, deque[UpstreamConnection]] = {}
         self._dials: set[asyncio.Task[None]] = set()
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
         self._tls = tls
+        self.bulk_reads = BulkReads(self._loop.call_soon)
 
     def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
         """Lend the exchange an idle connection now, or a new one when it is dialled."""
@@ -325,31 +396,73 @@ class ConnectionPool:
             self._drop_old()
         dial = self._loop.create_task(self._dial(upstream, exchange))
         self._dials.add(dial)
-        dial.add_done_callback(self._dials.discard)
+        dial.add_done_callback(partial(self._dialled, exchange))
 
     async def _dial(self, upstream: Upstream, exchange: Caller) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await self._loop.create_connection(
-                    lambda: UpstreamConnection(self, upstream),
-                    upstream.host,
-                    upstream.port,
-                    ssl=(self._tls or True) if upstream.tls else None,  # True trusts the system's certificates
-                )
+                connection = await self._open(upstream)
         except TimeoutError:
             exchange.upstream_unreachable("it took no connection", timed_out=self._connect_timeout)
         except (OSError, ssl.CertificateError, UnicodeError) as error:
+            if is_shortage(error):
+                raise
             exchange.upstream_unreachable(describe_error(error))
         else:
             connection.exchange = exchange
-            exchange.upstream_connected(connection)
+            try:
+                exchange.upstream_connected(connection)
+            except Exception:
+                connection.discard()
+                raise
+
+    async def _open(self, upstream: Upstream) -> UpstreamConnection:
+        addresses = await self._resolver.addresses(upstream.host, upstream.port)
+        connected = await start_connection(
+            addresses, happy_eyeballs_delay=_NEXT_ADDRESS, interleave=1, socket_factory=self._socket
+        )
+        limits = self._limits
+        spread = random.uniform(*_SPREAD)
+        _, connection = await self._loop.create_connection(
+            lambda: UpstreamConnection(
+                self,
+                upstream,
+                connected.getpeername()[0],
+                self._loop.time() + spread * limits.max_age,
+                round(spread * limits.max_requests),
+            ),
+            sock=connected,
+            ssl=(self._tls or True) if upstream.tls else None,  # True trusts the system's certificates
+            server_hostname=upstream.host if upstream.tls else None,
+        )
+        return connection
+
+    def _socket(self, address: Address) -> socket.socket:
+        made = socket.socket(address[0], address[1], address[2])
+        # As of a client's: of a stream that waits for its client the system would hold megabytes.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SYSTEM_BUFFER)
+        end_silent_peers(made, self._limits.keepalive)
+        return made
+
+    def _dialled(self, exchange: Caller, dial: asyncio.Task[None]) -> None:
+        """A dial has ended; what nobody has foreseen of it nobody else would see."""
+        self._dials.discard(dial)
+        if not dial.cancelled() and (error := dial.exception()) is not None:
+            exchange.crashed(error)
 
     def keep(self, connection: UpstreamConnection) -> None:
-        """Put an idle connection by."""
-        if self._closed:
+        """Put an idle connection by, if it may serve again."""
+        now = self._loop.time()
+        connection.requests -= 1
+        if (
+            self._closed
+            or connection.requests <= 0
+            or now >= connection.ends_at
+            or (self._gone and (connection.upstream.host, connection.address) in self._gone)
+        ):
             connection.discard()
             return
-        connection.idle_since = self._loop.time()
+        connection.idle_since = now
         if (idle := self._idle.get(connection.upstream)) is None:
             idle = self._idle[connection.upstream] = deque()
         idle.append(connection)
@@ -361,6 +474,13 @@ class ConnectionPool:
         connection.idle_since = 0.0
         with contextlib.suppress(KeyError, ValueError):
             self._idle[connection.upstream].remove(connection)
+
+    def _drop_gone(self) -> None:
+        """Close the idle connections to where their host no longer is."""
+        for upstream, idle in self._idle.items():
+            for connection in [one for one in idle if (upstream.host, one.address) in self._gone]:
+                idle.remove(connection)
+                connection.discard()
 
     def _drop_old(self) -> None:
         """Close what has been idle for too long, and look again while there are idle ones."""
@@ -383,6 +503,7 @@ class ConnectionPool:
         for dial in self._dials:
             dial.cancel()
         await asyncio.gather(*self._dials, return_exceptions=True)
+        await self._resolver.close()
         if self._sweep is not None:
             self._sweep.cancel()
         for idle in self._idle.values():
@@ -390,7 +511,7 @@ class ConnectionPool:
                 idle.pop().discard()
 
 
-def _nowhere(request: bytes) -> None: ...
+def _nowhere(request: bytes | bytearray) -> None: ...
 
 
 def _size_of(headers: list[Header]) -> int:

@@ -8,7 +8,6 @@ import logging
 import math
 import random
 import re
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from urllib.parse import quote_plus
 import httpx
 import orjson
 
-from gateway.upstream.connect_errors import describe_error
+from gateway.pool.upstream_pool import Upstream
 from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 
 _log = logging.getLogger(__name__)
@@ -79,21 +78,16 @@ class ClientCredentials:
 
     advice = "GATEWAY_UPSTREAM_TOKEN_URL is to give tokens that it takes"
 
-    def __init__(self, client: TokenClient, tls: ssl.SSLContext | None = None) -> None:
-        """`tls` says whom to trust."""
+    def __init__(self, client: TokenClient, transport: httpx.AsyncBaseTransport) -> None:
+        """`transport` is over what calls take: a proxy that is set for downloads must not see the secret."""
         self.value: str | None = None
         self.why = "the token server has not answered yet"
         self._as = client
         # RFC 6749, 2.3.1: Basic is what a server must take. The body is what the replaced systems sent, and what some
         # servers alone take: the way that gave a token is tried first.
         self._in_body = False
-        # As for probes: a proxy set for downloads must not see the secret, and without TLS no certificate is read.
-        self._client = httpx.AsyncClient(
-            trust_env=False,
-            timeout=_PATIENCE,
-            verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        self._server = Upstream.from_url(client.url)
+        self._client = httpx.AsyncClient(transport=transport)
         self._waiting: list[Callable[[GatewayError | None], None]] = []
         self._wanted = asyncio.Event()
         self._asked_once = asyncio.Event()
@@ -116,7 +110,6 @@ class ClientCredentials:
             await asyncio.gather(task, return_exceptions=True)
             if self._end is not None:
                 self._end.cancel()
-            await self._client.aclose()
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
         """An upstream refused this value: `told` is called, now or later, with nothing once there is another one.
@@ -206,12 +199,12 @@ class ClientCredentials:
                     if other[0] == 200:
                         self._in_body = not self._in_body
                         status, content = other
-        except (httpx.TimeoutException, TimeoutError):
+        except TimeoutError:
             raise NoToken(f"the token server gave no answer within {_PATIENCE:g} s") from None
         except httpx.ConnectError as error:
-            raise NoToken(f"the token server cannot be reached ({describe_error(error)})") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NoToken(f"the token server's answer broke off ({type(error).__name__})") from None
+            raise NoToken(f"the token server cannot be reached ({error})") from None
+        except httpx.RemoteProtocolError as error:
+            raise NoToken(f"the token server's answer broke off ({error})") from None
         if status != 200:
             raise NoToken(f"the token server answers {status}{_code_in(content)}")
         return _token_in(content)
@@ -224,17 +217,12 @@ class ClientCredentials:
             form |= {"client_id": self._as.id, "client_secret": self._as.secret}
         # Not compressed, as a few bytes of that may be very many.
         headers = {"accept": "application/json", "accept-encoding": "identity"}
-        request = self._client.build_request("POST", self._as.url, data=form, headers=headers)
-        answer = await self._client.send(request, auth=None if in_body else auth, stream=True)
-        try:
-            content = b""
-            async for piece in answer.aiter_raw():
-                content += piece
-                if len(content) > _LARGEST:
-                    raise NoToken(f"the token server's answer is larger than {_LARGEST} bytes")
-        finally:
-            await answer.aclose()
-        return answer.status_code, content
+        to_server = {"upstream": self._server}
+        request = self._client.build_request("POST", self._as.url, data=form, headers=headers, extensions=to_server)
+        answer = await self._client.send(request, auth=None if in_body else auth)
+        if len(answer.content) > _LARGEST:
+            raise NoToken(f"the token server's answer is larger than {_LARGEST} bytes")
+        return answer.status_code, answer.content
 
 
 def _read(content: bytes) -> Any:

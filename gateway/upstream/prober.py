@@ -5,22 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import httpx
+import orjson
 
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
-from gateway.upstream.connect_errors import REFUSED, describe_error
+from gateway.upstream.connect_errors import REFUSED
 from gateway.upstream.credentials import ClientCredentials, FixedKey
+from gateway.wire.errors import REDIRECT_ADVICE, is_shortage
+from gateway.wire.heads import REDIRECTS
 
 _log = logging.getLogger(__name__)
 
 # Between two probes of an upstream that does not serve, and for one answer, in seconds.
 _EAGER = 1.0
 _PATIENCE = 5.0
+# Of more upstreams than that each waits longer, so that so many probes begin in a second at most.
+_FEW = 8
+_A_SECOND = 20
+# Between two probes for broken calls, in seconds.
+_SUSPECTED_AFTER = 0.1
+# The model list is read with each so many probes of an upstream that serves.
+_LIST_EVERY = 5
 
 
 class _UpstreamAuth(httpx.Auth):
@@ -53,14 +65,16 @@ class Prober:
         model: str | None,
         system_role: Literal["system", "merge"],
         credentials: FixedKey | ClientCredentials,
-        tls: ssl.SSLContext | None = None,
+        transport: httpx.AsyncBaseTransport,
         reads_template: bool = True,
         probe_audio: bool = False,
+        route_paths: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`model` is the configured one, `probe_interval` the seconds between two probes of one that serves.
+        """`model` is the configured one, `probe_interval` the seconds between two probes of an upstream.
 
-        `credentials` are what calls show, too, `tls` says whom to trust. `reads_template` where chats are relayed: a
-        model for anything else may have none. `probe_audio` where it matters which upstreams take speech.
+        `credentials` are what calls show, too, and `transport` is over what calls take. `reads_template` where chats
+        are relayed: a model for anything else may have none. `probe_audio` where it matters which upstreams take
+        speech, and `route_paths`, a path by its route's name, where it matters what each takes at all.
         """
         self._pool = pool
         self._probe_interval = probe_interval
@@ -68,16 +82,19 @@ class Prober:
         self._system_role = system_role
         self._reads_template = reads_template
         self._probe_audio = probe_audio
+        self._route_paths = route_paths
         self._credentials = credentials
-        # A proxy set for downloads must not catch a probe.
         self._client = httpx.AsyncClient(
+            transport=transport,
             trust_env=False,
-            timeout=_PATIENCE,
-            # One that trusts nobody, where there is no TLS, as httpx would read every certificate.
-            verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            headers={"accept-encoding": "identity"},
             auth=_UpstreamAuth(credentials),
-            limits=httpx.Limits(max_keepalive_connections=0),
         )
+        count = sum(1 for _ in pool)
+        self._shortest = count / _A_SECOND if count > _FEW else 0.0
+        self._probes: Counter[Upstream] = Counter()
+        # Those of which a call broke, until they are asked.
+        self._suspected: dict[Upstream, asyncio.TimerHandle] = {}
         self._running: dict[Upstream, asyncio.Task[None]] = {}
         # Those of which has been asked what does not change while they run.
         self._known: set[Upstream] = set()
@@ -86,11 +103,17 @@ class Prober:
     async def probing(self) -> AsyncIterator[None]:
         """Probe for as long as the context lasts; it begins when all were asked once, or a second has passed."""
         watches = [asyncio.create_task(self._watch(upstream)) for upstream in self._pool]
+        for upstream in self._pool:
+            upstream.on_failure = self._broke
         try:
             # So that the very first call finds a model, where a model server already runs.
             await self.probe_all()
             yield
         finally:
+            for upstream in self._pool:
+                upstream.on_failure = None
+            for timer in self._suspected.values():
+                timer.cancel()
             tasks = [*watches, *self._running.values()]
             for task in tasks:
                 task.cancel()
@@ -99,10 +122,23 @@ class Prober:
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
-            await self.probe(upstream)
-            await asyncio.sleep(
-                self._probe_interval if upstream.state == "serving" else min(_EAGER, self._probe_interval)
-            )
+            try:
+                await self.probe(upstream)
+            except Exception:
+                # A bug of ours, or no memory, which must not be the end of all probes.
+                _log.exception("the probe of %s failed", upstream.url)
+            pause = self._probe_interval if upstream.state == "serving" else min(_EAGER, self._probe_interval)
+            await asyncio.sleep(max(pause, self._shortest))
+
+    def _broke(self, upstream: Upstream) -> None:
+        """A call broke: whether that is the upstream's end is asked at once, but not with each of very many."""
+        if upstream not in self._suspected and upstream.probed_at is not None:
+            wait = max(0.0, upstream.probed_at + _SUSPECTED_AFTER - time.monotonic())
+            self._suspected[upstream] = asyncio.get_running_loop().call_later(wait, self._ask_suspected, upstream)
+
+    def _ask_suspected(self, upstream: Upstream) -> None:
+        del self._suspected[upstream]
+        self._start(upstream)
 
     async def probe_all(self) -> None:
         """Ask every upstream now; return when all have answered, or after a second: one that hangs is no news."""
@@ -110,11 +146,14 @@ class Prober:
 
     async def probe(self, upstream: Upstream) -> None:
         """Ask now; whoever asks while an answer is awaited shares it, so that many askers cost one probe."""
+        await asyncio.shield(self._start(upstream))
+
+    def _start(self, upstream: Upstream) -> asyncio.Task[None]:
         task = self._running.get(upstream)
         if task is None:
             task = self._running[upstream] = asyncio.create_task(self._probe(upstream))
             task.add_done_callback(lambda _: self._running.pop(upstream, None))
-        await asyncio.shield(task)
+        return task
 
     async def _probe(self, upstream: Upstream) -> None:
         try:
@@ -123,60 +162,86 @@ class Prober:
         except (httpx.TimeoutException, TimeoutError):
             state, why = "down", f"no answer within {_PATIENCE:g} s"
         except httpx.ConnectError as error:
-            state, why = _unconnected(upstream, describe_error(error))
+            if is_shortage(error):
+                _log.warning("upstream %s cannot be asked: the gateway is short of descriptors", upstream.url)
+                return
+            state, why = _unconnected(upstream, str(error))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":
             self._known.discard(upstream)
+            upstream.fingerprint = None  # it may come back as another
         if (state, why) != (upstream.state, upstream.why):
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
             if state == "serving":
                 upstream.record_success()  # it is back, and not to be held to what broke before
-        upstream.state, upstream.why = state, why
+        upstream.state, upstream.why, upstream.probed_at = state, why, time.monotonic()
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
         if self._credentials.value is None:
             return "down", f"there is no token for it: {self._credentials.why}"
-        health = await self._client.get(f"{upstream.url}/health")
+        health = await self._get(upstream, "/health")
         if health.status_code != 200:
             return self._unhealthy(upstream, health.status_code)
-        models = await self._client.get(f"{upstream.url}/v1/models")
+        self._probes[upstream] += 1
+        if upstream in self._known and self._probes[upstream] % _LIST_EVERY:
+            return "serving", ""
+        models = await self._get(upstream, "/v1/models")
         if models.status_code in (401, 403):
             return "down", f"its /v1/models answers {models.status_code}: {self._credentials.advice}"
+        if models.status_code in REDIRECTS:
+            return "down", f"its /v1/models answers {models.status_code}, {REDIRECT_ADVICE}"
         served, upstream.contexts = _models(models)
         if not served:
             return "down", f"its /v1/models answers {models.status_code} and no model list"
-        upstream.models = served
-        if self._model is not None and self._model not in served:
+        upstream.models, upstream.model_list = served, models.content
+        if self._model is not None and self._model not in served and not self._route_paths:
             return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
         if upstream not in self._known:
-            if self._probe_audio:
-                upstream.supports_audio = await self._has(upstream, "/v1/audio/transcriptions")
-            if self._reads_template:
-                why = await self._template_problem(upstream, self._model or served[0])
-                if why:
-                    return "down", why
+            if why := await self._learn(upstream):
+                return "down", why
             self._known.add(upstream)
         return "serving", ""
+
+    async def _learn(self, upstream: Upstream) -> str:
+        """Ask what does not change while it runs; why it would refuse chats, empty where it would not."""
+        if self._probe_audio:
+            upstream.supports_audio = await self._has(upstream, "/v1/audio/transcriptions")
+        if self._route_paths:
+            paths = self._route_paths.items()
+            upstream.routes = frozenset([name for name, path in paths if await self._has(upstream, path)])
+        if not self._reads_template:
+            return ""
+        model = self._model if self._model in upstream.models else upstream.models[0]
+        return await self._template_problem(upstream, model)
 
     def _unhealthy(self, upstream: Upstream, status: int) -> tuple[State, str]:
         said = f"its /health answers {status}"
         if status in (401, 403):
             return "down", f"{said}: {self._credentials.advice}"
+        if status in REDIRECTS:
+            return "down", f"{said}, {REDIRECT_ADVICE}"
         # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
         loading = status == 204 or (status == 503 and not upstream.ever_served)
         return "loading" if loading else "down", said
 
     async def _has(self, upstream: Upstream, path: str) -> bool:
         """Whether a path that is posted to is there: vLLM has those that its model can answer."""
-        return (await self._client.get(f"{upstream.url}{path}")).status_code != 404
+        return (await self._get(upstream, path)).status_code != 404
+
+    async def _get(self, upstream: Upstream, path: str) -> httpx.Response:
+        return await self._client.get(f"{upstream.url}{path}", extensions={"upstream": upstream})
 
     async def _template_problem(self, upstream: Upstream, model: str) -> str:
         """Why the model's chat template would refuse a simplified request; empty where it would not."""
         user = {"role": "user", "content": "Hello."}
         system = [] if self._system_role == "merge" else [{"role": "system", "content": "Be brief."}]
-        answer = await self._client.post(f"{upstream.url}/tokenize", json={"model": model, "messages": [*system, user]})
+        answer = await self._client.post(
+            f"{upstream.url}/tokenize",
+            json={"model": model, "messages": [*system, user]},
+            extensions={"upstream": upstream},
+        )
         # Only a refusal says something of the template; a server without this path says nothing.
         if answer.status_code != 400 or not await self._has(upstream, "/v1/chat/completions"):
             return ""
@@ -194,7 +259,7 @@ class Prober:
             return ""
         try:
             async with asyncio.timeout(_PATIENCE):
-                answer = await self._client.get(f"{upstream.url}/metrics")
+                answer = await self._get(upstream, "/metrics")
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
             await self.probe(upstream)
             return ""
@@ -209,6 +274,7 @@ class Prober:
                 "why": status[1],
                 "models": upstream.models,
                 "in_flight": upstream.in_flight,
+                "age": None if upstream.probed_at is None else round(now - upstream.probed_at, 1),
             }
             for upstream in self._pool
             for status in [upstream.status(now)]
@@ -226,16 +292,16 @@ def _unconnected(upstream: Upstream, why: str) -> tuple[State, str]:
 def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:
     """The models' ids, and the lengths of those that tell it."""
     try:
-        models = answer.json()["data"] if answer.status_code == 200 else []
+        models = orjson.loads(answer.content)["data"] if answer.status_code == 200 else []
         # Interned, so that no probe makes new ones of what all else holds on to.
-        lengths = {sys.intern(str(model["id"])): model.get("max_model_len") for model in models}
+        lengths = {sys.intern(model["id"]): model.get("max_model_len") for model in models}
         return tuple(lengths), {model: length for model, length in lengths.items() if isinstance(length, int)}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return (), {}
 
 
 def _error_message(answer: httpx.Response) -> str:
     try:
-        return str(answer.json()["error"]["message"])[:200]
+        return str(answer.json()["error"]["message"])[:200].encode(errors="replace").decode()
     except (ValueError, LookupError, TypeError):
         return f"status {answer.status_code}"

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Collection
 from typing import Literal
 
 import orjson
 
 from gateway.wire.sse import Ends
 
+# The errors after which the same call may well succeed soon, by their codes: it has not begun, or another server takes
+# it. OpenAI's and Anthropic's clients call again, twice, after each 408, 409, 429 and 5xx, unless `x-should-retry` says
+# otherwise. After a time limit in which the model works that would be the same prompt, read anew, and the same time;
+# and what is wrong with a call, or with this gateway, is wrong with the next one, too.
+RETRIED = frozenset(
+    {
+        "body_timeout",
+        "connect_timeout",
+        "draining",
+        "gateway_shortage",
+        "head_timeout",
+        "no_upstream_ready",
+        "rate_limit_exceeded",
+        "too_many_requests",
+        "upstream_broken",
+        "upstream_unreachable",
+    }
+)
+_SHOULD_RETRY = {True: (b"x-should-retry", b"true"), False: (b"x-should-retry", b"false")}
+
 
 class GatewayError(Exception):
     """An answer of our own that is not 200; its text is the sentence that the client reads.
 
     `status` is the HTTP status, `type` and `code` are what the envelope says, `outcome` what the
-    log says. `param` names the request's field that is wrong; `headers` go out with the answer.
+    log says. `param` names the request's field that is wrong; `headers` are those of its kind.
     """
 
     status = 500
@@ -26,6 +48,11 @@ class GatewayError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    @property
+    def answer_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What goes out with the answer."""
+        return (*self.headers, _SHOULD_RETRY[self.code in RETRIED])
 
     def envelope(self, request_id: str, ends: Ends = "done") -> bytes:
         """OpenAI's error object, with the request id inside, as clients' error classes show that object.
@@ -64,6 +91,24 @@ class GatewayError(Exception):
         return b"data: " + self.envelope(request_id) + b"\n\ndata: [DONE]\n\n"
 
 
+def body_too_large(most: int) -> TooLarge:
+    """For a body of more than so many bytes."""
+    return TooLarge(f"The request's body must be at most {most} bytes (GATEWAY_MAX_BODY_BYTES).")
+
+
+def naming_served(content: bytes, model: str, served: Collection[str]) -> bytes:
+    """An upstream's refusal of this `model`, with all that are `served` where it lacks some; any other as it came."""
+    try:
+        body = orjson.loads(content)
+        said = body["error"]["message"]
+        if "model" not in said or model not in said or all(name in said for name in served):
+            return content
+    except (ValueError, LookupError, TypeError):
+        return content
+    body["error"]["message"] = f"{said.rstrip('. ')}. Those that are served: {', '.join(served)}."
+    return orjson.dumps(body)
+
+
 # docs.anthropic.com, "Errors".
 _ANTHROPIC_TYPES = {
     413: "request_too_large",
@@ -82,6 +127,14 @@ class BadRequest(GatewayError):
     code = "bad_request"
 
 
+class Rejected(BadRequest):
+    """The request is well-formed, but is past a limit, or lacks what its answer needs."""
+
+
+class ForeignMedia(Rejected):
+    """A URL of a host that is not named."""
+
+
 class Unauthorized(GatewayError):
     """A key is missing, or is none of this gateway's."""
 
@@ -92,6 +145,15 @@ class Unauthorized(GatewayError):
     headers = ((b"www-authenticate", b"Bearer"),)
 
 
+class ForeignPage(GatewayError):
+    """A page of another origin sends what its browser need not ask for."""
+
+    status = 403
+    type = "permission_error"
+    code = "foreign_page"
+    outcome = "refused"
+
+
 class NotFound(GatewayError):
     """No such path."""
 
@@ -100,10 +162,42 @@ class NotFound(GatewayError):
     code = "path_not_found"
 
 
-class ModelNotFound(NotFound):
-    """A model that no upstream serves."""
+class NotServed(NotFound):
+    """The path is relayed, but the model is of another kind."""
 
+    code = "path_not_served"
+
+
+class ModelNotFound(NotFound):
+    """No such model, in OpenAI's words for it."""
+
+    type = "invalid_request_error"
     code = "model_not_found"
+
+
+class NoSuchResponse(NotFound):
+    """A stored response of another key's, or of none: told in vLLM's own bytes, so that nobody learns which."""
+
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Response with id '{response_id}' not found.")
+
+    @property
+    def answer_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """None that vLLM's answer lacks."""
+        return ()
+
+    def envelope(self, request_id: str, ends: Ends = "done") -> bytes:
+        """As vLLM 0.32 writes it."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": "response_id",
+            "code": self.status,
+        }
+        return orjson.dumps({"error": error})
 
 
 class MethodNotAllowed(GatewayError):
@@ -137,6 +231,15 @@ class TooLarge(GatewayError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class Misdirected(GatewayError):
+    """The request is for a host by which nobody calls this gateway (RFC 9110, 15.5.20)."""
+
+    status = 421
+    type = "invalid_request_error"
+    code = "misdirected_request"
+    outcome = "refused"
 
 
 class HeadTooLarge(GatewayError):
@@ -201,6 +304,32 @@ class Draining(GatewayError):
     headers = ((b"retry-after", b"1"),)
 
 
+class Shortage(GatewayError):
+    """The gateway has no memory or no descriptor left for the call; that is no fault of an upstream's."""
+
+    status = 503
+    code = "gateway_shortage"
+    outcome = "refused"
+    headers = ((b"retry-after", b"1"),)
+
+
+# What a system says when a process has as many descriptors, or it itself has, as may be, or when it has no room left.
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether a connection failed, here or in what led to this error, for want of what is ours to have."""
+    seen: set[BaseException] = set()
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            return True
+        if isinstance(error, BaseExceptionGroup) and any(map(is_shortage, error.exceptions)):
+            return True
+        seen.add(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class UpstreamError(GatewayError):
     """Something is wrong behind us."""
 
@@ -218,6 +347,49 @@ class UpstreamBroken(UpstreamError):
     """The upstream's answer broke off, or is none."""
 
     code = "upstream_broken"
+
+
+class UpstreamCompressed(UpstreamError):
+    """The upstream's answer has to be rewritten, and cannot be read; that is the doing of what stands between."""
+
+    code = "upstream_compressed"
+
+    def __init__(self, encoding: bytes) -> None:
+        shown = encoding.decode("latin-1")[:40]
+        super().__init__(
+            f"The model server's answer is compressed ({shown!r}), which was not asked for, and cannot be rewritten: "
+            "turn that off in what stands before it."
+        )
+
+
+class UpstreamRedirects(UpstreamError):
+    """The upstream says that the call belongs elsewhere: to follow it would take the call, and its key, to anywhere."""
+
+    code = "upstream_redirects"
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"The model server answers {status}, {REDIRECT_ADVICE}.")
+
+
+# What is said of an upstream that redirects; not where to, as that would tell where it is.
+REDIRECT_ADVICE = "a redirect, which is not followed: GATEWAY_UPSTREAMS must name the server that answers itself"
+
+
+class UpstreamRefused(UpstreamError):
+    """What an upstream has refused a call with, in a stream that has begun; `content` is the body of its answer."""
+
+    code = "upstream_refused"
+
+    def __init__(self, status: int, content: bytes) -> None:
+        try:
+            told = orjson.loads(content)["error"]
+            message, kind = str(told["message"]), str(told["type"])
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            message, kind, told = f"The model server answers {status}, and not with a stream.", self.type, {}
+        super().__init__(message, param=told.get("param"))
+        self.status = status
+        self.type = kind
+        self.code = told.get("code") or self.code
 
 
 class UpstreamUnauthorized(UpstreamError):

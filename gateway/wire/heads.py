@@ -41,6 +41,21 @@ NOT_TO_UPSTREAM = HOP_BY_HOP | {
     b"x-request-id",
 }
 
+# Of a request's: those that vLLM 0.32 obeys, by which a client could choose the engine that takes its call, go before
+# others, join their sessions or be told of the server's load. The beginnings cover what vLLM may name alike later, what
+# Amazon's containers of it obey, and the Kubernetes Inference Gateway and llm-d, whose proxies call the host that a
+# header names.
+OBEYED = frozenset({b"endpoint-load-metrics-format", b"x-session-id"})
+_BEGINNINGS = (
+    b"proxy-",
+    b"x-amzn-sagemaker-",
+    b"x-data-parallel-",
+    b"x-encoder-",
+    b"x-gateway-",
+    b"x-prefiller-",
+    b"x-vllm-",
+)
+
 # Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
 # none. Which pages may read it is not the upstream's to say.
 NOT_TO_CLIENT = HOP_BY_HOP | {
@@ -51,7 +66,30 @@ NOT_TO_CLIENT = HOP_BY_HOP | {
     b"date",
     b"server",
     b"x-request-id",
+    # Where the upstream is, or where else to go, past this gateway; cookies, which would not go back to it, hold a
+    # domain or, of balancers, an address, and a challenge is for the gateway's own key.
+    b"alt-svc",
+    b"content-location",
+    b"forwarded",
+    b"link",
+    b"location",
+    b"refresh",
+    b"set-cookie",
+    b"via",
+    b"www-authenticate",
+    b"x-backend-server",
+    b"x-envoy-decorator-operation",
+    b"x-forwarded-host",
+    b"x-forwarded-server",
+    b"x-served-by",
+    b"x-upstream-addr",
 }
+
+# Asks for an answer that can be read: where nothing is said of it, any coding would do (RFC 9110, 12.5.3).
+UNCOMPRESSED = b"accept-encoding: identity\r\n"
+
+# What sends a client elsewhere; a 304 (Not Modified) does not.
+REDIRECTS = frozenset({300, 301, 302, 303, 305, 306, 307, 308})
 
 # RFC 9110, 7.2, without user information; with the underscores that containers' names have.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
@@ -73,13 +111,14 @@ def lines(headers: list[Header]) -> bytes:
 class RequestHead:
     """What is read of a request's head but for its target.
 
-    `request_id` is the client's, where it is sane. `length` is what content-length says, 0 where it
-    is missing or no number. `encoding` is the body's, in lower case, `json` whether its `content_type`
-    says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
-    in `lines_rewritten` nothing asks for an answer that comes compressed, and so cannot be rewritten
-    here. `origin` says that a page in a browser asks. `key` is the SHA-256 of the key that it brings, if any;
-    `hosts` is all that stands for a host, `coding` the body's on its way, if it says one, `count` how
-    many headers there are and `size` their bytes.
+    `request_id` is the client's, where it is sane, and `names_itself` says that there was one. `length` is what
+    content-length says, 0 where it is missing or no number. `encoding` is the body's, in lower case, `json` whether its
+    `content_type` says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
+    where the answer is rewritten here it is `UNCOMPRESSED` and `lines_rewritten`. `origin` and `fetch_site` are what a
+    browser says of the page that asks, `from_page` whether that may be one of another origin. `forwarded_for` is whom
+    proxies say that they asked for. `key` is the SHA-256 of the key that it brings, if any; `hosts` is all that stands
+    for a host, `coding` the body's on its way, if it says one, `count` how many headers there are and `size` their
+    bytes.
     """
 
     # None of the headers themselves: a connection keeps this for as long as it is open.
@@ -88,26 +127,34 @@ class RequestHead:
         "content_type",
         "count",
         "encoding",
+        "fetch_site",
+        "forwarded_for",
+        "from_page",
         "hosts",
         "json",
         "key",
         "length",
         "lines",
         "lines_rewritten",
+        "names_itself",
         "origin",
         "request_id",
         "size",
     )
 
-    def __init__(self, headers: list[Header]) -> None:
-        """`headers` have names in lower case."""
+    def __init__(self, headers: list[Header], forwarded: frozenset[bytes] = frozenset()) -> None:
+        """`headers` have names in lower case; `forwarded` are those that go on though vLLM obeys them."""
         known = by_name(headers)
         self.count = len(headers)
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         self.hosts = known.get(b"host")
         self.coding = known.get(b"transfer-encoding")
-        self.origin = b"origin" in known
+        self.origin = known.get(b"origin")
+        self.fetch_site = known.get(b"sec-fetch-site")
+        self.from_page = self.origin is not None or self.fetch_site == b"cross-site"
+        self.forwarded_for = known.get(b"x-forwarded-for", b"")
         self.request_id = sane_request_id(known.get(b"x-request-id"))
+        self.names_itself = self.request_id is not None
         length = _LENGTH.fullmatch(known.get(b"content-length", b""))
         self.length = int(length[1]) if length else 0
         self.encoding = known.get(b"content-encoding", b"identity").lower()
@@ -117,11 +164,13 @@ class RequestHead:
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
         if not self.json:
             dropped |= {b"content-type"}
-        if to_proxies := {name for name in known if name[:6] == b"proxy-"}:
-            dropped |= to_proxies
+        if obeyed := {name for name in known if name in OBEYED or name.startswith(_BEGINNINGS)}:
+            dropped |= obeyed - forwarded
         bearer = known.get(b"authorization", b"")
-        # Anthropic's clients send the other.
-        secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else known.get(b"x-api-key")
+        if bearer[:7].lower() == b"bearer ":
+            secret: bytes | None = bearer[7:].strip()
+        else:  # Anthropic's clients send the first, Azure's the second
+            secret = known.get(b"x-api-key") or known.get(b"api-key")
         self.key = hashlib.sha256(secret).digest() if secret else None
         self.lines = self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
         if b"accept-encoding" in known:
@@ -141,6 +190,11 @@ class HeadLimits:
 def too_large(limits: HeadLimits) -> str:
     """What is said of a head that has too many bytes."""
     return f"The request's head must be at most {limits.max_head_bytes} bytes (GATEWAY_MAX_HEAD_BYTES)."
+
+
+def too_many(limits: HeadLimits) -> str:
+    """What is said of a head that has too many headers."""
+    return f"The request must have at most {limits.max_headers} headers (GATEWAY_MAX_HEADERS)."
 
 
 def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -> GatewayError | None:
@@ -164,24 +218,25 @@ def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -
     if head.size + target > limits.max_head_bytes:
         return HeadTooLarge(too_large(limits))
     if head.count > limits.max_headers:
-        return HeadTooLarge(f"The request must have at most {limits.max_headers} headers (GATEWAY_MAX_HEADERS).")
+        return HeadTooLarge(too_many(limits))
     return None
 
 
 class AnswerHead:
     """What goes to the client of an answer's head, but for its length.
 
-    `streams` says that the body is server-sent events that can be read, `closes` that the
-    connection ends with it. `lines` are the headers as they are written.
+    `streams` says that the body is server-sent events that can be read, `encoding` how it is compressed, if it is,
+    `closes` that the connection ends with it. `lines` are the headers as they are written.
     """
 
-    __slots__ = ("closes", "headers", "lines", "status", "streams")
+    __slots__ = ("closes", "encoding", "headers", "lines", "status", "streams")
 
-    def __init__(self, status: int, headers: list[Header], *, streams: bool = False) -> None:
+    def __init__(self, status: int, headers: list[Header], *, streams: bool = False, encoding: bytes = b"") -> None:
         self.status = status
         self.headers = headers
         self.lines = lines(headers)
         self.streams = streams
+        self.encoding = encoding
         self.closes = (b"connection", b"close") in headers
 
 
@@ -190,10 +245,12 @@ def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes |
     known = by_name(headers)
     dropped = not_forwarded(NOT_TO_CLIENT, known)
     # What is compressed cannot be read, and is relayed as the bytes that it is.
-    streams = known.get(b"content-type", b"")[:17].lower() == b"text/event-stream" and not known.get(
-        b"content-encoding"
-    )
-    head = AnswerHead(status, [header for header in headers if header[0] not in dropped], streams=streams)
+    encoding = known.get(b"content-encoding", b"")
+    if encoding.lower() == b"identity":
+        encoding = b""
+    streams = known.get(b"content-type", b"")[:17].lower() == b"text/event-stream" and not encoding
+    kept = [header for header in headers if header[0] not in dropped]
+    head = AnswerHead(status, kept, streams=streams, encoding=encoding)
     return head, known.get(b"content-length")
 
 
@@ -201,9 +258,10 @@ def by_name(headers: list[Header]) -> dict[bytes, bytes]:
     """The values by their names, which are lower-case; repeated ones joined by commas, as RFC 9110, 5.3 has it."""
     known = dict(headers)
     if len(known) != len(headers):
-        known.clear()
+        values: dict[bytes, list[bytes]] = {}
         for name, value in headers:
-            known[name] = known[name] + b"," + value if name in known else value
+            values.setdefault(name, []).append(value)
+        known = {name: b",".join(found) for name, found in values.items()}
     return known
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gateway.wire.sse import Ends
 
-BodyKind = Literal["chat", "json", "none", "generate", "ask", "upload"]
+BodyKind = Literal["chat", "batch", "completion", "response", "json", "none", "generate", "ask", "upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class Route:
 
     `name` is what GATEWAY_ROUTES calls it and those that belong to it. `body` is the request's: `chat`
     is JSON in OpenAI's or the simplified form, `generate` and `ask` forms of older servers', and `json` any
-    object, which goes on as it came; so does an `upload`, while it comes. `streams` says
-    that an answer may be server-sent events, `ends` how those end.
+    object, which goes on as it came, as do a `batch` of chats, a `completion` and a `response`; so does an
+    `upload`, while it comes. `streams` says that an answer may be server-sent events, `ends` how those end.
     """
 
     name: str
@@ -30,25 +30,37 @@ class Route:
     ends: Ends = "done"
 
     @property
+    def asks_the_model(self) -> bool:
+        """Whether a model's kind decides if it is there at all: vLLM has what its model can answer."""
+        return self.name in ("chat", "completions", "embeddings", "rerank", "score", "pooling", "classify")
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether its body may name a salt of the prefix cache: it is JSON, and brings a prompt for a model."""
+        return self.body not in ("none", "upload") and self.name != "tokenize" and self.path != _COUNT_TOKENS
+
+    @property
     def replays(self) -> bool:
         """Whether its answer tells of another call, and may wait for as long as that runs: its silence is no fault."""
         return "{response_id}" in self.path
 
+
+_COUNT_TOKENS = "/v1/messages/count_tokens"
 
 # As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
 RESPONSE_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")
 
 ROUTES = (
     Route("chat", "POST", "/v1/chat/completions", "A chat, in OpenAI's or the simplified form.", "chat", True),
-    Route("chat", "POST", "/v1/chat/completions/batch", "Several chats, each with its completion."),
-    Route("completions", "POST", "/v1/completions", "A text, completed.", streams=True),
-    Route("responses", "POST", "/v1/responses", "OpenAI's Responses.", streams=True, ends="responses"),
+    Route("chat", "POST", "/v1/chat/completions/batch", "Several chats, each with its completion.", "batch"),
+    Route("completions", "POST", "/v1/completions", "A text, completed.", "completion", True),
+    Route("responses", "POST", "/v1/responses", "OpenAI's Responses.", "response", True, "responses"),
     Route(
         "responses", "GET", "/v1/responses/{response_id}", "A stored response.", "none", streams=True, ends="responses"
     ),
     Route("responses", "POST", "/v1/responses/{response_id}/cancel", "The end of one in the background.", "none"),
     Route("messages", "POST", "/v1/messages", "Anthropic's Messages.", streams=True, ends="messages"),
-    Route("messages", "POST", "/v1/messages/count_tokens", "How long a call of Messages is.", ends="messages"),
+    Route("messages", "POST", _COUNT_TOKENS, "How long a call of Messages is.", ends="messages"),
     Route("embeddings", "POST", "/v1/embeddings", "A vector for each text."),
     Route("rerank", "POST", "/rerank", "Documents by their worth for a query."),
     Route("rerank", "POST", "/v1/rerank", "Documents by their worth for a query."),

@@ -7,6 +7,7 @@ not part of the data; several data lines are joined with a line feed.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Literal
 
@@ -45,6 +46,25 @@ def end_of_last_event(data: bytes) -> int:
 def has_end(data: bytes, ends: Ends) -> bool:
     """Whether the event that ends a stream is in `data`."""
     return _END_EVENT[ends].search(data) is not None
+
+
+def find_end(data: bytes, ends: Ends) -> int:
+    """Where the event that ends a stream begins in `data`, -1 where it is not there."""
+    found = _END_EVENT[ends].search(data)
+    return -1 if found is None else found.start() + (found[0][:1] in b"\r\n")
+
+
+def split(data: bytes) -> list[bytes]:
+    """The whole events in `data`, each with its blank line, and what is left."""
+    ends = [0, *(found.end() for found in _EVENT_END.finditer(data))]
+    events = [data[begin:end] for begin, end in itertools.pairwise(ends)]
+    return [*events, data[ends[-1] :]] if ends[-1] < len(data) else events
+
+
+def last_events(data: bytes, size: int) -> bytes:
+    """The whole events at the end of `data`, the fewest that have so many bytes together."""
+    at = data.rfind(b"\n\n", 0, max(0, len(data) - size))
+    return data[at + 2 :] if at >= 0 else data
 
 
 def has_error(data: bytes) -> bool:

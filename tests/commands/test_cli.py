@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
-from tests.support.gateway_process import free_port
+from tests.support.ports import free_port
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -87,6 +89,68 @@ def test_a_running_stream_ends_before_sigterm_does(fake: FakeVllm) -> None:
         process.communicate(timeout=10)
 
     assert (first, rest) == (EVENTS[0], DONE)
+
+
+def wait_until(process: subprocess.Popen[str], action: str, number: signal.Signals) -> None:
+    """Until it ignores (SigIgn) or catches (SigCgt) a signal: proc(5)."""
+    until = time.monotonic() + 20
+    while True:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(status.partition(f"{action}:")[2].split()[0], 16) >> (number - 1) & 1:
+            return
+        assert time.monotonic() < until, status
+        time.sleep(0.001)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="what a process does with signals stands in Linux's /proc")
+
+
+@linux
+def test_a_hangup_before_it_can_be_served_is_ignored(fake: FakeVllm) -> None:
+    with serving("--upstream", fake.url, "--port", "0") as process:
+        wait_until(process, "SigIgn", signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        wait_until(process, "SigCgt", signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        url = address(process)
+        assert process.stdout is not None
+        assert any("there is no file of keys to read again" in line for line in process.stdout)
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=10)
+
+    assert (process.returncode, err) == (0, "")
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_serves_ends_it_in_good_order(fake: FakeVllm, number: signal.Signals) -> None:
+    with serving("--upstream", fake.url, "--port", "0") as process:
+        wait_until(process, "SigIgn", signal.SIGHUP)
+        wait_until(process, "SigCgt", number)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_however_many_signals_come_its_exit_status_is_its_own(fake: FakeVllm, number: signal.Signals) -> None:
+    with serving("--upstream", fake.url, "--port", "0") as process:
+        address(process)
+        while process.poll() is None:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "http://[::1]:"), ("127.0.0.1", "http://127.0.0.1:")])
+def test_the_address_that_it_tells_of_is_a_url(fake: FakeVllm, host: str, shown: str) -> None:
+    with serving("--upstream", fake.url, "--port", "0", "--host", host) as process:
+        url = address(process)
+        assert url.startswith(shown)
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
 
 
 def test_a_second_port_for_probes_answers_too(fake: FakeVllm) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from gateway.commands import up
 from tests.modelserver.test_vllm_process import eventually, is_gone
-from tests.support.gateway_process import free_port
 from tests.support.paths import CERTIFICATES
+from tests.support.ports import free_port
 
 # Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
 STAND_IN = """
@@ -42,7 +42,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 RUN = """
 import sys
 from gateway.config.load import build, child_environment, load
-from gateway.config.settings import ModelServerSettings
+from gateway.config.model_server_settings import ModelServerSettings
 from gateway.commands.up import up
 sys.exit(up(build(ModelServerSettings, None), load()[0], child_environment()))
 """
@@ -102,6 +102,19 @@ def test_a_signal_ends_both(tmp_path: Path, number: signal.Signals) -> None:
         process.send_signal(number)
         rest, _ = process.communicate(timeout=20)
         assert process.returncode == 128 + number
+        assert rest.endswith("Stopped.\n")
+        assert "Traceback" not in rest
+        assert is_gone(vllm)
+
+
+def test_however_many_signals_come_both_end_and_its_exit_status_is_its_own(tmp_path: Path) -> None:
+    with running(tmp_path) as process:
+        until_ready(process)
+        vllm = model_server(tmp_path)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 128 + signal.SIGTERM
         assert rest.endswith("Stopped.\n")
         assert "Traceback" not in rest
         assert is_gone(vllm)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
+from gateway.config.environment import SettingsError
 from gateway.config.load import build, differing, load
-from gateway.config.settings import ModelServerSettings, Settings, SettingsError, names_of, table
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import Settings, names_of, table
 from tests.support.paths import AUTHORITY, SUPPORT
 
 KEY = "sk-4f7d0c9a2b6e81d35a"
@@ -25,6 +28,7 @@ TOKENS = {
 # What a setting cannot do without.
 NEEDS = {
     "tls_key_file": {"GATEWAY_TLS_CERT_FILE": str(CERTIFICATE)},
+    "cache_salt": {"GATEWAY_API_KEYS": KEY},
     "upstream_token_url": TOKENS,
     "upstream_client_id": TOKENS,
     "upstream_client_secret": TOKENS,
@@ -39,10 +43,15 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_client_secret", "s3cret", "s3cret"),
     ("model", "org/name", "org/name"),
     ("stream_style", "repr", "repr"),
+    ("openai_format_streaming", "True", True),
+    ("forward_sampling", "True", True),
+    ("count_tokens", "off", "off"),
+    ("model_aliases", "fast=org/name, *=other", {"fast": "org/name", "*": "other"}),
     ("upstream_ca_file", str(AUTHORITY), AUTHORITY),
     ("tls_skip_verify", "True", True),
     ("api_keys", f"{KEY}, {KEY[::-1]}", (KEY, KEY[::-1])),
     ("api_keys_file", str(KEYS), KEYS),
+    ("cache_salt", "key", "key"),
     ("compat", "erag-1.4", "erag-1.4"),
     ("routes", "chat, models", ("chat", "models")),
     ("connector", "langchain", "langchain"),
@@ -52,12 +61,16 @@ VALUES: list[tuple[str, str, Any]] = [
     ("metrics_port", "9464", 9464),
     ("tls_cert_file", str(CERTIFICATE), CERTIFICATE),
     ("tls_key_file", str(CERTIFICATE), CERTIFICATE),
+    ("allowed_hosts", "gateway.example, Gateway-2", ("gateway.example", "Gateway-2")),
     ("cors_origins", "https://a.example, http://b:3000", ("https://a.example", "http://b:3000")),
     ("system_role", "merge", "merge"),
     ("max_in_flight", "12", 12),
     ("max_in_flight_per_upstream", "13", 13),
+    ("key_max_in_flight", "18", 18),
     ("max_queue", "0", 0),
     ("queue_timeout", "14", 14),
+    ("max_connections", "500", 500),
+    ("max_buffered_bytes", "2097152", 2_097_152),
     ("max_body_bytes", "2048", 2048),
     ("max_head_bytes", "4096", 4096),
     ("max_headers", "20", 20),
@@ -65,18 +78,29 @@ VALUES: list[tuple[str, str, Any]] = [
     ("max_n", "4", 4),
     ("max_new_tokens", "512", 512),
     ("max_messages", "30", 30),
+    ("max_inputs", "31", 31),
+    ("max_json_values", "20000", 20_000),
+    ("upstream_max_age", "60", 60.0),
+    ("upstream_max_requests", "10", 10),
+    ("tcp_keepalive", "60", 60.0),
+    ("max_json_bytes", "70000", 70_000),
+    ("refused_fields", "cache_salt, user", ("cache_salt", "user")),
+    ("forwarded_headers", "X-Session-ID, x-vllm-priority", ("x-session-id", "x-vllm-priority")),
     ("max_json_depth", "40", 40),
     ("media_domains", "a.example, B.example", ("a.example", "b.example")),
     ("connect_timeout", "0.5", 0.5),
     ("first_token_timeout", "7", 7),
     ("idle_timeout", "8", 8),
     ("total_timeout", "9", 9),
+    ("heartbeat_interval", "20", 20),
     ("header_timeout", "15", 15),
     ("body_timeout", "10", 10),
     ("client_write_timeout", "16", 16),
     ("probe_interval", "11", 11),
     ("drain_delay", "17", 17),
     ("drain_timeout", "0", 0),
+    ("stop_grace", "1m40s", 100),
+    ("trusted_proxies", "10.0.0.0/8, ::1", (ip_network("10.0.0.0/8"), ip_network("::1"))),
     ("shortcut", "off", False),
     ("page", "off", False),
     ("log_format", "text", "text"),
@@ -92,6 +116,7 @@ ALIASES = {
     "LLM_MODEL_NAME": "model",
     "LLM_TLS_SKIP_VERIFY": "tls_skip_verify",
     "LLM_CONNECTOR": "connector",
+    "LLM_OPENAI_FORMAT_STREAMING": "openai_format_streaming",
     "LLM_DISABLE_STREAMING": "disable_streaming",
     "LLM_OUTPUT_GUARD_EXISTS": "output_guard",
     "PORT_HEALTH": "health_port",
@@ -147,7 +172,14 @@ def test_every_setting_and_alias_stands_in_these_tables() -> None:
     ("given", "style"),
     [
         ({"compat": "erag-1.4"}, "repr"),
+        ({"compat": "erag-2.0"}, "repr"),
         ({"compat": "erag-2.1"}, "openai"),
+        ({"compat": "erag-2.0", "openai_format_streaming": "True"}, "openai"),
+        ({"compat": "erag-2.0", "openai_format_streaming": "False"}, "repr"),
+        ({"compat": "erag-2.1", "openai_format_streaming": "False"}, "openai"),
+        ({"compat": "erag-1.4", "openai_format_streaming": "True"}, "repr"),
+        ({"openai_format_streaming": "False"}, "repr"),
+        ({"openai_format_streaming": "False", "stream_style": "answer_part"}, "answer_part"),
         ({"compat": "erag-1.4", "stream_style": "openai"}, "openai"),
     ],
 )
@@ -325,6 +357,34 @@ def test_the_command_line_beats_the_environment_and_that_the_file(
     settings, *_ = load(tmp_path / "env")
     assert (settings.model, settings.host) == ("from the environment", "::1")
     assert load(tmp_path / "env", model="given", host=None)[0].model == "given"
+
+
+@pytest.mark.parametrize(
+    ("raw", "seconds"),
+    [("40s", 40), ("1m", 60), ("1m30s", 90), ("1h1m1s", 3661), ("45", 45), ("2.5", 2.5), ("1.5s", 1.5), ("500ms", 0.5)],
+)
+def test_a_grace_is_written_as_composes_or_in_seconds(
+    raw: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_STOP_GRACE", raw)
+    assert load()[0].stop_grace == seconds
+
+
+@pytest.mark.parametrize(
+    ("grace", "delay", "timeout", "warned"),
+    [("40s", "0", "30", False), ("40s", "5", "32", False), ("40s", "6", "32", True), ("30", "0", "30", True)],
+)
+def test_a_drain_that_may_outlast_the_grace_is_warned_of(
+    grace: str, delay: str, timeout: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_STOP_GRACE", grace)
+    monkeypatch.setenv("GATEWAY_DRAIN_DELAY", delay)
+    monkeypatch.setenv("GATEWAY_DRAIN_TIMEOUT", timeout)
+    _, _, warnings = load()
+    assert ["GATEWAY_STOP_GRACE): raise that" in warning for warning in warnings] == [True] * warned
+    if warned:
+        longest = int(delay) + int(timeout) + 3
+        assert f"end in up to {longest} s, and it is killed after {grace.rstrip('s')} (" in warnings[0]
 
 
 def test_a_warning_names_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

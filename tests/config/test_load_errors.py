@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from gateway.config.environment import SettingsError
 from gateway.config.load import load
 from gateway.config.secrets import token_client
-from gateway.config.settings import Settings, SettingsError
+from gateway.config.settings import Settings
 
+HEADERS = "names of headers, separated by commas, but none that is the gateway's or one hop's own"
 ORIGINS = "origins as https://app.example.com, without a path, separated by commas, or * alone"
+OWN_HOSTS = "hosts as gateway.example.com, without a port, separated by commas"
 TOKENS = ["GATEWAY_UPSTREAM_TOKEN_URL", "GATEWAY_UPSTREAM_CLIENT_ID", "GATEWAY_UPSTREAM_CLIENT_SECRET"]
 TOKEN_URL = "a URL like https://login.example.com/token"
+ALIASES = "pairs as NAME=MODEL, each name once, separated by commas"
 URLS = "URLs like http://host:8008, separated by commas"
 
 
@@ -44,10 +48,19 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("LLM_DISABLE_STREAMING", "maybe", "true or false"),
         ("GATEWAY_STREAM_STYLE", "xml", "'openai', 'repr' or 'answer_part'"),
         ("GATEWAY_MEDIA_DOMAINS", "http://a", "hosts as images.example.com, separated by commas"),
+        ("GATEWAY_FORWARDED_HEADERS", "x-session-id,x-request-id", HEADERS),
+        ("GATEWAY_FORWARDED_HEADERS", "Proxy-Mine", HEADERS),
+        ("GATEWAY_FORWARDED_HEADERS", "x-session-id:", HEADERS),
         ("GATEWAY_CORS_ORIGINS", "app.example.com", ORIGINS),
+        (
+            "GATEWAY_ALLOWED_HOSTS",
+            "a.example:9000",
+            OWN_HOSTS,
+        ),
+        ("GATEWAY_ALLOWED_HOSTS", "*", OWN_HOSTS),
         ("GATEWAY_CORS_ORIGINS", "https://app.example.com/", ORIGINS),
         ("GATEWAY_CORS_ORIGINS", "*,https://a", ORIGINS),
-        ("GATEWAY_COMPAT", "erag-3.0", "'erag-1.4' or 'erag-2.1'"),
+        ("GATEWAY_COMPAT", "erag-3.0", "'erag-1.4', 'erag-2.0' or 'erag-2.1'"),
         ("GATEWAY_SYSTEM_ROLE", "user", "'system' or 'merge'"),
         ("GATEWAY_LOG_FORMAT", "xml", "'json' or 'text'"),
         ("OPEA_LOGGER_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
@@ -57,6 +70,8 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("GATEWAY_IDLE_TIMEOUT", "inf", "a finite number"),
         ("GATEWAY_CONNECT_TIMEOUT", "nan", "a finite number"),
         ("GATEWAY_DRAIN_TIMEOUT", "inf", "a finite number"),
+        ("GATEWAY_STOP_GRACE", "soon", "a number"),
+        ("GATEWAY_TRUSTED_PROXIES", "10.0.0.1/8", "addresses, or networks as 10.0.0.0/8 without bits past the mask"),
         ("GATEWAY_DRAIN_TIMEOUT", "-1", "greater than or equal to 0"),
         ("GATEWAY_UPSTREAMS", "vllm:8008", URLS),
         ("GATEWAY_UPSTREAMS", "ftp://vllm", URLS),
@@ -67,6 +82,9 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("GATEWAY_UPSTREAMS", "http://[::1", URLS),
         ("GATEWAY_UPSTREAMS", "http://a?b=1", URLS),
         ("GATEWAY_UPSTREAMS", "http://a,b", URLS),
+        ("GATEWAY_MODEL_ALIASES", "fast", ALIASES),
+        ("GATEWAY_MODEL_ALIASES", "fast=", ALIASES),
+        ("GATEWAY_MODEL_ALIASES", "a=b,a=c", ALIASES),
         ("LLM_MODEL_SERVER_ENDPOINT", ",", URLS),
         ("GATEWAY_UPSTREAMS", "http://a,http://a/v1", "each URL once"),
         ("GATEWAY_UPSTREAMS", "http://a\x7fb", "URLs of plain ASCII characters"),
@@ -227,3 +245,8 @@ def test_settings_of_no_environment_are_the_documented_defaults() -> None:
     assert (settings.host, settings.port, settings.upstreams) == ("0.0.0.0", 9000, ("http://localhost:8008",))
     limits = (settings.connect_timeout, settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
     assert limits == (5, 300, 60, 1800)
+
+
+def test_a_salt_for_each_key_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_CACHE_SALT", "key")
+    assert wrong() == "GATEWAY_CACHE_SALT is key, but there are no keys: set GATEWAY_API_KEYS or GATEWAY_API_KEYS_FILE."

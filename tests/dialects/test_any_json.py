@@ -33,7 +33,7 @@ JSON = st.recursive(
 OBJECTS = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)
 # What vLLM may be sent though nobody here has heard of it.
 UNKNOWN = st.dictionaries(
-    st.text(min_size=3, max_size=8).map("x_".__add__), JSON.filter(lambda one: one is not None), max_size=3
+    st.text(min_size=3, max_size=8).map("unknown_".__add__), JSON.filter(lambda one: one is not None), max_size=3
 )
 
 

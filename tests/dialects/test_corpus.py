@@ -64,6 +64,7 @@ def test_a_conversation_goes_as_it_is_written(file: Path, step: int) -> None:
         for at in range(0, len(answer), step):
             talk.exchange.upstream_body(answer[at : at + step])
         talk.exchange.upstream_end()
+        talk.clock.advance(1)  # what goes out event by event
 
     (status, *kinds), reply = parts["reply"]
     assert talk.client.status == int(status)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.dialects.json_body import to_object, without_long_strings
+from gateway.dialects.json_body import to_object, to_utf8, without_long_strings
 from gateway.wire.errors import BadRequest
 from tests.support.examples import examples
 
@@ -29,6 +29,27 @@ JSON = st.recursive(
 @settings(max_examples=50)
 def test_any_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
     assert to_object(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.sampled_from(ENCODINGS))
+@settings(max_examples=50)
+def test_any_encoding_that_vllms_parser_takes_is_taken(value: dict[str, Any], encoding: str) -> None:
+    body = json.dumps(value, ensure_ascii=False).encode(encoding)
+    assert json.loads(body) == value  # as the parser does
+    assert to_object(to_utf8(body)) == value
+    if encoding.startswith("utf-8"):
+        assert to_utf8(body) is body
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xff", b"\xff\xfe", b"\xff\xfe{", b"\0", b"{\0", b"\xff\xfe\0\xd8{\0", b"\0\0\xfe\xff\0\0"]
+)
+def test_what_is_in_none_is_a_bad_request(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        to_object(to_utf8(body))
 
 
 @given(st.binary(max_size=40) | st.text('{}[]",:\\ -+.0e1aNInfty\n\u00e9').map(str.encode))

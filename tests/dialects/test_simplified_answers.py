@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.dialects.simplified import Simplified, from_body
-from gateway.dialects.text_stream import Style, TextStream
+from gateway.dialects.streams import Style, TextStream
 from gateway.wire.errors import BadRequest, UpstreamBroken
 from gateway.wire.sse import DONE, Decoder, encode
 
@@ -82,7 +82,7 @@ def test_an_answer_that_is_no_chat_completion_is_the_upstreams_fault(answer: byt
 
 def texts(style: Style = "repr", **sent: Any) -> TextStream:
     stream = from_body({"messages": "Hi.", **sent}, style, "system", disable_streaming=False).to_stream()
-    assert stream is not None
+    assert isinstance(stream, TextStream)
     return stream
 
 
@@ -244,12 +244,18 @@ def test_a_document_is_cited_by_where_it_is_from(metadata: dict[str, Any], citat
 @pytest.mark.parametrize(
     ("documents", "param"),
     [
-        ({}, "data.reranked_docs"),
+        ({"x": 1}, "data.reranked_docs"),
         ("x", "data.reranked_docs"),
-        (["x"], "data.reranked_docs[0].metadata"),
+        (["x"], "data.reranked_docs[0]"),
         ([{"metadata": {"url": "u"}}, {"text": "x"}], "data.reranked_docs[1].metadata"),
         ([{"metadata": {}}], "data.reranked_docs[0].metadata"),
         ([{"metadata": {"bucket_name": "b"}}], "data.reranked_docs[0].metadata"),
+        ([{"metadata": {"url": 5}}], "data.reranked_docs[0].metadata.url"),
+        ([{"metadata": {"source": {}}}], "data.reranked_docs[0].metadata.source"),
+        ([{"metadata": {"url": "u", "reranker_score": None}}], "data.reranked_docs[0].metadata.reranker_score"),
+        ([{"metadata": {"url": "u", "reranker_score": "x"}}], "data.reranked_docs[0].metadata.reranker_score"),
+        ([{"metadata": {"url": "u", "vector_distance": "inf"}}], "data.reranked_docs[0].metadata.vector_distance"),
+        ([{"metadata": {"url": "u", "citation_id": 1.5}}], "data.reranked_docs[0].metadata.citation_id"),
     ],
 )
 def test_a_document_from_nowhere_is_refused(documents: Any, param: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gateway_process import free_port
+from tests.support.ports import free_port
 from tests.support.smuggling.cases import CASES, Case
 from tests.support.smuggling.lanes import Both, Way, answers, both, connect
 

@@ -23,11 +23,11 @@ import orjson
 import pytest
 
 from gateway.config.load import build
-from gateway.config.settings import ModelServerSettings
+from gateway.config.model_server_settings import ModelServerSettings
 from gateway.modelserver import demo_model, install
 from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
-from tests.support.gateway_process import free_port
 from tests.support.load import NO_FAULTS, Load, Upstream, gateway
+from tests.support.ports import free_port
 
 CHAT = "/v1/chat/completions"
 NGINX = """
@@ -119,14 +119,14 @@ ENDLESS = {
 class Vllm:
     """The real one, with the demo model, on a port that stays the same."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str, name: str | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "vllm.log"
         python = install.ensure_environment(os.environ)
         model = demo_model.ensure_demo_model(os.environ, python)
-        settings = build(ModelServerSettings, None, port=self.port)
-        self._command = launch(settings, python, str(model), os.environ, demo=True, local=True)
+        settings = build(ModelServerSettings, None, port=self.port, served_name=name)
+        self._command = launch(settings, python, str(model), os.environ, options, demo=True, local=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

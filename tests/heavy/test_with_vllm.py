@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.dialects.field_names import VLLM_FIELDS
 from gateway.modelserver.demo_model import ensure_demo_model
 from gateway.modelserver.install import ensure_environment
 from gateway.wire.routes import REFUSED, ROUTES
@@ -48,6 +49,8 @@ GREEDY: dict[str, Any] = {
 ENDLESS: dict[str, Any] = {**GREEDY, "ignore_eos": True, "max_tokens": 4000}
 RESPONSE: dict[str, Any] = {"model": MODEL, "input": "What is vLLM?", "temperature": 0, "max_output_tokens": 60}
 MESSAGE: dict[str, Any] = {**GREEDY}
+PROMPT: dict[str, Any] = {"model": MODEL, "prompt": "What is vLLM?", "max_tokens": 9, "temperature": 0}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.fixture(params=["shortcut", "app"])
@@ -89,8 +92,8 @@ def test_vllm_understands_what_is_made_of_vllm_apps_own_file(stack: Stack) -> No
 
 def test_a_gateway_started_before_vllm_says_loading_and_works_once_it_is_up(stack: Stack) -> None:
     call, health = stack.too_early
+    ready = stack.early.becomes(200)  # a health check asks nobody, and the prober's last look may be a second old
     with stack.early.client() as client:
-        ready = client.get("/v1/health_check")  # which looks at once: its last look may be a second old
         later = client.post(CHAT, json={**DEEP_LEARNING, "streaming": False})
 
     assert call.status_code == 503
@@ -161,7 +164,6 @@ def test_usage_is_streamed_where_it_is_asked_for(client: httpx.Client) -> None:
         ("/v1/messages/count_tokens", {"model": MODEL, "messages": MESSAGE["messages"]}),
         ("/tokenize", {"model": MODEL, "prompt": "What is vLLM?"}),
         ("/detokenize", {"model": MODEL, "tokens": [90, 91]}),
-        ("/v1/embeddings", {"model": MODEL, "input": "Hi"}),
     ],
 )
 def test_what_vllm_sends_is_what_the_client_gets(stack: Stack, path: str, body: dict[str, Any]) -> None:
@@ -200,8 +202,90 @@ def test_tokens_of_every_kind_of_stream_are_counted(stack: Stack, call: tuple[st
 
     assert streamed.status_code == 200
     for kind, field in (("prompt", "input_tokens"), ("completion", "output_tokens")):
-        assert f'gateway_tokens_total{{kind="{kind}"}} {2 * usage[field]:.1f}' in metrics
+        assert f'gateway_tokens_total{{kind="{kind}",source="reported"}} {2 * usage[field]:.1f}' in metrics
     assert 'gateway_outcomes_total{outcome="done"} 2.0' in metrics
+
+
+COUNTED: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, GREEDY),
+    (CHAT, {**GREEDY, "logprobs": True, "top_logprobs": 2}),
+    (CHAT, {**GREEDY, "n": 2, "temperature": 0.01}),
+    (CHAT, {**GREEDY, "max_tokens": 1, "stream_options": {"include_usage": False, "continuous_usage_stats": True}}),
+    (CHAT, {**GREEDY, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}}),
+    ("/v1/completions", {"model": MODEL, "prompt": "What is vLLM?", "max_tokens": 9, "temperature": 0}),
+    (
+        "/v1/completions",
+        {"model": MODEL, "prompt": ["What is", "Who"], "n": 2, "best_of": 2, "max_tokens": 5, "seed": 1},
+    ),
+    (
+        "/v1/completions",
+        {"model": MODEL, "prompt": "Who", "echo": True, "logprobs": 1, "max_tokens": 3, "temperature": 0},
+    ),
+]
+
+
+def by_choice(stream: bytes) -> dict[int, list[bytes]]:
+    """Each choice's events without what differs from call to call; those of none are at -1."""
+    stream = re.sub(rb'"id":"[^"]*"|"created":\d+|"id":"chatcmpl-tool-[^"]*"', b"", stream)
+    found: dict[int, list[bytes]] = {}
+    for one in stream.split(b"\n\n"):
+        index = re.search(rb'"choices":\[\{"index":(\d+)', one)
+        found.setdefault(int(index[1]) if index else -1, []).append(one)
+    return found
+
+
+@pytest.mark.parametrize(("path", "body"), COUNTED)
+def test_a_stream_that_is_counted_is_byte_for_byte_the_one_that_is_not(
+    stack: Stack, path: str, body: dict[str, Any]
+) -> None:
+    body = {**body, "stream": True}
+    with (
+        running(stack.vllm_url, count_tokens="on") as gateway,
+        gateway.client(timeout=60) as client,
+        stack.vllm() as vllm,
+    ):
+        # A busy vLLM puts two tokens into one event now and then.
+        for _ in range(5):
+            counted, plain = client.post(path, json=body), vllm.post(path, json=body)
+            assert counted.status_code == plain.status_code == 200, plain.text
+            (*_, logged) = gateway.log(1)
+            if by_choice(counted.content) == by_choice(plain.content):
+                break
+    assert by_choice(counted.content) == by_choice(plain.content)
+    assert b"system_fingerprint" in counted.content
+    assert b'"usage"' not in counted.content
+    assert logged["prompt_tokens"] > 0
+    assert not logged["tokens_estimated"]
+
+
+def test_of_two_fields_of_a_name_the_last_one_counts_and_a_mark_in_front_is_none(stack: Stack) -> None:
+    body = orjson.dumps({**GREEDY, "model": "nope", "max_tokens": 50})
+    twice = body[:-1] + b"," + orjson.dumps({"max_tokens": 2, "model": MODEL})[1:]
+    with stack.vllm() as vllm:
+        for content in (twice, b"\xef\xbb\xbf" + twice):
+            got = vllm.post(CHAT, content=content, headers={"content-type": "application/json"}).json()
+            assert (got["model"], got["usage"]["completion_tokens"]) == (MODEL, 2)
+    assert orjson.loads(twice) == {**GREEDY, "model": MODEL, "max_tokens": 2}
+
+
+def test_the_fields_that_are_known_are_vllms_own(stack: Stack) -> None:
+    with stack.vllm() as vllm:
+        schemas = vllm.get("/openapi.json").json()["components"]["schemas"]
+    assert set(schemas["ChatCompletionRequest"]["properties"]) == VLLM_FIELDS
+
+
+@pytest.mark.usefixtures("way")
+def test_a_model_of_another_kind_is_told_in_a_sentence(stack: Stack) -> None:
+    with running(stack.vllm_url) as gateway, gateway.client() as client:
+        for path in ("/v1/embeddings", "/rerank"):
+            got = client.post(path, json={"model": MODEL, "input": "Hi", "query": "Hi", "documents": ["Hi"]})
+            error = got.json()["error"]
+            assert (got.status_code, error["code"], error["request_id"]) == (
+                404,
+                "path_not_served",
+                got.headers["x-request-id"],
+            )
+            assert error["message"] == f"The model '{MODEL}' does not take {path}."
 
 
 def test_every_path_of_vllm_is_relayed_or_refused_on_purpose(stack: Stack) -> None:
@@ -393,7 +477,7 @@ def test_the_readmes_requests_get_the_answers_that_it_shows(stack: Stack) -> Non
 
 
 def without_ids_and_version(body: str) -> str:
-    return re.sub(r'"(id|system_fingerprint)": ?"[^"]*"|"created(_at)?": ?\d+', r'"":0', body)
+    return re.sub(r'"(id|system_fingerprint)": ?"[^"]*"|"created(_at)?": ?\d+|"age": ?[\d.]+', r'"":0', body)
 
 
 def test_the_documents_requests_get_the_answers_that_it_shows(stack: Stack) -> None:

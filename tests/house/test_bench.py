@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from bench import report
+from tests.support.paths import ROOT
 
 
 def samples(gateway: float, router: float) -> report.Samples:
@@ -75,3 +80,18 @@ def test_a_peer_that_adds_no_delay_is_not_left_out(gateway: float, router: float
     ((name, ratio, *_),) = report.bars(found)
     assert name.startswith("added event delay")
     assert ratio == pytest.approx(is_)
+
+
+def test_two_that_want_an_environment_at_once_get_the_same(tmp_path: Path) -> None:
+    (tmp_path / "empty.lock").touch()
+    script = "import sys, pathlib as p, bench.arms as a; print(a.environment('x', p.Path(sys.argv[1]), sys.executable))"
+    command = [sys.executable, "-c", script, str(tmp_path / "empty.lock")]
+    given = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [one.communicate(timeout=60) for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert len({out.splitlines()[-1] for out, _ in said}) == 1
+    assert sum(out.count("installing") for out, _ in said) == 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 
-from gateway.config.settings import ModelServerSettings, names_of, table
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import names_of, table
 from gateway.relay import exchange
 from gateway.relay.buffered_call import BufferedCall
 from gateway.wire.routes import REFUSED, ROUTES

@@ -61,9 +61,16 @@ def test_a_container_starts_with_nothing_but_python(container: Container) -> Non
     assert done.stderr == f"Starting: vllm {START} --dtype auto\n"
 
 
+def test_a_secret_may_stand_in_a_file(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("from-a-file\n")
+    done = container.serve(**MODEL, HF_TOKEN_FILE=str(tmp_path / "token"))
+    assert done.stdout == f"from-a-file {START}\n"
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
+        ({**MODEL, "HF_TOKEN_FILE": "/nowhere"}, "HF_TOKEN_FILE '/nowhere' cannot be read (No such file or directory)"),
         ({}, "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME"),
         ({**MODEL, "EXTRA_ARGS": "'"}, "EXTRA_ARGS cannot be split"),
         ({**FP8, "QUANTIZATION": "awq"}, "QUANTIZATION and IF_FP8_QUANTIZATION are two ways of quantizing"),
@@ -113,10 +120,45 @@ def test_the_model_of_vllm_app_is_the_one_that_is_in_fp8(container: Container) -
     assert container.run("quantize", **environ).stdout == f"None None {script} {model} {made}\n"
 
 
-def test_a_key_in_extra_args_is_not_logged(container: Container) -> None:
-    done = container.serve(**MODEL, EXTRA_ARGS="--api-key secret --api-key=secret --seed 1")
-    assert done.stdout == f"{START} --api-key secret --api-key=secret --seed 1\n"
-    assert done.stderr == f"Starting: vllm {START} --api-key … --api-key=… --seed 1\n"
+@pytest.mark.parametrize(
+    ("given", "logged"),
+    [
+        ("--api-key A --api-key=A --seed 1", "--api-key … --api-key=… --seed 1"),
+        ("--api-key A 'B C' -5 --seed 1", "--api-key … … … --seed 1"),
+        ("--api_key A --API_KEY=A", "--api_key … --API_KEY=…"),
+        ("--api-k A --ap=A --hf-t A", "--api-k … --ap=… --hf-t …"),
+        ("--hf-token A --hf_token=A", "--hf-token … --hf_token=…"),
+        ("--ssl-keyfile-password A --my-secret A", "--ssl-keyfile-password … --my-secret …"),
+        ("--kv-transfer-config.extra.api_key A --x.tokens+=A", "--kv-transfer-config.extra.api_key … --x.tokens+=…"),
+        ("""--x '{"b": [{"Api_Key": "A", "c": 1}]}'""", """--x '{"b": [{"Api_Key": "…", "c": 1}]}'"""),
+        ("""--x='{"password": "A"}' -b'{"token": "A"}'""", """--x='{"password": "…"}' -b'{"token": "…"}'"""),
+        ("""--x "{'token': 'A'}" --b '[1'""", "--x '…' --b '[1'"),
+        ("--otlp http://me:A@host:4317", "--otlp 'http://…@host:4317'"),
+    ],
+)
+def test_secrets_in_extra_args_are_not_logged(container: Container, given: str, logged: str) -> None:
+    done = container.serve(**MODEL, EXTRA_ARGS=given)
+    assert "A" in done.stdout
+    assert done.stderr == f"Starting: vllm {START} {logged}\n"
+
+
+def test_what_our_own_variables_say_is_logged(container: Container) -> None:
+    done = container.serve(**MODEL, MAX_CONCURRENT_TOKENS="4096", EXTRA_ARGS="--seed -1 --x 'b c'")
+    assert done.stderr == f"Starting: vllm {START} --max-num-batched-tokens 4096 --seed -1 --x 'b c'\n"
+
+
+def test_vllm_gets_none_of_the_gateways_secrets(container: Container, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of-the-gateway\n")
+    (container.data.parent / "vllm").write_text("#!/bin/sh\nenv\n")
+    files = {
+        name: str(tmp_path / "secret") for name in ("GATEWAY_UPSTREAM_CLIENT_SECRET_FILE", "LLM_VLLM_API_KEY_FILE")
+    }
+    done = container.serve(**MODEL, **files, OTEL_EXPORTER_OTLP_HEADERS="a=of-the-gateway", NCCL_DEBUG="INFO")
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert [name for name, value in found.items() if "of-the-gateway" in value] == ["VLLM_API_KEY"]
+    assert str(secret) not in found.values()
+    assert found["NCCL_DEBUG"] == "INFO"
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1"])

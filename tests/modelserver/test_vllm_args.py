@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.config.settings import ModelServerSettings, names_of
+from gateway.config import secret_files
+from gateway.config.model_server_settings import ModelServerSettings
+from gateway.config.settings import CLIENT_KEY, Settings, names_of
 from gateway.modelserver import vllm_args
 
 
@@ -80,6 +82,17 @@ def test_the_environment_has_no_more_than_is_for_vllm() -> None:
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert found["VLLM_API_KEY"] == "key"
     assert found["HF_TOKEN"] == "token"
+
+
+def test_the_environment_has_nothing_that_is_the_gateways() -> None:
+    settings = [name for field in Settings.model_fields for name in names_of(field) if name.startswith("GATEWAY_")]
+    files = [f"{name}_FILE" for name in secret_files.NAMES]
+    secrets = ["LLM_VLLM_API_KEY", "LLM_VLLM_CLIENT_ID", "LLM_VLLM_CLIENT_SECRET", "LLM_VLLM_TOKEN_URL", CLIENT_KEY]
+    headers = [f"OTEL_EXPORTER_OTLP_{kind}HEADERS" for kind in ("", "TRACES_", "METRICS_", "LOGS_")]
+    theirs = ["NCCL_DEBUG", "HABANA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "PT_HPU_LAZY_MODE", "HF_TOKEN", "PATH"]
+    theirs += ["OTEL_EXPORTER_OTLP_ENDPOINT", "HTTP_PROXY", "VLLM_LOGGING_LEVEL", "OMP_NUM_THREADS"]
+    given = dict.fromkeys((*settings, *files, *secrets, *headers, *theirs), "x")
+    assert sorted(vllm_args.vllm_environment(given)) == sorted([*theirs, "VLLM_API_KEY"])
 
 
 def test_a_token_by_its_newer_name_wins() -> None:

@@ -16,12 +16,12 @@ import respx
 from pydantic import SecretStr
 
 from gateway.config.load import build
-from gateway.config.settings import ModelServerSettings
+from gateway.config.model_server_settings import ModelServerSettings
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.model_source import Model, find_model
 from gateway.modelserver.preflight import CannotStart
 from gateway.modelserver.vllm_process import Launch, ModelServer, launch
-from tests.support.gateway_process import free_port
+from tests.support.ports import free_port
 
 PYTHON = Path("/env/bin/python")
 
@@ -74,7 +74,8 @@ def child_of(log: Path) -> int:
 
 
 def test_the_demo_models_command() -> None:
-    argv, environment = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"}, demo=True)
+    secrets = {"GATEWAY_API_KEYS": "sk-1", "GATEWAY_API_KEYS_FILE": "keys", "LLM_VLLM_CLIENT_SECRET": "s"}
+    argv, environment = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"} | secrets, demo=True)
     assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(argv[3:]) == (
         "--model /demo --host 127.0.0.1 --port 8008 "

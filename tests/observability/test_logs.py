@@ -8,6 +8,7 @@ import os
 import select
 import shlex
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -123,7 +124,7 @@ def test_a_closed_pipe_raises_nowhere() -> None:
 @FORMATS
 @pytest.mark.parametrize("path", HOSTILE)
 def test_a_request_is_one_line_of_plain_characters_whatever_its_path_holds(form: Format, path: str, log: Log) -> None:
-    RequestLog(log.writer, form).other("id-1", "GET", path, 404, 0.25)
+    RequestLog(log.writer, form).other("id-1", "GET", path, "192.0.2.1", 404, 0.25)
     (line,) = log.lines()
     assert not set(line) & set(range(32))
     if form == "json":
@@ -134,13 +135,13 @@ def test_a_request_is_one_line_of_plain_characters_whatever_its_path_holds(form:
 @settings(max_examples=15)
 def test_any_path_makes_one_line(path: str, form: Format) -> None:
     log = Log()
-    RequestLog(log.writer, form).other("id-1", "GET", path, 404, 0.25)
+    RequestLog(log.writer, form).other("id-1", "GET", path, "192.0.2.1", 404, 0.25)
     (line,) = log.lines()
     assert not set(line) & set(range(32))
 
 
 def test_a_path_cannot_forge_another_field_of_a_text_line(log: Log) -> None:
-    RequestLog(log.writer, "text").other("id-1", "GET", "/x request_id=forged", 404, 0.25)
+    RequestLog(log.writer, "text").other("id-1", "GET", "/x request_id=forged", "192.0.2.1", 404, 0.25)
     (line,) = log.lines()
     named = [part for part in shlex.split(line.decode()) if part.startswith("request_id=")]
     assert named == ["request_id=id-1"]
@@ -173,8 +174,10 @@ def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
     assert line.pop("time").endswith("Z")
     assert line == {
         "request_id": "id-1",
+        "upstream_request_id": talk.exchange.upstream_id,
         "method": "POST",
         "path": "/v1/chat/completions",
+        "client": "192.0.2.1",
         "key": None,
         "form": "simplified",
         "model": "demo",
@@ -184,6 +187,7 @@ def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
         "total_s": 2.0,
         "prompt_tokens": 3,
         "completion_tokens": 4,
+        "tokens_estimated": False,
         "bytes": len(talk.client.content),
         "outcome": "done",
     }
@@ -197,7 +201,7 @@ def test_a_text_line_starts_with_what_the_eye_looks_for_and_leaves_out_what_is_u
     time, rest = line.split(b" ", 1)
     assert time.endswith(b"Z")
     size = len(talk.client.content)
-    expected = f"400 POST /v1/chat/completions request_id=id-1 total_s=0.0 bytes={size} outcome=done"
+    expected = f"400 POST /v1/chat/completions request_id=id-1 client=192.0.2.1 total_s=0.0 bytes={size} outcome=done"
     assert rest.decode() == expected
 
 
@@ -221,7 +225,7 @@ def test_a_client_cannot_make_a_line_long_by_the_name_of_a_model(form: Format, l
 
 @FORMATS
 def test_without_a_writer_nothing_is_logged(form: Format) -> None:
-    RequestLog(None, form).other("id-1", "GET", "/", 200, 0.0)
+    RequestLog(None, form).other("id-1", "GET", "/", "", 200, 0.0)
     RequestLog(None, form).records([ended().exchange])
 
 
@@ -255,3 +259,24 @@ def test_a_message_with_a_lone_surrogate_is_still_logged(form: Format, log: Log)
     logging.getLogger("some.module").warning("odd: %s", "\udcff")
     (line,) = log.lines()
     assert b"odd: " in line
+
+
+def test_lines_that_a_full_disk_takes_not_are_counted_and_told_once_it_takes_some() -> None:
+    read, write = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY)
+    writer = LineWriter(os.dup(full))
+    for number in range(1000):
+        writer.write(b"%d" % number)
+    until = time.monotonic() + 20
+    while writer.lost < 1000 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert writer.lost == 1000
+    os.dup2(write, writer._fd)  # there is room again
+    writer.write(b"after")
+    writer.close()
+    os.close(write)
+    told, after = os.read(read, 1000).splitlines()
+    assert json.loads(told)["message"] == "1000 log lines were lost: they could not be written"
+    assert (after, writer.lost) == (b"after", 1000)
+    for fd in (read, full, writer._fd):
+        os.close(fd)

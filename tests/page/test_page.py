@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ import pytest
 from gateway import housekeeping
 from gateway.page import sampler
 from tests.support.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Step, response
-from tests.support.gateway_process import Gateway, free_port, running
+from tests.support.gateway_process import Gateway, running
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 CHAT = "/v1/chat/completions"
 STREAM = "/v1/status/stream"
@@ -127,6 +129,7 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
     assert (got.headers["content-type"], got.headers["cache-control"]) == ("application/json", "no-store")
     told = got.json()
     assert told["status"] == "serving"
+    assert told["upstreams"][0].pop("age") >= 0
     assert told["upstreams"] == [
         {
             "url": fake.url,
@@ -157,7 +160,7 @@ def test_a_gateway_that_has_just_begun_has_a_history_of_nothing(
 
 BROKEN: list[tuple[list[Step], int, str]] = [
     ([response("400 Bad Request", b'{"error":{"message":"m"}}')], 400, "done"),
-    ([RESET], 502, "upstream_error"),
+    ([b"HTTP/1.1 200", RESET], 502, "upstream_error"),
     ([STREAM_HEAD, CLOSE], 502, "upstream_error"),
 ]
 
@@ -178,6 +181,20 @@ def test_the_last_errors_are_told_with_their_ids_and_no_prompt(
     assert error["request_id"] == failed.headers["x-request-id"]
     assert error["upstream"] == fake.url
     assert "prompt" not in told.text
+
+
+def test_no_more_may_watch_than_there_are_places(client: httpx.Client) -> None:
+    with contextlib.ExitStack() as watching:
+        seen = [watching.enter_context(client.stream("GET", STREAM)) for _ in range(sampler.MOST_WATCHERS)]
+        assert {answer.status_code for answer in seen} == {200}
+        refused = client.get(STREAM)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "64 watch already" in refused.json()["error"]["message"]
+        assert client.get("/v1/status").status_code == 200
+    until = time.monotonic() + 10
+    while client.head(STREAM).status_code != 200:  # those who left are seen with the next sample at the latest
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_stream_tells_of_each_sample(client: httpx.Client, fake: FakeVllm, often: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects.text_stream import Style
+from gateway.dialects.streams import Style
 from gateway.relay import exchange as exchange_module
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import HELD_EVENT
@@ -21,7 +23,7 @@ from gateway.upstream.credentials import FixedKey
 from gateway.wire.heads import AnswerHead, Header, RequestHead, answer_head
 from gateway.wire.sse import Decoder
 from tests.support.fake_vllm import DONE, EVENTS, USAGE, completion, event
-from tests.support.recorders import CHAT, COMPLETIONS, LIMITS, MODELS, ClientRecorder, Conversation
+from tests.support.recorders import CHAT, COMPLETIONS, LIMITS, MODELS, ClientRecorder, Conversation, body_limits
 
 UPSTREAMS_OWN = [(b"date", b"Fri, 20 Nov 2026 23:03:18 GMT"), (b"server", b"uvicorn"), (b"x-request-id", b"theirs")]
 SSE = [*UPSTREAMS_OWN, (b"content-type", b"text/event-stream; charset=utf-8"), (b"transfer-encoding", b"chunked")]
@@ -55,6 +57,39 @@ def answering(
     talk = sent_off(body, **settings)
     talk.head(status, head)
     return talk
+
+
+@pytest.mark.parametrize("size", [1, 2, 1023, 1024])
+def test_what_comes_in_small_pieces_takes_no_more_memory_than_it_holds(size: int) -> None:
+    content = orjson.dumps({"model": "demo", "messages": [{"role": "user", "content": "x" * 50_000}]})
+    talk = Conversation()
+    talk.begin()
+    assert held_by(talk.exchange.request_body, content, size) < 1.3 * len(content)
+    talk.exchange.request_end()
+    assert talk.connect().request_body == content
+
+
+@pytest.mark.parametrize("size", [1, 2, 1023, 1024])
+def test_an_answer_in_small_pieces_takes_no_more_memory_than_it_holds(size: int) -> None:
+    content = completion("x" * 100_000)
+    talk = answering(SIMPLIFIED_WHOLE, [*JSON, (b"transfer-encoding", b"chunked")])
+    assert held_by(talk.exchange.upstream_body, content, size) < 1.3 * len(content)
+    talk.exchange.upstream_end()
+    assert orjson.loads(talk.client.content)["text"] == "x" * 100_000
+
+
+def held_by(takes: Callable[[bytes], None], content: bytes, size: int) -> int:
+    """The memory that the content takes once it has come in pieces of this size."""
+    tracemalloc.start()
+    try:
+        for at in range(0, len(content), size):
+            takes(content[at : at + size])
+        taken = tracemalloc.take_snapshot()
+    finally:
+        tracemalloc.stop()
+    # What measures coverage, and threads that other tests have left, take some, too.
+    ours = [tracemalloc.Filter(True, name) for name in (__file__, "*/gateway/relay/*", "*/gateway/wire/*")]
+    return sum(one.size for one in taken.filter_traces(ours).traces)
 
 
 def last_events(content: bytes) -> list[bytes]:
@@ -138,7 +173,7 @@ def test_a_stream_of_chunks_is_the_one_that_comes_in_pieces(
     for piece in [*pieces, ends]:
         if piece:
             plain.exchange.upstream_body(piece)
-            if piece.endswith(b"\n\n"):
+            if piece.endswith(b"\n\n") and piece[:1] in b"de":  # as a connection hands chunks on
                 framed.exchange.upstream_chunk(b"%x\r\n%b\r\n" % (len(piece), piece), len(piece))
             else:
                 framed.exchange.upstream_body(piece)
@@ -416,11 +451,12 @@ def test_the_request_head_says_what_the_upstream_may_know() -> None:
         ),
     )
     connection = talk.connections[0]
+    assert talk.exchange.request_id == "mine-1" != talk.exchange.upstream_id
     assert connection.request_line == b"POST /v1/chat/completions?a=1&b=%20 HTTP/1.1"
     assert sorted(connection.request_headers) == sorted(
         [
             (b"host", b"vllm-0:8008"),
-            (b"x-request-id", b"mine-1"),
+            (b"x-request-id", talk.exchange.upstream_id.encode()),
             (b"authorization", b"Bearer ours"),
             (b"content-length", b"%d" % len(connection.request_body)),
             (b"content-type", b"application/json"),
@@ -442,7 +478,7 @@ def test_a_rewritten_request_is_json_and_asks_for_an_answer_that_can_be_read() -
     talk = sent_off(SIMPLIFIED_STREAM, headers=headers)
     sent = talk.connections[0].request_headers
     assert [value for name, value in sent if name == b"content-type"] == [b"application/json"]
-    assert b"accept-encoding" not in dict(sent)
+    assert [value for name, value in sent if name == b"accept-encoding"] == [b"identity"]
     assert (b"x-kept", b"1") in sent
     assert (b"content-length", b"%d" % len(talk.connections[0].request_body)) in sent
 
@@ -533,12 +569,11 @@ def test_a_body_that_is_no_chat_call_is_a_400(body: object) -> None:
     assert talk.upstreams[0].broken_in_a_row == 0
 
 
-def test_a_simplified_call_for_a_model_that_is_not_served_is_a_404() -> None:
-    talk = Conversation(models=("demo", "other"))
-    talk.ask({**SIMPLIFIED_WHOLE, "model": "missing"})
-    assert_answered(talk, 404, "model_not_found")
-    assert "demo, other" in talk.client.error["message"]
-    assert talk.client.error["param"] == "model"
+def test_a_model_that_is_in_no_list_is_for_the_upstream_to_judge() -> None:
+    for call in (SIMPLIFIED_WHOLE, OPENAI_WHOLE):
+        talk = Conversation(models=("demo", "other"))
+        talk.ask({**call, "model": "adapter"})
+        assert orjson.loads(talk.connect().request_body)["model"] == "adapter"
 
 
 def test_a_simplified_call_while_no_model_is_known_is_a_503() -> None:
@@ -1175,10 +1210,163 @@ def test_a_call_too_many_to_wait_is_a_429_at_once() -> None:
     assert talk.client.header(b"retry-after") == b"1"
 
 
-def test_a_request_too_many_is_a_429_before_its_body_comes() -> None:
-    talk = Conversation(limits=replace(LIMITS, max_requests=0))
+def test_what_is_held_is_counted_until_the_answer_begins() -> None:
+    talk = Conversation()
+    talk.exchange.begin(0)
+    body = orjson.dumps(OPENAI_STREAM)
+    talk.exchange.request_body(body[:10])
+    talk.exchange.awaits_more()
+    assert talk.buffers.held == talk.client.owner.held == 10
+    talk.exchange.request_body(body[10:])
+    talk.exchange.request_end()
+    assert talk.buffers.held == len(body)
+    talk.connect()
+    talk.head(200, [(b"content-type", b"text/event-stream")])
+    assert talk.buffers.held == 0
+    talk.leave()
+    talk.assert_settled()
+
+
+def test_a_large_body_is_read_when_its_turn_comes_and_counted_until_then() -> None:
+    talk = Conversation(limits=replace(LIMITS, max_body_bytes=1_000_000))
+    body = orjson.dumps(OPENAI_WHOLE | {"user": "x" * 300_000})
+    talk.exchange.begin(len(body))
+    talk.exchange.request_body(body)
+    talk.exchange.request_end()
+    assert talk.transport.asked == []
+    assert talk.buffers.held == len(body)
+    talk.clock.advance(1)
+    assert talk.connect().request_body == body
+    talk.leave()
+    talk.assert_settled()
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [(b'"' + b"x" * 300_000 + b'"', 0), (b"[" + b"1," * 150_000 + b"1]", 413), (b"x" * 300_000, 400)],
+)
+def test_a_large_body_is_refused_as_a_small_one_is(value: bytes, status: int) -> None:
+    limits = replace(LIMITS, max_body_bytes=1_000_000)
+    talk = Conversation(limits=limits, body_limits=body_limits(max_json_values=20_000))
+    talk.exchange.begin(0)
+    talk.exchange.request_body(b'{"model":"demo","messages":[],"user":%b}' % value)
+    talk.exchange.request_end()
+    talk.clock.advance(1)
+    assert talk.client.status == status
+    talk.leave()
+    talk.assert_settled()
+
+
+def test_a_client_that_leaves_before_its_large_body_is_read_leaves_nothing() -> None:
+    talk = Conversation(limits=replace(LIMITS, max_body_bytes=1_000_000))
+    talk.exchange.begin(0)
+    talk.exchange.request_body(orjson.dumps(OPENAI_WHOLE | {"user": "x" * 300_000}))
+    talk.exchange.request_end()
+    talk.leave()
+    talk.clock.advance(1)
+    assert talk.transport.asked == []
+    talk.assert_settled()
+
+
+def test_a_stream_that_nobody_reads_holds_its_last_events_and_is_counted() -> None:
+    talk = Conversation()
+    talk.ask(OPENAI_STREAM)
+    talk.connect()
+    talk.head(200, [(b"content-type", b"text/event-stream")])
+    large = b"data: " + b"x" * 40_000 + b"\n\n"
+    talk.client.during_body = talk.exchange.client_paused
+    talk.exchange.upstream_body(large * 3)
+    assert talk.buffers.held == len(large * 3) + len(large * 2)
+    talk.exchange.client_resumed()
+    assert talk.buffers.held == 0
+    talk.client.during_body = None
+    talk.exchange.upstream_body(DONE)
+    talk.exchange.upstream_end()
+    assert talk.exchange.outcome == "done"
+    talk.assert_settled()
+
+
+def test_a_stream_that_nobody_reads_ends_where_there_is_no_room_for_what_it_holds() -> None:
+    talk = Conversation(max_buffered_bytes=50_000)
+    talk.ask(OPENAI_STREAM)
+    connection = talk.connect()
+    talk.head(200, [(b"content-type", b"text/event-stream")])
+    talk.client.during_body = talk.exchange.client_paused
+    talk.exchange.upstream_body(b"data: " + b"x" * 40_000 + b"\n\n")
+    assert (talk.exchange.outcome, talk.client.ending, connection.given_back) == ("shortage", "abort", "discarded")
+    assert talk.upstreams[0].broken_in_a_row == 0
+    talk.assert_settled()
+    # It would be cut again, and again: for a second whose it was is refused.
+    for seconds, status in ((0.9, 503), (0.2, 0)):
+        talk.clock.advance(seconds)
+        again = ClientRecorder()
+        again.owner = talk.client.owner
+        call = BufferedCall(talk.path, again, CHAT, CHAT.path, talk.request_head)
+        call.begin(100)
+        assert again.status == status
+
+
+def test_a_large_body_is_sent_as_it_is_after_its_head() -> None:
+    talk = Conversation()
+    talk.ask(OPENAI_WHOLE | {"user": "x" * 70_000})
+    held = talk.buffers.held
+    connection = talk.connect()
+    assert len(connection.request_body) == held > 70_000
+    talk.leave()
+
+    talk = Conversation()
+    talk.ask(OPENAI_WHOLE | {"user": "x" * 70_000})
+    connection = talk.connect(during_send=talk.leave)
+    assert (connection.request_body, connection.given_back) == (b"", "discarded")
+    talk.assert_settled()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_would_be_held_past_the_bound_is_a_503(known: bool) -> None:
+    talk = Conversation(max_buffered_bytes=80_000)
+    talk.exchange.begin(90_000 if known else 0)
+    if not known:
+        talk.exchange.request_body(b"x" * 90_000)
+        talk.exchange.awaits_more()
+    assert_answered(talk, 503, "gateway_shortage")
+    assert talk.client.header(b"retry-after") == b"1"
+    assert talk.client.error["message"] == (
+        "The gateway holds as much of requests and answers as it may (80000 bytes, GATEWAY_MAX_BUFFERED_BYTES): "
+        "try again soon."
+    )
+    assert talk.upstreams[0].broken_in_a_row == 0
+
+
+def test_a_call_that_came_whole_has_the_same_bound() -> None:
+    talk = Conversation(max_buffered_bytes=100)
+    talk.ask(OPENAI_WHOLE | {"user": "x" * 100})
+    assert_answered(talk, 503, "gateway_shortage")
+
+
+def test_an_answer_that_is_collected_has_the_same_bound_and_is_no_fault_of_the_upstreams() -> None:
+    talk = Conversation(max_buffered_bytes=2000)
+    talk.ask({"messages": {"user": "Hi"}, "streaming": False})
+    connection = talk.connect()
+    talk.head(200, [(b"content-type", b"application/json"), (b"content-length", b"5000")])
+    talk.exchange.upstream_body(b"x" * 1000)
+    assert talk.buffers.held == 1000
+    talk.exchange.upstream_body(b"x" * 1000)
+    assert_answered(talk, 503, "gateway_shortage")
+    assert (connection.given_back, talk.upstreams[0].broken_in_a_row) == ("discarded", 0)
+
+
+def test_too_many_that_have_not_come_are_ended_and_who_came_whole_is_not() -> None:
+    talk = Conversation(max_arriving=0)
+    talk.ask(OPENAI_WHOLE)
+    assert talk.transport.asked
+    talk.leave()
+
+    talk = Conversation(max_arriving=0)
     talk.exchange.begin(10)
-    assert_answered(talk, 429, "too_many_requests")
+    assert not talk.client.status
+    talk.exchange.awaits_more()
+    assert_answered(talk, 503, "gateway_shortage")
+    assert "this came the slowest" in talk.client.error["message"]
 
 
 def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
@@ -1241,6 +1429,8 @@ def test_room_for_several_is_for_as_many() -> None:
         one.request(orjson.dumps(OPENAI_WHOLE))
     talk.crowd(0)
     talk.path.queue.wake()
+    assert others[0].upstream is None  # one place is for one call
+    talk.path.queue.wake_all()
     assert {talk.exchange.upstream, others[0].upstream} == set(talk.upstreams)
     assert list(talk.path.queue) == [others[1]]
 
@@ -1570,3 +1760,44 @@ def test_an_answer_before_a_connection_is_ignored() -> None:
     assert talk.client.status == 0
     talk.connect()
     assert talk.connections[0].sent
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RuntimeError("a bug"), 500, "internal_error"),
+        (MemoryError(), 503, "gateway_shortage"),
+        (OSError(errno.EMFILE, "Too many open files"), 503, "gateway_shortage"),
+    ],
+)
+def test_what_fails_by_no_fault_of_the_upstream_is_told_and_not_held_against_it(
+    error: Exception, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for connected in (False, True):
+        talk = Conversation()
+        talk.ask(OPENAI_WHOLE)
+        if connected:
+            talk.connect()
+        talk.exchange.crashed(error)
+        assert_answered(talk, status, code)
+        assert talk.upstreams[0].broken_in_a_row == 0
+        assert talk.exchange.request_id in caplog.text
+        caplog.clear()
+
+
+def test_what_fails_while_it_is_answered_is_cut() -> None:
+    talk = Conversation()
+    talk.ask(OPENAI_STREAM)
+    talk.connect()
+    talk.head(200, [(b"content-type", b"text/event-stream")])
+    talk.exchange.upstream_body(b"data: [DONE]\n\n")
+
+    def fails() -> None:
+        raise MemoryError
+
+    talk.client.during_body = fails
+    with pytest.raises(MemoryError):
+        talk.exchange.upstream_body(b"data: {}\n\n")
+    talk.exchange.crashed(MemoryError())
+    assert talk.client.ending in ("end", "abort")
+    talk.assert_settled()

@@ -64,6 +64,74 @@ def test_those_past_the_room_wait_and_those_past_the_queue_are_refused_at_once(f
     assert len(fake.received) == 4
 
 
+@pytest.mark.parametrize(
+    ("proxies", "turns"), [("127.0.0.1", ["a", "b", "a", "a"]), ("10.0.0.1", ["a", "a", "a", "b"])]
+)
+def test_without_keys_clients_have_turns_by_their_address(fake: FakeVllm, proxies: str, turns: list[str]) -> None:
+    holds = [Hold() for _ in range(5)]
+    fake.queue(*[held(hold) for hold in holds])
+    ended: list[str] = []
+    addresses = {"a": "203.0.113.1", "b": "203.0.113.2"}
+    with (
+        running(fake.url, max_in_flight=1, trusted_proxies=proxies) as gateway,
+        gateway.client() as client,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
+    ):
+
+        def call(name: str) -> None:
+            with gateway.client() as one:
+                headers = {"x-forwarded-for": f"198.51.100.1, {addresses[name]}"}
+                assert one.post(CHAT, content=WHOLE, headers=headers).status_code == 200
+            ended.append(name)
+
+        calls = [pool.submit(call, "a")]
+        fake.wait_for_request()
+        for waiting, name in enumerate(["a", "a", "a", "b"]):
+            calls.append(pool.submit(call, name))
+            wait_for(client, "gateway_waiting", waiting + 1)
+        for done, hold in enumerate(holds):
+            hold.release()
+            calls_done(ended, done + 1)
+        concurrent.futures.wait(calls)
+        logged = [line["client"] for line in gateway.log(5)]
+    assert ended[1:] == turns
+    assert logged == [addresses[name] if proxies == "127.0.0.1" else "127.0.0.1" for name in ended]
+
+
+@pytest.mark.parametrize(("proxies", "logged"), [("127.0.0.1", "203.0.113.1"), ("10.0.0.1", "127.0.0.1")])
+def test_who_asked_for_what_there_is_not_is_logged(fake: FakeVllm, proxies: str, logged: str) -> None:
+    with running(fake.url, trusted_proxies=proxies) as gateway, gateway.client() as client:
+        client.get("/nowhere", headers={"x-forwarded-for": "203.0.113.1"})
+        with gateway.connect() as raw:
+            raw.sendall(b"NONSENSE\r\n\r\n")
+            raw.recv(1000)
+        asked, nonsense = gateway.log(2)
+    assert (asked["client"], nonsense["client"]) == (logged, "127.0.0.1")
+
+
+def test_without_keys_an_address_runs_no_more_than_it_may(fake: FakeVllm) -> None:
+    holds = [Hold() for _ in range(3)]
+    fake.queue(*[held(hold) for hold in holds])
+    with (
+        running(fake.url, key_max_in_flight=2) as gateway,
+        gateway.client() as client,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        calls = [pool.submit(ask, gateway) for _ in range(3)]
+        wait_for(client, "gateway_waiting", 1)
+        fake.wait_for_request(2)
+        for hold in holds:
+            hold.release()
+        assert [call.result().status_code for call in calls] == [200] * 3
+
+
+def calls_done(ended: list[str], count: int) -> None:
+    until = time.monotonic() + 10
+    while len(ended) < count:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
 def test_one_that_waits_too_long_is_refused(fake: FakeVllm) -> None:
     hold = Hold()
     fake.queue(held(hold))

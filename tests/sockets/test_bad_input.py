@@ -74,7 +74,6 @@ BAD = {
     ),
     "model a number": (body(model=5), 400, "model", "it is a number"),
     "data a list": (body(data=[]), 400, "data", "it is an array"),
-    "a model that is not served": (body(model="nope"), 404, "model", "'nope' is not served; served: demo"),
     "invalid UTF-8": (b'{"messages":{"user":"\xff"}}', 400, None, "must be UTF-8, but byte 21 is not"),
     "a lone surrogate": (b'{"messages":{"user":"\\ud800"}}', 400, "user", "surrogate"),
     "deep arrays": (deep("["), 400, None, "depth"),
@@ -118,6 +117,30 @@ def test_any_content_type_is_read_and_sent_as_json(
     assert [value for name, value in fake.received[0].headers if name == "content-type"] == ["application/json"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("size", [1, 40_000, 300_000])
+def test_a_body_with_a_byte_order_mark_is_read_and_goes_up_in_utf_8(
+    client: httpx.Client, fake: FakeVllm, encoding: str, size: int
+) -> None:
+    text = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "é" * size}]}, ensure_ascii=False)
+    simplified = json.dumps({"messages": {"user": "é" * size}, "streaming": False}, ensure_ascii=False)
+
+    for sent in (text, simplified):
+        assert client.post(CHAT, content=sent.encode(encoding)).status_code == 200
+
+    assert fake.received[0].body.decode("utf-8-sig") == text
+    assert json.loads(fake.received[1].body)["messages"] == json.loads(text)["messages"]
+
+
+def test_what_a_body_must_not_have_is_seen_in_any_encoding(client: httpx.Client, fake: FakeVllm) -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/a.png"}}
+    for call in ({"n": 1000}, {"messages": [{"role": "user", "content": [image]}]}):
+        sent = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **call})
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"):
+            assert client.post(CHAT, content=sent.encode(encoding)).status_code == 400
+    assert fake.received == []
+
+
 @pytest.mark.parametrize("encodings", [["gzip"], ["gzip", "gzip"], ["identity", "gzip"]])
 def test_a_compressed_body_is_refused(client: httpx.Client, encodings: list[str]) -> None:
     headers = [("content-encoding", encoding) for encoding in encodings]
@@ -144,7 +167,7 @@ def test_a_body_of_40_mb_is_refused(client: httpx.Client, content: Any) -> None:
 
 
 def test_a_body_of_the_largest_size_passes(client: httpx.Client, fake: FakeVllm) -> None:
-    content = body(streaming=False).ljust(16 * 1024 * 1024)
+    content = body(streaming=False, messages={"user": "x" * (16 * 1024 * 1024 - 100)})
 
     assert client.post(CHAT, content=content).status_code == 200
 
@@ -176,8 +199,20 @@ def test_a_body_whose_client_leaves_half_way_goes_nowhere(gateway: Gateway, fake
         ("DELETE", "/v1/models", 405, "DELETE is not allowed"),
         ("POST", "/metrics", 405, "POST is not allowed"),
         ("GET", "/nope", 404, "There is no path '/nope' here."),
-        ("POST", "/v1/chat/completions/", 404, "There is no path"),
-        ("POST", "//v1/chat/completions", 404, "There is no path"),
+        ("POST", "/v1/chat/completions/", 404, "'/v1/chat/completions/' here: did you mean /v1/chat/completions?"),
+        ("POST", "//v1/chat/completions", 404, "did you mean /v1/chat/completions?"),
+        (
+            "POST",
+            "/chat/completions",
+            404,
+            "There is no path '/chat/completions' here: did you mean /v1/chat/completions?",
+        ),
+        ("POST", "/v1/v1/chat/completions", 404, "did you mean /v1/chat/completions?"),
+        ("POST", "/v1/chat/%63ompletions", 404, "'/v1/chat/%63ompletions' here: did you mean /v1/chat/completions?"),
+        ("GET", "/models", 404, "did you mean /v1/models?"),
+        ("GET", "/v1/v1/models?a=b", 404, "'/v1/v1/models' here: did you mean /v1/models?"),
+        ("POST", "/v1/v1/messages", 404, "did you mean /v1/messages?"),
+        ("GET", "/v1/responses/r/", 404, "There is no path '/v1/responses/r/' here."),
         ("POST", "/pause", 404, "There is no path '/pause' here."),
         ("POST", "/v1/load_lora_adapter", 404, "There is no path"),
         ("POST", "/collective_rpc", 404, "There is no path"),

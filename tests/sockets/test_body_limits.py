@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects.body_limits import BodyLimits
 from gateway.wire.errors import BadRequest
 from tests.support.fake_vllm import FakeVllm
 from tests.support.gateway_process import running
+from tests.support.recorders import body_limits
 
 CHAT = "/v1/chat/completions"
-BOUNDS = BodyLimits(max_n=4, max_new_tokens=100, max_messages=3, max_json_depth=6)
+BOUNDS = body_limits(max_n=4, max_new_tokens=100, max_messages=3, max_inputs=5, max_json_depth=6)
 TURN = {"role": "user", "content": "hi"}
 
 
@@ -25,6 +25,22 @@ TURN = {"role": "user", "content": "hi"}
     [
         ({"n": 5}, "n must be at most 4 (GATEWAY_MAX_N), but it is 5.", "n"),
         ({"best_of": 1e9}, "best_of must be at most 4 (GATEWAY_MAX_N)", "best_of"),
+        ({"n": "3"}, 'n must be an integer, but it is "3".', "n"),
+        ({"n": True}, "n must be an integer, but it is true.", "n"),
+        ({"n": [3]}, "n must be an integer, but it is an array.", "n"),
+        ({"max_tokens": "10"}, 'max_tokens must be an integer, but it is "10".', "max_tokens"),
+        ({"min_tokens": 101}, "min_tokens must be at most 100 (GATEWAY_MAX_NEW_TOKENS)", "min_tokens"),
+        ({"stream": "true"}, 'stream must be true or false, but it is "true".', "stream"),
+        ({"stream": 1}, "stream must be true or false, but it is 1.", "stream"),
+        ({"ec_transfer_params": {"peer_host": "x"}}, "ec_transfer_params is not taken here", "ec_transfer_params"),
+        ({"kv_transfer_params": {"remote_host": "x"}}, "kv_transfer_params is not taken here", "kv_transfer_params"),
+        ({"input": ["a"] * 6}, "input must be at most 5 (GATEWAY_MAX_INPUTS), but they are 6.", "input"),
+        ({"input": [[1]] * 6}, "input must be at most 5 (GATEWAY_MAX_INPUTS), but they are 6.", "input"),
+        ({"documents": ["a"] * 6}, "documents must be at most 5", "documents"),
+        ({"text_1": ["a"] * 6}, "text_1 must be at most 5", "text_1"),
+        ({"prompt": ["a"] * 3, "n": 2}, "n times the prompts must be at most 5 answers (GATEWAY_MAX_INPUTS)", "n"),
+        ({"messages": [[TURN]] * 6}, "messages must be at most 5 chats (GATEWAY_MAX_INPUTS), but they are", "messages"),
+        ({"messages": [[TURN, TURN]] * 2}, "messages must be at most 3 (GATEWAY_MAX_MESSAGES), but they", "messages"),
         ({"max_tokens": 101}, "max_tokens must be at most 100 (GATEWAY_MAX_NEW_TOKENS), but it is 101.", "max_tokens"),
         ({"max_completion_tokens": 101}, "max_completion_tokens must be at most 100", "max_completion_tokens"),
         ({"max_new_tokens": 2**40}, "max_new_tokens must be at most 100", "max_new_tokens"),
@@ -45,7 +61,8 @@ def test_too_much_is_refused_by_its_name(body: dict[str, Any], said: str, param:
     [
         {},
         {"n": 4, "best_of": 1, "max_tokens": 100, "messages": [TURN] * 3},
-        {"n": "5", "max_tokens": None, "messages": "a" * 99, "best_of": True},
+        {"n": None, "max_tokens": None, "messages": "a" * 99, "stream": None},
+        {"input": [1] * 99, "prompt": ["a"] * 5, "n": 1, "documents": "x"},
         {"a": [[[[[]]]]]},
         {"a": {"b": {"c": {"d": {"e": {}}}}}},
     ],
@@ -63,10 +80,10 @@ def test_depth_is_counted_as_it_is(value: Any) -> None:
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     body = {"a": value}
-    bounds = BodyLimits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body))
+    bounds = body_limits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body))
     bounds.check(body)
     with pytest.raises(BadRequest):
-        BodyLimits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body) - 1).check(body)
+        body_limits(max_n=1, max_new_tokens=None, max_messages=1, max_json_depth=depth(body) - 1).check(body)
 
 
 @pytest.mark.usefixtures("way")

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.pool.few_at_a_time import FewAtATime
 from gateway.server.http_protocol import HttpProtocol, SharedState, missing_names
 from gateway.server.shortcut import Shortcut
 from gateway.wire.heads import answer_head
@@ -65,6 +66,7 @@ def singly(data: bytes) -> list[bytes]:
 
 BYE = b"Connection: close"
 CHUNKED = b"Transfer-Encoding: chunked"
+OFFER = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA")
 LAST = post(WHOLE, BYE, name=b"last")
 GARBAGE = b"\x16\x03\x01\x02\x00 what is this\r\n\r\n"
 
@@ -117,6 +119,8 @@ SCRIPTS: dict[str, Sequence[Sent]] = {
     "absolute form": [post(target=b"http://x" + CHAT), '"usage"', LAST],
     "models": [get(b"/v1/models"), "list", get(b"/v1/models", BYE)],
     "models, by HEAD": [get(b"/v1/models", method=b"HEAD"), "\r\n\r\n", LAST],
+    "a model by its id": [get(b"/v1/models/demo"), "max_model_len", get(b"/v1/models/a%2Fb"), "404", LAST],
+    "pages": [post(WHOLE, b"Origin: http://y"), "403", post(WHOLE, b"Sec-Fetch-Site: cross-site"), "403", LAST],
     "what there is not": [get(CHAT), "405", get(b"/v1/engines"), "404", post(target=CHAT + b"/"), "404", LAST],
     "methods nobody has": [get(CHAT, method=b"DELETE"), "405", get(CHAT, method=b"OPTIONS"), "405", LAST],
     "a wrong body": [post(b"{"), "400", post(b"[]"), "400", LAST],
@@ -131,9 +135,22 @@ SCRIPTS: dict[str, Sequence[Sent]] = {
     "a wrong chunk of the second": [post() + post(b"zz\r\n", CHUNKED)],
     "a wrong chunk of one that waits": [post(name=b"1") + post(name=b"2") + post(b"zz\r\n", CHUNKED)],
     "a wrong chunk after the answer": [post(b"bb8\r\n" + b"x" * 3000 + b"\r\n", CHUNKED), "413", b"zz\r\n"],
-    "upgrade to HTTP/2": [post(WHOLE, b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c"), "400", half_close],
-    "upgrade to a web socket": [get(b"/v1/models", b"Connection: Upgrade", b"Upgrade: websocket"), "list", half_close],
+    "upgrade to HTTP/2": [post(WHOLE, *OFFER) + post(name=b"never")],
+    "upgrade to HTTP/2 after a call": [post(), '"usage"', post(WHOLE, *OFFER) + post(name=b"never")],
+    "upgrade to HTTP/2 behind a call": [post() + post(STREAM, *OFFER) + post(name=b"never")],
+    "upgrade to HTTP/2, byte by byte": singly(post(STREAM, *OFFER)),
+    "upgrade to HTTP/2, in chunks": [post(chunk(WHOLE) + b"0\r\n\r\n", *OFFER, CHUNKED) + post(name=b"never")],
+    "upgrade to HTTP/2, by Expect": [
+        post(WHOLE, *OFFER, b"Expect: 100-continue")[: -len(WHOLE)],
+        "100 Continue",
+        WHOLE,
+    ],
+    "upgrade to HTTP/2, a body that is too large": [post(b"x" * 9000, *OFFER)],
+    "upgrade to a web socket": [
+        get(b"/v1/models", b"Connection: Upgrade", b"Upgrade: websocket") + post(name=b"never")
+    ],
     "HTTP/1.0": [post(version=b"1.0")],
+    "HTTP/1.0, a stream": [post(STREAM, version=b"1.0")],
     "HTTP/1.0, kept alive": [post(WHOLE, b"Connection: keep-alive", version=b"1.0")],
     "garbage": [GARBAGE],
     "garbage after a call": [post(), '"usage"', GARBAGE],
@@ -232,6 +249,7 @@ class Both:
         self._ways = []
         for shortcut in (True, False):
             fake = stack.enter_context(InOnePiece())
+            fake.close_after_probes()  # a reset on a connection that was idle is asked once more
             gateway = stack.enter_context(running(fake.url, shortcut=shortcut, max_body_bytes=2500))
             self._ways.append((fake, gateway))
 
@@ -260,6 +278,15 @@ def both() -> Iterator[Both]:
 def test_a_connection_goes_alike_on_both_ways(both: Both, script: Sequence[Sent]) -> None:
     got, _ = both.play(script)
     assert got.startswith(b"HTTP/1.1 ") or script == [half_close]
+
+
+@pytest.mark.parametrize("body", [WHOLE, STREAM, SIMPLIFIED])
+@pytest.mark.parametrize("more", [(), (CHUNKED,)], ids=["length", "chunks"])
+def test_an_offer_of_another_protocol_is_ignored(both: Both, body: bytes, more: tuple[bytes, ...]) -> None:
+    content = chunk(body[:9]) + chunk(body[9:]) + b"0\r\n\r\n" if more else body
+    answered, sent = both.play([post(content, BYE, *more)])
+    assert both.play([post(content, *OFFER, *more) + post(name=b"never")]) == (answered, sent)
+    assert sent.count(b"'POST'") == 1
 
 
 @pytest.mark.parametrize("body", [WHOLE, STREAM, SIMPLIFIED], ids=["whole", "stream", "simplified"])
@@ -401,6 +428,7 @@ def test_a_connection_is_kept_for_hours_and_closed_once_it_is_idle_for_too_long(
     config = uvicorn.Config(_app, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=75)
     parts = SimpleNamespace(data_path=data.path, metrics_port=None)  # those that are asked for
     connection = protocol(config, SharedState(), {"parts": parts}, _loop=clock)
+    connection.server_state.few = FewAtATime(lambda call: None)  # no loop runs
     connection.connection_made(transport)
     for number in range(1, 201):
         connection.data_received(post())

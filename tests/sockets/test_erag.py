@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.dialects.erag import to_error
-from tests.support.fake_vllm import EVENTS, FakeVllm, response, stream
+from gateway.dialects.erag import to_upstream_error
+from tests.support.fake_vllm import EVENTS, UNTOLD, FakeVllm, response, stream
 from tests.support.gateway_process import running
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -33,11 +33,14 @@ def test_streams_and_replies_are_that_releases(client: httpx.Client) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
-    ({"json": {"messages": {"user": ""}}}, 400, "messages.user must be a string that is not empty, but it is empty."),
-    ({"content": b"{"}, 400, "The request's body is not valid JSON"),
     ({"content": b" " * 4096}, 413, "The request's body must be at most 2048 bytes (GATEWAY_MAX_BODY_BYTES)."),
     ({"content": b"{}", "headers": {"content-encoding": "gzip"}}, 415, "Content-Encoding must be absent"),
-    ({"json": {"messages": {"user": "hi"}, "model": "nope"}}, 404, "The model 'nope' is not served"),
+    (
+        {"json": {"messages": {"user": "hi"}, "data": {"reranked_docs": "x"}}},
+        400,
+        "data.reranked_docs must be",
+    ),
+    ({"json": {"messages": {"user": "hi"}, "n": 999}}, 400, "n must be at most 128 (GATEWAY_MAX_N), but it is 999."),
 ]
 
 
@@ -68,9 +71,7 @@ def test_openais_calls_keep_openais_errors_and_answers(client: httpx.Client, fak
 
 
 def test_a_model_server_that_is_down_is_a_detail() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with running(url, compat="erag-2.1") as gateway, gateway.client() as client:
+    with running(f"http://127.0.0.1:{free_port()}", compat="erag-2.1") as gateway, gateway.client() as client:
         got = client.post(CHAT, json={**CALL, "model": "demo"})
         assert (got.status_code, list(got.json())) == (503, ["detail"])
 
@@ -78,9 +79,9 @@ def test_a_model_server_that_is_down_is_a_detail() -> None:
 def test_the_newer_release_has_openais_chunks_and_what_is_cited_behind_them(fake: FakeVllm) -> None:
     fake.queue(stream(EVENTS), stream(EVENTS))
     with running(fake.url, compat="erag-2.1") as gateway, gateway.client() as client:
-        assert client.post(CHAT, json=CALL).content == b"".join(EVENTS)
+        assert client.post(CHAT, json=CALL).content == b"".join(UNTOLD)
         got = client.post(CHAT, json={**CALL, "data": {"k": 1}})
-        assert got.content == b"".join(EVENTS) + b'json: {"k":1}\n\n'
+        assert got.content == b"".join(UNTOLD) + b'json: {"reranked_docs":[]}\n\n'
 
 
 @pytest.mark.parametrize(
@@ -97,4 +98,21 @@ def test_the_newer_release_has_openais_chunks_and_what_is_cited_behind_them(fake
     ],
 )
 def test_whatever_an_error_looks_like_it_is_told(answer: bytes, said: str) -> None:
-    assert json.loads(to_error(answer)) == {"detail": said}
+    assert json.loads(to_upstream_error(answer)) == {"detail": said}
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ({"data": {"reranked_docs": {}}}, 200),
+        ({"data": {"reranked_docs": ""}}, 200),
+        ({"max_new_tokens": 2**40}, 200),
+        ({"max_new_tokens": 2**70}, 422),
+        ({"messages": [{"role": "user", "content": 5}]}, 422),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, 200),
+    ],
+)
+def test_odd_values_are_taken_as_they_were(fake: FakeVllm, sent: dict[str, Any], status: int) -> None:
+    with running(fake.url, compat="erag-2.1") as gateway, gateway.client() as client:
+        call = {"messages": [{"role": "user", "content": "hi"}], "stream": False, **sent}
+        assert client.post(CHAT, json=call).status_code == status

@@ -254,7 +254,9 @@ def outcome_of(client: httpx.Client, asked: dict[str, Any]) -> tuple[int, bytes,
 def test_a_fault_of_the_upstream_has_its_promised_outcome(name: str, fake: FakeVllm) -> None:
     fault = FAULTS[name]
     fake.queue(fault.script)
-    with running(fake.url, **fault.settings) as gateway, gateway.client() as client:
+    fake.close_after_probes()
+    # A later probe would take the connection that the next call is to have.
+    with running(fake.url, probe_interval=60, **fault.settings) as gateway, gateway.client() as client:
         status, content, cut = outcome_of(client, fault.asked)
         (line,) = gateway.log(1)
         after = client.post(CHAT, json=WHOLE)

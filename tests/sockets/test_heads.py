@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 
@@ -173,9 +174,79 @@ def test_clients_own_words_are_shown_no_further_than_need_be(gateway: Gateway) -
     assert len(said) < 200
 
 
-def test_the_host_decides_nothing(gateway: Gateway, fake: FakeVllm) -> None:
+def test_behind_an_open_port_the_host_decides_nothing(gateway: Gateway, fake: FakeVllm) -> None:
     with gateway.client() as client:
         for host in ("127.0.0.1", "evil.example", "x"):
-            assert client.get("/v1/models/", headers={"host": host}).status_code == 404
-            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+            assert client.get("/version/", headers={"host": host}).status_code == 404
+            assert client.get("/version", headers={"host": host}).status_code == 200
     assert len(fake.received) == 3
+
+
+OWN_NAMES = ("localhost", "localhost:9000", "LOCALHOST.", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:9000", "10.1.2.3")
+OTHER_NAMES = ("evil.example", "evil.example:9000", "localhost.evil.example", "127.0.0.1.evil.example", "xlocalhost")
+CALLS = ((b"GET", b"/version"), (b"GET", b"/v1/models"), (b"GET", b"/"), (b"GET", b"/metrics"), (b"GET", b"/nowhere"))
+
+
+def call(method: bytes, path: bytes, host: str) -> bytes:
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: 0\r\n\r\n" % (method, path, host.encode())
+
+
+@pytest.mark.usefixtures("way")
+def test_on_a_loopback_address_without_keys_no_other_name_leads_to_it(fake: FakeVllm) -> None:
+    chat = CHAT + b"host: %b\r\n" + LENGTH + b"\r\n" + BODY
+    with running(fake.url, host="127.0.0.1") as gateway:
+        for host in OTHER_NAMES:
+            for method, path in CALLS:
+                status, said = status_of(gateway, call(method, path, host))
+                assert (status, "GATEWAY_ALLOWED_HOSTS" in said) == (421, True), (path, host)
+            assert status_of(gateway, chat % host.encode())[0] == 421
+        assert not fake.received
+        with gateway.connect() as connection:  # the second is like the first but for its host
+            for host, status in (("localhost", 200), ("evil.example", 421), ("localhost", 200)):
+                connection.sendall(chat % host.encode())
+                assert answered(connection)[0] == status
+        for host in OWN_NAMES:
+            assert status_of(gateway, call(b"GET", b"/version", host))[0] == 200, host
+        assert status_of(gateway, b"GET /version HTTP/1.0\r\n\r\n")[0] == 200  # a browser always names one
+
+
+@pytest.mark.usefixtures("way")
+def test_probes_never_ask_for_the_host_and_tell_a_stranger_no_address(fake: FakeVllm) -> None:
+    with running(fake.url, host="127.0.0.1") as gateway, gateway.connect() as connection:
+        for path in (b"/health", b"/ping", b"/v1/health_check", b"/v1/health_check?model=demo"):
+            connection.sendall(call(b"GET", path, "evil.example"))
+            status, content = answered(connection)
+            assert status == 200
+            assert fake.url.encode() not in content
+        connection.sendall(call(b"GET", b"/v1/health_check", "localhost"))
+        assert fake.url.encode() in answered(connection)[1]
+
+
+@pytest.mark.usefixtures("way")
+def test_which_hosts_lead_to_it_may_be_said(fake: FakeVllm) -> None:
+    secret = "sk-4f7d0c9a2b6e81d35a"
+    with running(fake.url, host="127.0.0.1", allowed_hosts="gateway.example, b_2") as gateway:
+        named = dict.fromkeys(("gateway.example", "Gateway.Example.:443", "b_2", "localhost"), 200)
+        for host, status in {**named, "gatewayxexample": 421}.items():
+            assert status_of(gateway, call(b"GET", b"/version", host))[0] == status, host
+    with running(fake.url, host="127.0.0.1", api_keys=secret) as gateway, gateway.client() as client:
+        client.headers["x-api-key"] = secret
+        assert client.get("/version", headers={"host": "evil.example"}).status_code == 200
+    with running(fake.url, allowed_hosts="gateway.example") as gateway:  # as behind a port that Docker publishes
+        assert status_of(gateway, call(b"GET", b"/version", "evil.example"))[0] == 421
+
+
+@pytest.mark.usefixtures("way")
+def test_a_head_of_very_many_headers_is_refused_before_they_are_all_read(fake: FakeVllm) -> None:
+    with running(fake.url) as gateway:
+        for name in (b"a", b"authorization", b"x-%d"):
+            lines = b"".join(name.replace(b"%d", b"%d" % number) + b":\r\n" for number in range(4000))
+            with gateway.connect() as connection:
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + lines + b"\r\n")
+                got = b""
+                with contextlib.suppress(ConnectionResetError):  # the rest of the head is not read
+                    while piece := connection.recv(65536):
+                        got += piece
+            assert got.startswith(b"HTTP/1.1 431 ")
+            assert b"at most 100 headers (GATEWAY_MAX_HEADERS)" in got
+    assert fake.received == []

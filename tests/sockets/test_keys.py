@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,13 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.config.environment import SettingsError
 from gateway.config.load import load
-from gateway.config.settings import SettingsError
 from gateway.pool.keys import BadKeys, Key, Keys, from_lines, from_secrets
 from tests.sockets.test_routes import OLDER
-from tests.support.fake_vllm import FakeVllm, response
-from tests.support.gateway_process import Gateway, free_port, running
+from tests.support.fake_vllm import FakeVllm, Hold, Step, completion, response
+from tests.support.gateway_process import Gateway, running
 from tests.support.paths import CERTIFICATES
+from tests.support.ports import free_port
 
 CHAT = "/v1/chat/completions"
 SECRET = "sk-4f7d0c9a2b6e81d35a"
@@ -30,6 +33,14 @@ OTHER = "sk-other-1234567890abc"
 CALL = {"messages": {"user": "hi"}, "streaming": False}
 OPEN = ["/", "/health", "/ping", "/v1/health_check"]
 CLOSED = ["/metrics", "/v1/status", "/v1/statistics", "/openapi.json", "/v1/models", "/version"]
+
+
+def soon(ready: Callable[[], bool]) -> None:
+    """Ask until it is so."""
+    until = time.monotonic() + 20
+    while not ready():
+        assert time.monotonic() < until, "it never came about"
+        time.sleep(0.01)
 
 
 def digest(secret: str) -> str:
@@ -54,7 +65,9 @@ def client(guarded: Gateway) -> Iterator[httpx.Client]:
         {"authorization": f"Bearer {SECRET}"},
         {"authorization": f"bearer  {SECRET}"},
         {"x-api-key": SECRET},
+        {"api-key": SECRET},
         {"x-api-key": SECRET, "authorization": f"Bearer {OTHER}"},
+        {"x-api-key": SECRET, "api-key": OTHER},
     ],
 )
 def test_who_brings_a_key_may_call_and_the_key_goes_no_further(
@@ -79,6 +92,9 @@ def test_who_brings_a_key_may_call_and_the_key_goes_no_further(
         ({"authorization": "Bearer"}, "A key is needed"),
         ({"authorization": f"Basic {SECRET}"}, "A key is needed"),
         ({"x-api-key": ""}, "A key is needed"),
+        ({"api-key": ""}, "A key is needed"),
+        ({"api-key": f"{SECRET}x"}, "none of this gateway's"),
+        ({"api-key": SECRET, "x-api-key": "nonsense"}, "none of this gateway's"),
         ({"authorization": f"Bearer {SECRET}x"}, "none of this gateway's"),
         ({"authorization": f"Bearer {SECRET[:-1]}"}, "none of this gateway's"),
         ({"authorization": f"Bearer {SECRET.upper()}"}, "none of this gateway's"),
@@ -325,3 +341,109 @@ def test_a_file_that_is_wrong_stops_the_start(
 def test_a_file_may_have_notes_and_upper_case() -> None:
     found = from_lines(f"# keys\n  a  {digest('a').upper()}   60 # for tests\n\nb\t{digest('b')}\n")
     assert [(key.name, key.a_minute) for key in found.values()] == [("a", 60), ("b", None)]
+
+
+def test_a_line_may_bound_what_runs_and_what_waits() -> None:
+    text = f"a {digest('a')} 60 in-flight=2 waiting=3\nb {digest('b')} waiting=4\nc {digest('c')}\n"
+    a, b, c = from_lines(text, max_in_flight=9).values()
+    assert (a.a_minute, a.max_in_flight, a.max_waiting) == (60, 2, 3)
+    assert (b.a_minute, b.max_in_flight, b.max_waiting) == (None, 9, 4)
+    assert (c.a_minute, c.max_in_flight, c.max_waiting) == (None, 9, None)
+    assert from_lines(f"a {digest('a')} tokens=9 models=x,y\n").popitem()[1].models == frozenset("xy")
+    wrong = ("in-flight=0", "in-flight=x", "waiting=", "tokens", "tokens=-1", "other=3", "waiting=1 waiting=2")
+    for word in (*wrong, "models=", "models=a,", "models=a models=b"):
+        with pytest.raises(BadKeys, match="line 1 must be NAME SHA256"):
+            from_lines(f"a {digest('a')} {word}\n")
+
+
+@pytest.mark.usefixtures("way")
+def test_a_key_is_for_the_models_of_its_line(fake: FakeVllm, tmp_path: Path) -> None:
+    secret = "few-4f7d0c9a2b6e81d35a"
+    (tmp_path / "keys").write_text(f"few {digest(secret)} models=demo,other\n")
+    with running(fake.url, api_keys_file=tmp_path / "keys") as gateway, gateway.client() as client:
+        client.headers["x-api-key"] = secret
+        messages = [{"role": "user", "content": "Hi."}]
+        assert client.post(CHAT, json={"model": "demo", "messages": messages}).status_code == 200
+        assert client.post(CHAT, json={"messages": {"user": "Hi."}, "streaming": False}).status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        refused = client.post(CHAT, json={"model": "third", "messages": messages})
+        unsaid = client.post(CHAT, json={"messages": messages})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "path_not_served")
+    assert refused.json()["error"]["message"] == "The key few is not for the model 'third'; it is for demo, other."
+    assert unsaid.json()["error"]["message"] == (
+        "The key few is not for a call that does not say of which model; it is for demo, other."
+    )
+
+
+@pytest.mark.usefixtures("way")
+def test_a_key_has_its_tokens_of_a_minute(fake: FakeVllm, tmp_path: Path) -> None:
+    secret = "few-4f7d0c9a2b6e81d35a"
+    (tmp_path / "keys").write_text(f"few {digest(secret)} tokens=2000\n")
+    hold = Hold()
+    fake.queue([hold, response("200 OK", completion())])
+    with (
+        running(fake.url, api_keys_file=tmp_path / "keys") as gateway,
+        gateway.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client.headers["x-api-key"] = secret
+        call = {"model": "demo", "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 1000, "n": 2}
+        first = pool.submit(client.post, CHAT, json=call)
+        fake.wait_for_request()
+        refused = client.post(CHAT, json=call)
+        hold.release()
+        answered = first.result(20)
+        again = client.post(CHAT, json=call)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "has used its 2000 tokens of this minute: try again in " in refused.json()["error"]["message"]
+    assert 30 <= int(refused.headers["retry-after"]) <= 57
+    assert refused.headers["x-ratelimit-limit-tokens"] == "2000"
+    assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+    assert float(refused.headers["x-ratelimit-reset-tokens"][:-1]) > 30
+    assert answered.status_code == again.status_code == 200
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("asked", [-(10**12), 0, 9 * 10**18, True, 1.5])
+def test_whatever_number_is_asked_for_a_key_keeps_its_tokens(fake: FakeVllm, tmp_path: Path, asked: float) -> None:
+    secret = "few-4f7d0c9a2b6e81d35a"
+    (tmp_path / "keys").write_text(f"few {digest(secret)} tokens=60000\n")
+    with running(fake.url, api_keys_file=tmp_path / "keys") as gateway, gateway.client() as client:
+        client.headers["x-api-key"] = secret
+        call = {"model": "demo", "messages": [{"role": "user", "content": "Hi."}], "n": 128}
+        fake.queue([response("400 Bad Request", b"{}")])
+        client.post(CHAT, json={**call, "max_tokens": asked})
+        fake.clear()
+        for _ in range(3):
+            answered = client.post(CHAT, json={**call, "max_tokens": 1})
+            assert answered.status_code == 200
+
+
+@pytest.mark.usefixtures("way")
+def test_a_key_that_takes_all_room_makes_another_wait_one_turn(fake: FakeVllm, tmp_path: Path) -> None:
+    many, few = "many-4f7d0c9a2b6e81d35a", "few-4f7d0c9a2b6e81d35a"
+    (tmp_path / "keys").write_text(f"many {digest(many)}\nfew {digest(few)} waiting=2\n")
+    holds = [Hold() for _ in range(9)]
+    scripts: list[list[Step]] = [[hold, response("200 OK", b"{}")] for hold in holds]
+    fake.queue(*scripts)
+    limits = {"max_in_flight": 2, "max_queue": 4, "api_keys_file": tmp_path / "keys"}
+
+    with running(fake.url, **limits) as gateway, gateway.client() as client, ThreadPoolExecutor(12) as pool:
+
+        def ask(key: str) -> int:
+            body = {"model": "demo", "messages": [], "user": key.partition("-")[0]}
+            got: httpx.Response = client.post(CHAT, json=body, headers={"authorization": f"Bearer {key}"})
+            return got.status_code
+
+        first = [pool.submit(ask, many) for _ in range(6)]
+        fake.wait_for_request(2)
+        soon(lambda: "gateway_waiting 4.0" in client.get("/metrics", headers={"x-api-key": many}).text)
+        other = pool.submit(ask, few)
+        soon(lambda: sum(one.done() for one in first) == 1)  # the newest gave way
+        holds[0].release()
+        holds[1].release()
+        assert b'"few"' in fake.wait_for_request(3).body + fake.wait_for_request(4).body
+        for hold in holds:
+            hold.release()
+        assert other.result(20) == 200
+        assert sorted(one.result(20) for one in first) == [200] * 5 + [429]

@@ -23,6 +23,7 @@ CALLS = {
     "completion": (b"POST /v1/completions", b'{"model":"demo","prompt":"Hi."}'),
     "completion stream": (b"POST /v1/completions", b'{"model":"demo","prompt":"Hi.","stream":true}'),
     "models": (b"GET /v1/models", b""),
+    "version": (b"GET /version", b""),
 }
 calls = pytest.mark.parametrize("call", CALLS)
 # Of a machine that does other things, too; `make soak` measures the hundred milliseconds that are promised.
@@ -64,7 +65,7 @@ def test_a_client_that_leaves_before_the_first_byte_closes_the_upstream(
 @calls
 def test_a_client_that_leaves_in_mid_answer_closes_the_upstream(gateway: Gateway, fake: FakeVllm, call: str) -> None:
     hold = Hold()
-    streams, rewritten = "stream" in call or "repr" in call, call == "simplified"
+    streams, rewritten = "stream" in call or "repr" in call, call in ("simplified", "models")
     begun: list[Step] = [STREAM_HEAD, *map(chunk, EVENTS[:2])] if streams else [response("200 OK", completion())[:-10]]
     fake.queue([*begun, hold])
     with gateway.connect() as connection:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects.media_urls import check_any, check_chat
+from gateway.dialects.media_urls import check_any, parts_of
 from gateway.wire.errors import BadRequest
 from tests.support.fake_vllm import FakeVllm
 from tests.support.gateway_process import running
@@ -88,27 +89,27 @@ def test_media_come_from_named_hosts_alone(fake: FakeVllm) -> None:
 def test_without_named_hosts_only_data_passes() -> None:
     for body in chats(ALLOWED[0]):
         with pytest.raises(BadRequest):
-            check_chat(body, frozenset())
+            check_any(parts_of(body), orjson.dumps(body), frozenset())
     for body in chats("data:image/png;base64,AAAA"):
-        check_chat(body, frozenset())
+        check_any(parts_of(body), orjson.dumps(body), frozenset())
 
 
 @pytest.mark.parametrize("url", ALLOWED)
 def test_a_named_host_may_be_written_as_urls_are(url: str) -> None:
     for body in chats(url):
-        check_chat(body, NAMED)
+        check_any(parts_of(body), orjson.dumps(body), NAMED)
     for _, body in others(url):
-        check_any(body, NAMED)
+        check_any(body, orjson.dumps(body), NAMED)
 
 
 @pytest.mark.parametrize("url", STRANGE)
 def test_a_url_that_two_parsers_may_read_in_two_ways_is_refused(url: str) -> None:
     for body in chats(url):
         with pytest.raises(BadRequest, match="must be a data: URL, or a plain http or https one"):
-            check_chat(body, NAMED)
+            check_any(parts_of(body), orjson.dumps(body), NAMED)
     for _, body in others(url):
         with pytest.raises(BadRequest):
-            check_any(body, NAMED)
+            check_any(body, orjson.dumps(body), NAMED)
 
 
 def test_texts_and_tools_may_name_any_url() -> None:
@@ -116,13 +117,13 @@ def test_texts_and_tools_may_name_any_url() -> None:
         "messages": [{"role": "user", "content": "See http://evil.example"}],
         "tools": [{"type": "function", "function": {"name": "get", "parameters": {"url": "http://evil.example"}}}],
     }
-    check_chat(body, frozenset())
+    check_any(parts_of(body), orjson.dumps(body), frozenset())
 
 
 @given(st.text(max_size=30))
 def test_nothing_but_a_plain_url_of_a_named_host_or_data_passes(url: str) -> None:
     try:
-        check_any({"x": {"url": url}}, NAMED)
+        check_any({"x": {"url": url}}, b'"url"', NAMED)
     except BadRequest:
         return
     assert url[:5].lower() == "data:" or url.lower().startswith(("http://images.example", "https://images.example"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.config.environment import SettingsError
 from gateway.config.load import load
-from gateway.config.settings import SettingsError
 from tests.support.fake_vllm import FakeVllm
-from tests.support.gateway_process import free_port, running
+from tests.support.gateway_process import running
+from tests.support.ports import free_port
 
 CHAT = "/v1/chat/completions"
 CALL = {"messages": {"user": "hi"}, "streaming": False}

@@ -16,12 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.config.environment import SettingsError
 from gateway.config.load import load
-from gateway.config.settings import SettingsError
 from gateway.server.uvicorn_server import Server
 from tests.support.fake_vllm import EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk, response
-from tests.support.gateway_process import free_port, running
+from tests.support.gateway_process import running
 from tests.support.paths import AUTHORITY, CERTIFICATES
+from tests.support.ports import free_port
 
 GOOD = str(CERTIFICATES / "good.pem")
 CHAT = "/v1/chat/completions"

@@ -51,6 +51,20 @@ def test_the_documented_call_gets_the_documented_reply(client: httpx.Client, fak
     assert got.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("tokens", [100_000, 100_000.0])
+def test_a_stream_of_generate_that_would_repeat_too_much_is_refused(
+    client: httpx.Client, fake: FakeVllm, tokens: float
+) -> None:
+    call = {"prompt": "a" * 20_000, "stream": True, "max_tokens": tokens}
+
+    got = client.post("/generate", json=call)
+
+    assert (got.status_code, got.json()["error"]["param"]) == (400, "stream")
+    assert "n times the prompt times max_tokens must be at most" in got.json()["error"]["message"]
+    fake.queue([response("200 OK", completion("."))])
+    assert client.post("/generate", json={**call, "stream": False}).status_code == 200
+
+
 @pytest.mark.usefixtures("way")
 def test_a_stream_of_generate_repeats_all_of_the_text_each_time(client: httpx.Client, fake: FakeVllm) -> None:
     events = [chunk(" city"), chunk(" town", 1), chunk(" of"), encode(b'{"choices":[],"usage":{}}'), encode(DONE)]

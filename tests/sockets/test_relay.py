@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import re
 import socket
 
 import httpx
@@ -177,13 +178,60 @@ def test_the_upstreams_key_is_ours(fake: FakeVllm) -> None:
 
 
 @pytest.mark.parametrize("given_id", ["req-1.a:b/c+d=@_", "a" * 128])
-def test_a_sane_request_id_is_kept_everywhere(gateway: Gateway, fake: FakeVllm, given_id: str) -> None:
+def test_a_sane_request_id_is_kept_and_another_goes_upstream(gateway: Gateway, fake: FakeVllm, given_id: str) -> None:
     with gateway.client() as client:
-        got = client.post(CHAT, content=OPENAI, headers={"x-request-id": given_id})
+        answers = [client.post(CHAT, content=OPENAI, headers={"x-request-id": given_id}) for _ in range(2)]
 
-    assert fake.received[0].header("x-request-id") == given_id
-    assert got.headers.get_list("x-request-id") == [given_id]
-    assert gateway.log(1)[0]["request_id"] == given_id
+    for got in answers:
+        assert got.headers.get_list("x-request-id") == [given_id]
+    sent = [received.header("x-request-id") or "" for received in fake.received]
+    assert len(set(sent)) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in sent)
+    lines = gateway.log(2)
+    assert [line["request_id"] for line in lines] == [given_id] * 2
+    assert [line["upstream_request_id"] for line in lines] == sent
+
+
+# What vLLM 0.32 reads of a request's head, Amazon's containers of it, and the proxies that Kubernetes puts before it.
+OBEYED = [
+    ("X-data-parallel-rank", "1"),
+    ("X-Vllm-Priority", "-9"),
+    ("X-Session-ID", "theirs"),
+    ("endpoint-load-metrics-format", "JSON"),
+    ("X-Amzn-SageMaker-Session-Id", "theirs"),
+    ("X-Amzn-SageMaker-Adapter-Identifier", "theirs"),
+    ("x-data-parallel-host-port", "10.0.0.1:80"),
+    ("x-prefiller-host-port", "10.0.0.1:80"),
+    ("x-encoder-hosts-ports", "10.0.0.1:80"),
+    ("x-gateway-destination-endpoint", "10.0.0.1:80"),
+    ("x-vllm-whatever-comes", "1"),
+]
+
+
+def test_a_recording_is_not_called_upstream_as_its_client_says(client: httpx.Client, fake: FakeVllm) -> None:
+    """vLLM ends what it hears by that name once its client leaves, whoever else calls theirs so."""
+    for _ in range(2):
+        client.post("/v1/audio/transcriptions", files={"file": b"sound"}, headers=[("x-request-id", "theirs"), *OBEYED])
+    first, second = fake.received
+    assert len({first.header("x-request-id"), second.header("x-request-id"), "theirs"}) == 3
+    assert [name for name, _ in OBEYED if first.header(name.lower()) is not None] == []
+
+
+@pytest.mark.parametrize("content", [OPENAI, BOTH_WHOLE[1]])
+def test_no_header_that_vllm_obeys_goes_upstream(client: httpx.Client, fake: FakeVllm, content: bytes) -> None:
+    client.post(CHAT, content=content, headers=[*OBEYED, ("x-kept", "1")])
+    sent = fake.received[0]
+    assert [name for name, _ in OBEYED if sent.header(name.lower()) is not None] == []
+    assert sent.header("x-kept") == "1"
+
+
+def test_a_header_that_vllm_obeys_goes_upstream_where_a_setting_names_it(fake: FakeVllm) -> None:
+    with running(fake.url, forwarded_headers="X-Session-ID,X-Vllm-Priority") as gateway, gateway.client() as client:
+        client.post(CHAT, content=OPENAI, headers=[*OBEYED, ("x-request-id", "theirs")])
+    sent = fake.received[0]
+    passed = [(name, value) for name, value in OBEYED if sent.header(name.lower()) == value]
+    assert passed == [("X-Vllm-Priority", "-9"), ("X-Session-ID", "theirs")]
+    assert sent.header("x-request-id") != "theirs"
 
 
 @pytest.mark.parametrize("given_id", ["a" * 129, 'a"b', "a b", "\u00e9", ""])
@@ -195,18 +243,20 @@ def test_any_other_request_id_is_replaced(client: httpx.Client, fake: FakeVllm, 
     assert fake.received[0].header("x-request-id") == made
 
 
-def test_connections_are_reused(client: httpx.Client, fake: FakeVllm) -> None:
-    for _ in range(3):
-        client.post(CHAT, content=OPENAI)
+def test_connections_are_reused(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=60) as gateway, gateway.client() as client:
+        for _ in range(3):
+            client.post(CHAT, content=OPENAI)
 
     assert len({request.connection for request in fake.received}) == 1
 
 
-def test_a_request_on_a_connection_that_was_closing_is_sent_once_more(client: httpx.Client, fake: FakeVllm) -> None:
-    client.post(CHAT, content=OPENAI)
-    fake.queue([CLOSE])
+def test_a_request_on_a_connection_that_was_closing_is_sent_once_more(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=60) as gateway, gateway.client() as client:
+        client.post(CHAT, content=OPENAI)
+        fake.queue([CLOSE])
 
-    got = client.post(CHAT, content=OPENAI)
+        got = client.post(CHAT, content=OPENAI)
 
     assert got.status_code == 200
     assert [request.connection for request in fake.received[1:]] == [
@@ -215,10 +265,12 @@ def test_a_request_on_a_connection_that_was_closing_is_sent_once_more(client: ht
     ]
 
 
-def test_a_request_on_a_new_connection_is_never_sent_again(client: httpx.Client, fake: FakeVllm) -> None:
+def test_a_request_on_a_new_connection_is_never_sent_again(fake: FakeVllm) -> None:
     fake.queue([CLOSE])
+    fake.close_after_probes()
 
-    got = client.post(CHAT, content=OPENAI)
+    with running(fake.url) as gateway, gateway.client() as client:
+        got = client.post(CHAT, content=OPENAI)
 
     assert got.status_code == 502
     assert got.json()["error"]["code"] == "upstream_broken"
@@ -285,10 +337,10 @@ def test_an_upstream_that_is_not_up_yet_is_a_503_and_works_once_it_is() -> None:
         before = [client.post(CHAT, content=body) for body in (OPENAI, b'{"messages":"Hi"}')]
         health = client.get("/v1/health_check")
         with FakeVllm(port):
-            assert client.get("/v1/health_check").status_code == 200
+            gateway.becomes(200)
             after = [client.post(CHAT, content=body) for body in (OPENAI, b'{"messages":"Hi"}')]
         gone = client.post(CHAT, content=OPENAI)
-        health_gone = client.get("/v1/health_check")
+        health_gone = gateway.becomes(503)
         with FakeVllm(port):
             back = client.post(CHAT, content=OPENAI)
 
@@ -322,6 +374,8 @@ def test_each_time_limit_has_its_own_answer(
     assert fake.received[0].closed.wait(5)
     assert f'"code":"{code}"' in got.text
     assert got.status_code == (200 if code == "idle_timeout" else 504)
+    # Or OpenAI's and Anthropic's clients would call again, twice, and wait as long for each.
+    assert got.headers.get("x-should-retry") == (None if code == "idle_timeout" else "false")
     assert line["outcome"] == f"timeout:{code.removesuffix('_timeout')}"
 
 
@@ -338,6 +392,7 @@ def test_an_upstream_that_takes_no_connection_is_a_504() -> None:
             one.close()
 
     assert (got.status_code, got.json()["error"]["code"]) == (504, "connect_timeout")
+    assert got.headers["x-should-retry"] == "true"
 
 
 def test_a_slow_reader_pauses_the_upstream_and_loses_nothing(gateway: Gateway, fake: FakeVllm) -> None:

@@ -156,8 +156,8 @@ def test_a_stream_is_relayed_to_its_own_end(client: httpx.Client, fake: FakeVllm
 
     assert got.content == b"".join(STREAMS[path])
     metrics = client.get("/metrics").text
-    assert 'gateway_tokens_total{kind="prompt"} 17.0' in metrics
-    assert 'gateway_tokens_total{kind="completion"} 2.0' in metrics
+    assert 'gateway_tokens_total{kind="prompt",source="reported"} 17.0' in metrics
+    assert 'gateway_tokens_total{kind="completion",source="reported"} 2.0' in metrics
     assert 'gateway_outcomes_total{outcome="done"} 1.0' in metrics
 
 
@@ -248,7 +248,7 @@ def test_the_description_names_every_route_and_nothing_else(client: httpx.Client
     described = client.get("/openapi.json").json()
     assert described == json.loads(json.dumps(describe(ROUTES, page=True)))
     own = {"/health", "/ping", "/v1/health_check", "/v1/statistics", "/metrics", "/openapi.json"}
-    own |= {"/", "/v1/status", "/v1/status/stream"}
+    own |= {"/", "/v1/status", "/v1/status/stream", "/v1/models/{model}"}
     assert set(described["paths"]) == {route.path for route in ROUTES} | own
     tags = [
         operation["tags"][0]

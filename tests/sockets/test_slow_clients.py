@@ -200,21 +200,22 @@ def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth
             looks.append((counter, self))
 
     settings = Settings()
-    server = create_server(settings, read_secrets(settings), create_app(settings, read_secrets(settings)))
+    app = create_app(settings, read_secrets(settings))
+    server = create_server(settings, read_secrets(settings), app)
     server.config.load()
-
-    def accepted() -> HttpProtocol:
-        return Looked(server.config, server._shared, {})
 
     async def look_again_and_again() -> list[HttpProtocol]:
         nonlocal counter
         loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as clients:
-            connections = []
-            for _ in range(25):
-                client, accepting = socket.socketpair()
-                clients.enter_context(client)
-                connections.append((await loop.connect_accepted_socket(accepted, accepting))[1])
+        async with app.router.lifespan_context(app) as state:
+            assert state is not None
+            shared = dict(state)
+
+            def accepted() -> HttpProtocol:
+                return Looked(server.config, server._shared, shared)
+
+            clients = [socket.socketpair() for _ in range(25)]
+            connections = [(await loop.connect_accepted_socket(accepted, accepting))[1] for _, accepting in clients]
             for counter in range(20):
                 if counter == 10:
                     # What has closed meanwhile is looked at no more, and not kept.
@@ -223,6 +224,8 @@ def test_each_connection_is_looked_at_once_in_ten_times_and_no_more_than_a_tenth
                     await asyncio.sleep(0)
                     assert sum(map(len, server._shared.sweep_groups)) == 5
                 server._check_connections(counter)
+            for client, _ in clients:
+                client.close()
         return connections
 
     connections = asyncio.run(look_again_and_again())

@@ -60,3 +60,20 @@ def test_any_head_is_refused_or_goes_upstream_once_and_clean(ways: Both, data: s
     head = sent.partition(b"\r\n\r\n")[0].lower()
     named = {one.strip() for line in re.findall(rb"\r\nconnection:([^\r]*)", head) for one in line.split(b",")} - OURS
     assert not named & {name for name, _ in got.headers}
+
+
+# As java.net.http makes it with each request that is not in TLS.
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+BEHIND = b"GET /version HTTP/1.1\r\nHost: smuggled\r\n\r\n"
+
+
+@given(data=st.data())
+@settings(max_examples=150, derandomize=True)
+def test_any_head_with_an_offer_of_http_2_is_as_without_it_and_the_last(ways: Both, data: st.DataObject) -> None:
+    sent = request(lambda several: data.draw(st.sampled_from(several)))
+    line, end, rest = sent.partition(b"\r\n")
+    offers = alike(ways, line + end + OFFER + rest + BEHIND)
+    plain = alike(ways, sent)
+    assert [got.asked for got in offers.got] == [got.asked for got in plain.got]
+    assert offers.statuses[:1] == plain.statuses[:1]
+    assert offers.closed or not offers.statuses  # what is not whole is awaited

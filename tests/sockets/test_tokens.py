@@ -16,9 +16,10 @@ import pytest
 
 from gateway.upstream import credentials
 from tests.support import gateway_process
-from tests.support.fake_vllm import EVENTS, Hold, completion, response
-from tests.support.gateway_process import Gateway, free_port, running
+from tests.support.fake_vllm import EVENTS, UNTOLD, Hold, completion, response
+from tests.support.gateway_process import Gateway, running
 from tests.support.paths import CERTIFICATES
+from tests.support.ports import free_port
 from tests.support.token_server import CLIENT, REFUSED, SECRET, GuardedVllm, TokenServer, asked_by
 
 CHAT = "/v1/chat/completions"
@@ -27,7 +28,7 @@ STREAM = {**WHOLE, "stream": True}
 CALLS = {
     "whole": (WHOLE, completion()),
     "streamed": (STREAM, b"".join(EVENTS)),
-    "simplified": ({"messages": "Hi.", "stream_style": "openai"}, b"".join(EVENTS)),
+    "simplified": ({"messages": "Hi.", "stream_style": "openai"}, b"".join(UNTOLD)),
 }
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -58,7 +59,7 @@ def serving(guarded: GuardedVllm, tokens: TokenServer, **settings: float) -> Ite
     """A gateway that has its first token, however slow the machine: of itself it waits a second for it at most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(credentials, "_EAGER", 10)
-        with running(guarded.url, probe_interval=60, **tokens.settings, **settings) as gateway:
+        with running(guarded.url, **{"probe_interval": 60, **tokens.settings, **settings}) as gateway:
             yield gateway
 
 
@@ -113,9 +114,10 @@ def test_many_calls_whose_token_is_refused_ask_for_one_new_one(tokens: TokenServ
 
 
 def test_a_probe_has_a_refused_token_renewed(tokens: TokenServer, guarded: GuardedVllm) -> None:
-    with serving(guarded, tokens) as gateway, gateway.client() as client:
+    with serving(guarded, tokens, probe_interval=0.1) as gateway, gateway.client() as client:
         guarded.accepted = {"token-2"}
-        assert client.get("/v1/health_check").status_code == 200
+        soon(lambda: len(tokens.received) == 2)
+        assert gateway.becomes(200)
         assert client.post(CHAT, json=WHOLE).status_code == 200
 
     assert (guarded.refused, len(tokens.received)) == ([], 2)
@@ -127,6 +129,8 @@ def test_an_upstream_that_refuses_every_token_is_a_502_and_does_no_harm_to_the_t
     with serving(guarded, tokens) as gateway, gateway.client() as client:
         guarded.accepted = set()
         answers = [client.post(CHAT, json=WHOLE) for _ in range(30)]
+        advice = "GATEWAY_UPSTREAM_TOKEN_URL is to give tokens that it takes"
+        soon(lambda: advice in client.get("/v1/health_check").text)
         state = client.get("/v1/health_check")
 
     assert {(one.status_code, one.json()["error"]["code"]) for one in answers} == {(502, "upstream_unauthorized")}
@@ -134,7 +138,7 @@ def test_an_upstream_that_refuses_every_token_is_a_502_and_does_no_harm_to_the_t
     assert len(guarded.refused) == 31  # the first of them went out once more
     assert len(tokens.received) == 2
     assert state.status_code == 503
-    assert "GATEWAY_UPSTREAM_TOKEN_URL is to give tokens that it takes" in state.json()["upstreams"][0]["why"]
+    assert advice in state.json()["upstreams"][0]["why"]
 
 
 def test_without_a_token_calls_are_503_until_there_is_one(

@@ -32,7 +32,8 @@ from tests.support.fake_vllm import (
     completion,
     response,
 )
-from tests.support.gateway_process import Gateway, free_port, running
+from tests.support.gateway_process import Gateway, running
+from tests.support.ports import free_port
 
 ways = pytest.mark.usefixtures("way")
 

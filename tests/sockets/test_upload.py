@@ -18,21 +18,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway.pool.owners import Owner
 from gateway.relay.upload import HELD
 from gateway.server.asgi import _AsgiClient
 from gateway.upstream.credentials import FixedKey
 from gateway.wire.heads import Header
 from tests.support.fake_vllm import DONE, FakeVllm, response
 from tests.support.gateway_process import Gateway, running
+from tests.support.ports import free_port
 from tests.support.recorders import LIMITS, TRANSCRIPTIONS, Conversation
 
 PATH = "/v1/audio/transcriptions"
 KIND = (b"content-type", b"multipart/form-data; boundary=b")
 JSON: list[Header] = [(b"content-type", b"application/json"), (b"content-length", b"13")]
 TEXT = b'{"text":"Hi"}'
+# Enough to be sent on.
+FIRST = b"x" * (HELD + 1)
 
 
-def upload(length: int | None = 9, *, upstreams: int = 1, max_in_flight_per_upstream: int = 4) -> Conversation:
+def upload(
+    length: int | None = len(FIRST) + 9, *, upstreams: int = 1, max_in_flight_per_upstream: int = 4
+) -> Conversation:
     """An upload whose head says this length, or none."""
     headers = (KIND,) if length is None else (KIND, (b"content-length", b"%d" % length))
     return Conversation(
@@ -52,33 +58,60 @@ def answer(talk: Conversation) -> None:
 def test_pieces_go_up_as_they_come() -> None:
     talk = upload()
     talk.begin()
+    talk.exchange.request_body(FIRST)
     assert talk.transport.asked == [(talk.upstreams[0], True)]
     connection = talk.connect()
     assert connection.request_line == b"POST /v1/audio/transcriptions HTTP/1.1"
-    assert dict(connection.request_headers)[b"content-length"] == b"9"
+    assert dict(connection.request_headers)[b"content-length"] == b"%d" % (len(FIRST) + 9)
     assert dict(connection.request_headers)[b"content-type"] == KIND[1]
     for piece in (b"abc", b"def", b"ghi"):
         talk.exchange.request_body(piece)
         assert connection.sent.endswith(piece)
     talk.exchange.request_end()
     answer(talk)
-    assert connection.request_body == b"abcdefghi"
+    assert connection.request_body == FIRST + b"abcdefghi"
     assert connection.given_back == "released"
     assert talk.client.content == TEXT
     assert talk.exchange.outcome == "done"
     talk.assert_settled()
 
 
+def test_what_may_not_come_takes_no_place_upstream() -> None:
+    talk = upload()
+    talk.begin()
+    talk.exchange.request_body(b"x")
+    talk.exchange.awaits_more()
+    assert talk.transport.asked == []
+    assert talk.upstreams[0].in_flight == 0
+    talk.clock.advance(LIMITS.body_timeout + 1)
+    assert talk.client.status == 408
+    talk.assert_settled()
+
+
+def test_one_that_waits_for_room_holds_no_more_than_there_is() -> None:
+    talk = Conversation(
+        route=TRANSCRIPTIONS, headers=(KIND,), max_in_flight_per_upstream=1, max_buffered_bytes=HELD + 20_000
+    )
+    talk.crowd(1)
+    talk.begin()
+    talk.exchange.request_body(FIRST)
+    assert talk.client.status == 0
+    talk.exchange.request_body(b"x" * 20_000)
+    assert talk.client.status == 503
+    assert talk.client.error["code"] == "gateway_shortage"
+    talk.assert_settled()
+
+
 def test_what_does_not_say_how_long_it_is_goes_up_in_chunks() -> None:
     talk = upload(None)
     talk.begin()
-    talk.exchange.request_body(b"abc")
+    talk.exchange.request_body(FIRST)
     connection = talk.connect()
     talk.exchange.request_body(b"0123456789abcdef0")
     talk.exchange.request_end()
     assert dict(connection.request_headers)[b"transfer-encoding"] == b"chunked"
     assert b"content-length" not in dict(connection.request_headers)
-    assert connection.request_body == b"3\r\nabc\r\n11\r\n0123456789abcdef0\r\n0\r\n\r\n"
+    assert connection.request_body == b"10001\r\n" + FIRST + b"\r\n11\r\n0123456789abcdef0\r\n0\r\n\r\n"
     answer(talk)
     talk.assert_settled()
 
@@ -119,6 +152,7 @@ def test_the_client_waits_for_the_connection_and_for_the_upstream() -> None:
 def test_an_end_that_comes_with_what_fills_the_connection_is_the_end_of_waiting() -> None:
     talk = upload(None)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
     talk.exchange.upstream_paused()
     talk.exchange.request_end()
@@ -148,8 +182,9 @@ def test_one_that_is_too_large_is_refused_by_its_head_or_when_it_is() -> None:
 
     talk = upload(None)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     connection = talk.connect()
-    talk.exchange.request_body(b"x" * LIMITS.max_body_bytes)
+    talk.exchange.request_body(b"x" * (LIMITS.max_body_bytes - len(FIRST)))
     assert talk.client.status == 0
     talk.exchange.request_body(b"x")
     talk.exchange.request_body(b"x")
@@ -173,6 +208,7 @@ def test_what_is_no_form_is_refused(given: bytes, said: str) -> None:
 def test_an_answer_before_the_end_goes_on_and_the_connection_is_not_used_again() -> None:
     talk = upload()
     talk.begin()
+    talk.exchange.request_body(FIRST)
     connection = talk.connect()
     talk.exchange.request_body(b"abc")
     talk.head(400, JSON)
@@ -187,6 +223,7 @@ def test_an_answer_before_the_end_goes_on_and_the_connection_is_not_used_again()
 def test_a_connection_that_closes_while_it_is_sent_to_is_no_fault() -> None:
     talk = upload(upstreams=2)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
     talk.exchange.request_body(b"abc")
     talk.lose(answered=False)
@@ -197,14 +234,15 @@ def test_a_connection_that_closes_while_it_is_sent_to_is_no_fault() -> None:
 def test_nothing_is_sent_twice() -> None:
     talk = upload(upstreams=2)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
-    talk.exchange.request_body(b"abc")
     talk.lose(answered=False)
     assert (talk.client.status, len(talk.transport.asked)) == (502, 1)
     talk.assert_settled()
 
     talk = upload(upstreams=2)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
     talk.head(503, JSON)
     assert len(talk.transport.asked) == 1
@@ -217,10 +255,10 @@ def test_nothing_is_sent_twice() -> None:
 def test_another_upstream_is_asked_where_this_one_takes_no_connection() -> None:
     talk = upload(upstreams=2)
     talk.begin()
-    talk.exchange.request_body(b"abc")
+    talk.exchange.request_body(FIRST)
     talk.exchange.upstream_unreachable("connection refused")
     assert [fresh for _, fresh in talk.transport.asked] == [True, True]
-    assert talk.connect().request_body == b"abc"
+    assert talk.connect().request_body == FIRST
     talk.leave()
     talk.assert_settled()
 
@@ -229,12 +267,12 @@ def test_one_that_waits_for_room_goes_up_when_there_is_some() -> None:
     talk = upload(max_in_flight_per_upstream=1)
     talk.crowd(1)
     talk.begin()
-    talk.exchange.request_body(b"abc")
+    talk.exchange.request_body(FIRST)
     assert talk.transport.asked == []
     talk.clock.advance(LIMITS.queue_timeout - 1)
     talk.crowd(0)
     talk.path.queue.wake()
-    assert talk.connect().request_body == b"abc"
+    assert talk.connect().request_body == FIRST
     talk.clock.advance(LIMITS.body_timeout - 1)
     assert talk.client.status == 0, "it could not come while it waited"
     talk.clock.advance(2)
@@ -245,20 +283,21 @@ def test_one_that_waits_for_room_goes_up_when_there_is_some() -> None:
 def test_one_that_stops_is_refused() -> None:
     talk = upload()
     talk.begin()
+    talk.exchange.request_body(FIRST)
     connection = talk.connect()
     talk.clock.advance(LIMITS.body_timeout - 1)
     talk.exchange.request_body(b"abc")
-    talk.clock.advance(2)
+    talk.clock.advance(LIMITS.body_timeout + 1)
     assert (talk.client.status, connection.given_back) == (408, "discarded")
     assert talk.exchange.outcome == "timeout:body"
     talk.assert_settled()
 
 
 def test_the_time_in_which_the_upstream_takes_nothing_is_not_the_clients() -> None:
-    talk = upload(6)
+    talk = upload(len(FIRST) + 3)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
-    talk.exchange.request_body(b"abc")
     talk.exchange.upstream_paused()
     talk.clock.advance(3 * LIMITS.body_timeout)
     talk.exchange.upstream_resumed()
@@ -276,9 +315,9 @@ def test_the_time_in_which_the_upstream_takes_nothing_is_not_the_clients() -> No
 def test_a_stream_of_text_has_its_limits_and_its_end() -> None:
     talk = upload()
     talk.begin()
-    talk.connect()
-    talk.exchange.request_body(b"abcdefghi")
+    talk.exchange.request_body(FIRST + b"abcdefghi")
     talk.exchange.request_end()
+    talk.connect()
     talk.head(200, [(b"content-type", b"text/event-stream")])
     talk.exchange.upstream_body(b"data: {}\n\n")
     talk.clock.advance(LIMITS.idle_timeout + 1)
@@ -288,10 +327,10 @@ def test_a_stream_of_text_has_its_limits_and_its_end() -> None:
 
 
 def test_a_body_that_is_shorter_than_its_head_says_is_refused() -> None:
-    talk = upload(9)
+    talk = upload(len(FIRST) + 3)
     talk.begin()
+    talk.exchange.request_body(FIRST)
     talk.connect()
-    talk.exchange.request_body(b"abc")
     talk.exchange.request_end()
     assert (talk.client.status, talk.connections[0].given_back) == (400, "discarded")
     assert "not as long as its Content-Length says" in talk.client.error["message"]
@@ -303,6 +342,7 @@ def test_our_key_goes_up() -> None:
         route=TRANSCRIPTIONS, headers=(KIND, (b"authorization", b"Bearer client")), credentials=FixedKey("k")
     )
     talk.begin()
+    talk.exchange.request_body(FIRST)
     sent = talk.connect().request_headers
     assert [value for name, value in sent if name == b"authorization"] == [b"Bearer k"]
     talk.leave()
@@ -385,11 +425,11 @@ def test_a_large_one_is_not_held(slow: Slow, front: Gateway) -> None:
 
 def test_a_client_that_leaves_takes_its_upload_along(slow: Slow, front: Gateway) -> None:
     client = front.connect()
-    client.sendall(head(1000) + b"abc")
+    client.sendall(head(2 * len(FIRST)) + FIRST + b"abc")
     with slow.uploads.get(timeout=20) as upstream:
         got = b""
         while not got.endswith(b"abc"):
-            got += upstream.recv(1000)
+            got += upstream.recv(65536)
         client.close()
         with contextlib.suppress(ConnectionResetError):
             assert upstream.recv(1000) == b""
@@ -411,7 +451,7 @@ def test_a_client_that_leaves_while_it_waits_takes_its_upload_along(slow: Slow, 
 
 def test_a_reader_that_waits_is_woken_however_often_it_was_told_to_wait() -> None:
     async def wakes() -> None:
-        client = _AsgiClient()
+        client = _AsgiClient("", Owner())
         client.pause()
         waits = asyncio.create_task(client.readable())
         await asyncio.sleep(0)
@@ -446,19 +486,19 @@ def test_one_that_is_too_large_is_told_so_before_it_is_sent(fake: FakeVllm) -> N
 
 
 @pytest.mark.usefixtures("way")
-def test_one_whose_body_is_not_read_for_an_upgrade_is_refused_at_once(fake: FakeVllm) -> None:
+def test_one_that_offers_another_protocol_goes_up_as_if_it_did_not(fake: FakeVllm) -> None:
     with running(fake.url) as gateway, gateway.connect() as client:
         upgrade = b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n"
-        client.sendall(head(5).replace(b"\r\n\r\n", upgrade) + b"sound")
+        client.sendall(head(5).replace(b"\r\n\r\n", upgrade) + b"so")
+        client.sendall(b"und")
         with client.makefile("rb") as got:
-            assert got.readline().startswith(b"HTTP/1.1 400 ")
+            assert got.readline().startswith(b"HTTP/1.1 200 ")
+    assert fake.received[0].body == b"sound"
 
 
 @pytest.mark.usefixtures("way")
 def test_one_that_nobody_takes_is_told_so(fake: FakeVllm) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with running(url) as gateway, gateway.client() as client:
+    with running(f"http://127.0.0.1:{free_port()}") as gateway, gateway.client() as client:
         got = client.post(PATH, files={"file": b"x" * 200_000})
         assert got.status_code == 503
         assert orjson.loads(got.content)["error"]["code"] == "no_upstream_ready"

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import orjson
 
@@ -108,6 +108,10 @@ EVENTS = [
 ]
 
 
+# What a client gets of these that did not ask to be told of tokens, where the gateway did.
+UNTOLD = [*EVENTS[:-2], DONE]
+
+
 def stream(events: list[bytes]) -> list[Step]:
     """A stream of these events, each a chunk of its own."""
     return [STREAM_HEAD, *map(chunk, events), STREAM_END]
@@ -132,14 +136,22 @@ vllm:generation_tokens_created{engine="0",model_name="demo"} 1.795215799e+09
 """
 
 
+# Paths that are posted to, as the server of a model that chats has them, and as it has not.
+OF_A_CHAT_MODEL = ("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions")
+NOT_OF_A_CHAT_MODEL = (
+    *("/v1/audio/transcriptions", "/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"),
+    *("/pooling", "/classify"),
+)
+
+
 def probe_answers(models: tuple[str, ...] = (MODEL,)) -> dict[str, bytes]:
     """What a server that serves these is asked by probes, and says."""
     listed = [{"id": model, "object": "model", "owned_by": "vllm", "max_model_len": 1024} for model in models]
     return {
         "/health": response("200 OK", b""),
         "/v1/models": response("200 OK", orjson.dumps({"object": "list", "data": listed})),
-        "/v1/audio/transcriptions": response("404 Not Found", b'{"detail":"Not Found"}'),
-        "/v1/chat/completions": response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}'),
+        **dict.fromkeys(NOT_OF_A_CHAT_MODEL, response("404 Not Found", b'{"detail":"Not Found"}')),
+        **dict.fromkeys(OF_A_CHAT_MODEL, response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}')),
         "/metrics": response("200 OK", METRICS, kind="text/plain; version=0.0.4; charset=utf-8"),
         "/tokenize": response("200 OK", b'{"count":1,"max_model_len":1024,"tokens":[90],"token_strs":null}'),
     }
@@ -148,8 +160,15 @@ def probe_answers(models: tuple[str, ...] = (MODEL,)) -> dict[str, bytes]:
 class FakeVllm:
     """The server, in a thread and loop of its own. Use as a context manager."""
 
-    def __init__(self, port: int = 0, models: tuple[str, ...] = (MODEL,), certificate: Path | None = None) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        models: tuple[str, ...] = (MODEL,),
+        certificate: Path | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         """`certificate` is a file with a key and a certificate, for TLS."""
+        self.host = host
         self.port = port
         self._tls: ssl.SSLContext | None = None
         if certificate is not None:
@@ -168,6 +187,16 @@ class FakeVllm:
         """Scripts for the next relayed requests, in turn."""
         self._scripts.extend(scripts)
 
+    def close_after_probes(self) -> None:
+        """So that no probe's connection is there for a call: each has a new one."""
+        closing = b"\r\nconnection: close\r\n\r\n"
+        answers = self.probe_answers.items()
+        self.probe_answers = {path: answer.replace(b"\r\n\r\n", closing, 1) for path, answer in answers}
+
+    def clear(self) -> None:
+        """From now on there are no scripts."""
+        self._scripts.clear()
+
     def wait(self, ready: Callable[[], bool], seconds: float = 10) -> None:
         """Wait until something that this server sees has come about."""
         with self.changed:
@@ -181,7 +210,7 @@ class FakeVllm:
     @property
     def url(self) -> str:
         """Its base URL."""
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -196,23 +225,30 @@ class FakeVllm:
         self._loop.close()
 
     async def _listen(self) -> None:
-        self._server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, ssl=self._tls)
+        self._server = await self._loop.create_server(lambda: _Connection(self), self.host, self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
         self._server.close()
+        # A connection that is accepted just now has a task, too, which must come to its end: or its socket stays open.
+        scripts = {connection.script for connection in self.open}
+        await self._ended(asyncio.all_tasks() - scripts)
         for connection in list(self.open):
             connection.transport.abort()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while self.open:  # noqa: ASYNC110 - asyncio tells of an abort in the loop's next turns, by a callback alone
+            await asyncio.sleep(0)
+        await self._ended(asyncio.all_tasks())
+
+    async def _ended(self, tasks: set[asyncio.Task[Any]]) -> None:
+        await asyncio.gather(*(tasks - {asyncio.current_task()}), return_exceptions=True)
 
     def script_for(self, request: Received) -> Sequence[Step]:
         """What to answer; a request without an id is a probe, as all that is relayed has one."""
         probes = request.method == "GET" or request.target == "/tokenize"
         if probes and request.header("x-request-id") is None and request.target in self.probe_answers:
-            self.probed.append(request)
+            with self.changed:
+                self.probed.append(request)
+                self.changed.notify_all()
             return [self.probe_answers[request.target]]
         with self.changed:
             self.received.append(request)
@@ -221,6 +257,10 @@ class FakeVllm:
             return self._scripts.popleft()
         if request.target == "/v1/models":
             return [self.probe_answers["/v1/models"]]
+        return self.answer_to(request)
+
+    def answer_to(self, request: Received) -> Sequence[Step]:
+        """What to answer where no script is queued."""
         streamed = b'"stream":true' in request.body.replace(b" ", b"")
         return stream(EVENTS) if streamed else [response("200 OK", completion(), "vary: Origin")]
 
@@ -232,7 +272,7 @@ class _Connection(asyncio.Protocol):
         self._server = server
         self._buffer = b""
         self._request: Received | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.script: asyncio.Task[None] | None = None  # as it is played
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -257,14 +297,14 @@ class _Connection(asyncio.Protocol):
         self._buffer = rest[length:]
         self._request = Received(method, target, headers, rest[:length], self._number)
         script = self._server.script_for(self._request)
-        self._task = asyncio.get_running_loop().create_task(self._play(script))
+        self.script = asyncio.get_running_loop().create_task(self._play(script))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.open.discard(self)
         self._writable.set()
         with self._server.changed:
-            if self._request is not None and self._task is not None and not self._task.done():
-                self._task.cancel()
+            if self._request is not None and self.script is not None and not self.script.done():
+                self.script.cancel()
                 self._request.closed.set()
             self._server.changed.notify_all()
 

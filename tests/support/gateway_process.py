@@ -55,12 +55,6 @@ _NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 SHORTCUT = True
 
 
-def free_port() -> int:
-    """A port of the loopback address on which nothing listens just now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @dataclass
 class Gateway:
     """A running gateway: its address, and its log as it was written."""
@@ -89,6 +83,15 @@ class Gateway:
     def signal(self) -> None:
         """As a signal to end."""
         self._server.handle_exit(signal.SIGTERM, None)
+
+    def becomes(self, status: int, path: str = "/v1/health_check") -> httpx.Response:
+        """The first answer of this status; probes, on which a health check rests, come in their own time."""
+        until = time.monotonic() + 20
+        with self.client() as client:
+            while (got := client.get(path)).status_code != status:
+                assert time.monotonic() < until, f"{path} stays {got.status_code}: {got.text}"
+                time.sleep(0.01)
+        return got
 
     def hang_up(self) -> None:
         """As SIGHUP."""

@@ -12,10 +12,14 @@ import orjson
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader
 from gateway.pool.admission_queue import AdmissionQueue
+from gateway.pool.arrivals import Arrivals
+from gateway.pool.buffers import Buffers
+from gateway.pool.owners import Owner, Owners
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.data_path import CallLimits, DataPath, Drain
-from gateway.relay.exchange import Exchange
+from gateway.relay.exchange import HELD_EVENT, Exchange
 from gateway.relay.interfaces import Caller
 from gateway.relay.record import Record
 from gateway.relay.upload import Upload
@@ -27,11 +31,12 @@ from gateway.wire.routes import ROUTES, Route
 _BY_PATH = {route.path: route for route in ROUTES}
 CHAT, COMPLETIONS, MODELS = (_BY_PATH[f"/v1/{path}"] for path in ("chat/completions", "completions", "models"))
 RESPONSES, MESSAGES = _BY_PATH["/v1/responses"], _BY_PATH["/v1/messages"]
+GENERATE, ASK = _BY_PATH["/generate"], _BY_PATH["/api/v1/ask"]
 TRANSCRIPTIONS = _BY_PATH["/v1/audio/transcriptions"]
 # No limit is a multiple of another, so that none is kept by chance.
 LIMITS = CallLimits(
+    max_connections=1000,
     max_body_bytes=100_000,
-    max_requests=8,
     queue_timeout=7,
     first_token_timeout=32,
     idle_timeout=5,
@@ -96,9 +101,11 @@ class FakeTimer:
 class ClientRecorder:
     """The client: what it got. `during_body` is called inside each `body`, as a write may call back at once."""
 
+    address = "192.0.2.1"
     chunk: Callable[[bytes], None] | None = None
 
     def __init__(self) -> None:
+        self.owner = Owner()
         self.status = 0
         self.headers: list[Header] = []
         self.pieces: list[bytes] = []
@@ -151,6 +158,10 @@ class ClientRecorder:
         """Whether it was told to send no more."""
         return self._waits
 
+    def is_gone(self) -> bool:
+        """Whether it has left, or was cut off."""
+        return self.gone or self.ending == "abort"
+
     def _still_there(self) -> None:
         assert not self.ending, f"something after the {self.ending}"
         assert not self.gone, "something for a client that has gone"
@@ -187,7 +198,7 @@ class ConnectionRecorder:
         self.given_back = ""
         self.is_lost = False
 
-    def send(self, request: bytes) -> None:
+    def send(self, request: bytes | bytearray) -> None:
         self._still_lent()
         assert self.pieces or not self.sent, "a second request on one connection"
         self.sent += request
@@ -205,6 +216,9 @@ class ConnectionRecorder:
     def release(self) -> None:
         self._still_lent()
         self.given_back = "released"
+
+    def unsent(self) -> int:
+        return 0
 
     def discard(self) -> None:
         self._still_lent()
@@ -264,6 +278,21 @@ class CredentialsRecorder:
             told(error)
 
 
+def body_limits(**limits: Any) -> BodyLimits:
+    """The settings' defaults, but for these."""
+    defaults: dict[str, Any] = {
+        "max_n": 128,
+        "max_new_tokens": None,
+        "max_messages": 2048,
+        "max_inputs": 2048,
+        "max_json_depth": 1024,
+        "max_json_values": 1_000_000,
+        "max_json_bytes": 3 * 1024 * 1024,
+        "refused_fields": ("kv_transfer_params", "ec_transfer_params"),
+    }
+    return BodyLimits(**{**defaults, **limits})
+
+
 class Conversation:
     """An exchange among recorders. `settings` are the data path's and its reader's; the upstreams serve `models`."""
 
@@ -279,6 +308,8 @@ class Conversation:
         max_in_flight: float = 4,
         max_in_flight_per_upstream: float = 4,
         max_queue: int = 2,
+        max_arriving: int = 8,
+        max_buffered_bytes: int = 1024**3,
         **settings: Any,
     ) -> None:
         self.upstreams = [Upstream.from_url(f"http://vllm-{number}:8008") for number in range(upstreams)]
@@ -293,13 +324,18 @@ class Conversation:
         self.connections: list[ConnectionRecorder] = []
         defaults: dict[str, Any] = {
             "keys": None,
+            "salts_caches": False,
+            "owners": Owners(),
+            "proxies": (),
+            "forwarded_headers": frozenset(),
             "head_limits": HeadLimits(8192, 100, 1024),
-            "cross_origin": False,
+            "cors_origins": frozenset(),
+            "allows_host": None,
             "traced": None,
             "credentials": FixedKey(),
         }
         reading: dict[str, Any] = {
-            "body_limits": BodyLimits(max_n=128, max_new_tokens=None, max_messages=2048, max_json_depth=1024),
+            "body_limits": body_limits(),
             "media_domains": frozenset(),
             "model": None,
             "stream_style": "openai",
@@ -307,19 +343,28 @@ class Conversation:
             "disable_streaming": False,
             "connector": "generic",
             "compat": None,
+            "forward_sampling": False,
+            "model_aliases": {},
+            "counts_tokens": False,
+            "counts_all": False,
         }
         reading |= {name: settings.pop(name) for name in reading if name in settings}
         pool = UpstreamPool(
             tuple(self.upstreams), max_in_flight=max_in_flight, max_in_flight_per_upstream=max_in_flight_per_upstream
         )
+        self.buffers = Buffers(max_buffered_bytes)
         self.path = DataPath(
             routes={},
             pool=pool,
             reader=BodyReader(models=pool, **reading),
             transport=self.transport,
             time=self.clock.time,
+            call_later=self.clock.call_later,
             in_flight=set(),
             queue=AdmissionQueue(max_queue),
+            buffers=self.buffers,
+            arrivals=Arrivals(max_arriving, self.buffers, self.clock.time),
+            work=WorkInSteps(self.clock.call_later, self.clock.time),
             drain=Drain(),
             finished=self._finish,
             limits=limits,
@@ -366,7 +411,8 @@ class Conversation:
 
     def connect(self, *, reused: bool = False, during_send: Callable[[], None] | None = None) -> ConnectionRecorder:
         """A connection is there."""
-        connection = ConnectionRecorder(reused=reused, pieces=self.exchange.route.body == "upload")
+        pieces = self.exchange.route.body == "upload" or self.buffers.held > HELD_EVENT
+        connection = ConnectionRecorder(reused=reused, pieces=pieces)
         connection.during_send = during_send
         self.connections.append(connection)
         self.exchange.upstream_connected(connection)
@@ -389,5 +435,7 @@ class Conversation:
         assert self.finished == [self.exchange]
         assert not self.path.in_flight
         assert not self.path.queue
+        assert not self.path.arrivals
+        assert self.buffers.held == 0
         assert [upstream.in_flight for upstream in self.upstreams] == [self.others] * len(self.upstreams)
         assert all(connection.given_back or connection.is_lost for connection in self.connections)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from tests.support.gateway_process import Gateway, free_port, running
+from tests.support.gateway_process import Gateway, running
+from tests.support.ports import free_port
 
 MODEL = "demo-model"
 

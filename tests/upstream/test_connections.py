@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import math
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
+import aiodns
 import httpx
 import pytest
 import uvloop
@@ -20,15 +23,19 @@ from hypothesis import strategies as st
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
-from gateway.upstream.connections import HEADER_BYTES, IDLE_FOR, ConnectionPool, UpstreamConnection
+from gateway.upstream import connections
+from gateway.upstream.connections import HEADER_BYTES, IDLE_FOR, ConnectionLimits, ConnectionPool, UpstreamConnection
+from gateway.upstream.resolver import Resolver
 from gateway.wire.heads import AnswerHead, Header, answer_head
 from tests.support.examples import examples
+from tests.support.ports import free_port
 
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: upstream\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 # Of the operating system's patience, not of the test's speed: what is waited for always comes.
 PATIENCE = 10
+LIMITS: dict[str, Any] = {"connect_timeout": PATIENCE, "max_age": math.inf, "max_requests": 10**6, "keepalive": 120}
 
 
 class Caller:
@@ -103,6 +110,9 @@ class Caller:
     def upstream_resumed(self) -> None:
         """The same."""
 
+    def crashed(self, error: BaseException) -> None:
+        self._end(f"crashed: {error!r}")
+
     def _end(self, how: str) -> None:
         assert not self.ended, f"{how} after {self.ended}"
         self.ended = how
@@ -150,11 +160,29 @@ class Peer:
         self._writer.transport.abort()
 
 
+class Names:
+    """A lookup that knows these names alone."""
+
+    def __init__(self, **addresses: list[str]) -> None:
+        self.addresses = {name.replace("_", "-"): found for name, found in addresses.items()}
+
+    async def getaddrinfo(self, host: str, *, family: int, type: int) -> Any:  # noqa: A002 - aiodns's own name
+        if (found := self.addresses.get(host)) is None:
+            raise aiodns.error.DNSError(aiodns.error.ARES_ENOTFOUND, "Domain name not found")
+        return SimpleNamespace(nodes=[SimpleNamespace(addr=(address.encode(), 0)) for address in found])
+
+    async def close(self) -> None: ...
+
+
+def a_pool(**limits: Any) -> ConnectionPool:
+    return ConnectionPool(ConnectionLimits(**LIMITS | limits), Resolver(Names()))
+
+
 class Pool(ConnectionPool):
     """The pool, which also tells when it forgets a connection."""
 
-    def __init__(self, connect_timeout: float) -> None:
-        super().__init__(connect_timeout)
+    def __init__(self, names: Names, **limits: Any) -> None:
+        super().__init__(ConnectionLimits(**LIMITS | limits), Resolver(names))
         self.forgotten = asyncio.Event()
 
     def forget(self, connection: UpstreamConnection) -> None:
@@ -212,8 +240,10 @@ async def send(caller: Caller, peer: Peer) -> None:
 
 
 @contextlib.asynccontextmanager
-async def net(connect_timeout: float = PATIENCE) -> AsyncIterator[Net]:
-    """A network that leaves nothing open."""
+async def net(
+    names: Names | None = None, *, host: str = "127.0.0.1", port: int = 0, **limits: Any
+) -> AsyncIterator[Net]:
+    """A network that leaves nothing open: uvloop waits for ever for what is, where its warning is an error."""
     accepted: asyncio.Queue[Peer] = asyncio.Queue()
     writers: list[asyncio.StreamWriter] = []
 
@@ -221,11 +251,11 @@ async def net(connect_timeout: float = PATIENCE) -> AsyncIterator[Net]:
         writers.append(writer)
         accepted.put_nowait(Peer(reader, writer))
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, host, port)
     port = server.sockets[0].getsockname()[1]
-    pool = Pool(connect_timeout)
+    pool = Pool(names or Names(), **limits)
     try:
-        yield Net(pool, Upstream.from_url(f"http://127.0.0.1:{port}"), accepted)
+        yield Net(pool, Upstream.from_url(f"http://{host}:{port}"), accepted)
     finally:
         await pool.close()
         server.close()
@@ -408,8 +438,8 @@ async def heard_in(reads: list[bytes], *, closes: bool, after: bytes = b"") -> t
 
     `after` is the answer that the connection brought before.
     """
-    pool, upstream = ConnectionPool(1), Upstream.from_url("http://upstream")
-    connection, caller = UpstreamConnection(pool, upstream), Caller()
+    pool, upstream = a_pool(), Upstream.from_url("http://upstream")
+    connection, caller = UpstreamConnection(pool, upstream, "192.0.2.1", math.inf, 1000), Caller()
     connection.connection_made(Wire())
     if after:
         before = Caller()
@@ -672,6 +702,59 @@ def test_a_paused_connection_reads_nothing_until_it_is_resumed(run: Run) -> None
     run(work())
 
 
+def test_a_connection_that_waits_for_its_turn_reads_once_that_and_its_caller_let_it(run: Run) -> None:
+    async def work() -> None:
+        async with net() as there:
+            caller, peer = await there.call()
+            peer.says(OK[:-2])
+            await caller.until(lambda caller: caller.status)
+            connection = caller.connection
+            assert isinstance(connection, UpstreamConnection)
+            for stops, goes_on in (
+                (connection.hold_up, connection.resume),
+                (connection.pause, connection.read_on),
+            ):
+                connection.hold_up()
+                connection.pause()
+                goes_on()
+                await there.idle()
+                assert (caller.body, caller.ended) == (b"", "")
+                connection.resume()
+                connection.read_on()
+                stops()
+            peer.says(OK[-2:])
+            await there.idle()
+            assert (caller.body, caller.ended) == (b"", "")
+            connection.resume()
+            assert await caller.end() == "end"
+
+    run(work())
+
+
+def test_answers_that_come_all_at_once_have_turns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_up: list[UpstreamConnection] = []
+    hold_up = UpstreamConnection.hold_up
+
+    def counted(connection: UpstreamConnection) -> None:
+        held_up.append(connection)
+        hold_up(connection)
+
+    monkeypatch.setattr(UpstreamConnection, "hold_up", counted)
+    body = b"x" * 2_000_000
+
+    async def work() -> None:
+        async with net() as there:
+            calls = [await there.call(release=False) for _ in range(40)]
+            for _, peer in calls:
+                peer.says(b"HTTP/1.1 200 OK\r\ncontent-length: 2000000\r\n\r\n" + body)
+            for caller, _ in calls:
+                assert await caller.end() == "end"
+                assert caller.body == body
+
+    run(work())
+    assert held_up
+
+
 def test_a_connection_that_was_paused_can_serve_again(run: Run) -> None:
     async def work() -> None:
         async with net() as there:
@@ -903,16 +986,8 @@ def test_a_connection_that_was_idle_counts_as_reused_though_it_never_served() ->
     asyncio.run(work())
 
 
-def refusing_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port: int = closed.getsockname()[1]
-        return port
-
-
 UNREACHABLE = {
-    "nobody listens": lambda: f"http://127.0.0.1:{refusing_port()}",
+    "nobody listens": lambda: f"http://127.0.0.1:{free_port()}",
     "no such name": lambda: "http://no-such-host.invalid",
     "no name at all": lambda: f"http://{'a' * 70}.example",
 }
@@ -937,23 +1012,89 @@ def test_an_upstream_that_cannot_be_reached_is_said_to_be_so_without_its_address
     run(work())
 
 
-class TwoAddressesLoop(asyncio.SelectorEventLoop):
-    """A loop where every name has two addresses."""
-
-    async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.1", "127.0.0.2")]
-
-
-def test_an_upstream_that_refuses_on_all_its_addresses_refuses() -> None:
+def test_an_upstream_that_refuses_on_all_its_addresses_refuses(run: Run) -> None:
     async def work() -> None:
-        async with net() as there:
+        async with net(Names(two_addresses=["127.0.0.1", "127.0.0.2"])) as there:
             caller = Caller()
-            upstream = Upstream.from_url(f"http://two-addresses.example:{refusing_port()}")
+            upstream = Upstream.from_url(f"http://two-addresses:{free_port()}")
             there.pool.connect(upstream, caller, fresh=False)
             assert await caller.end() == "unreachable: connection refused"
 
-    with asyncio.Runner(loop_factory=TwoAddressesLoop) as runner:
-        runner.run(work())
+    run(work())
+
+
+def test_an_address_that_answers_nothing_does_not_stand_in_for_the_next(run: Run) -> None:
+    async def work() -> None:
+        # One that takes no connect, and one that does, at the same port.
+        names = Names(two_addresses=["127.0.0.1", "127.0.0.2"])
+        with full_backlog() as port:
+            async with net(names, host="127.0.0.2", port=port, connect_timeout=30) as there:
+                caller = Caller()
+                there.pool.connect(Upstream.from_url(f"http://two-addresses:{port}"), caller, fresh=False)
+                await caller.until(lambda caller: caller.connection or caller.ended)
+                connection = caller.connection
+                assert isinstance(connection, UpstreamConnection)
+                assert connection.address == "127.0.0.2"
+                await there.accept()
+                connection.discard()
+
+    run(work())
+
+
+def test_a_connection_serves_no_more_calls_and_no_longer_than_it_may(run: Run) -> None:
+    async def work() -> None:
+        async with net(max_requests=10) as there:
+            served = []
+            for _ in range(24):
+                caller = there.connect()
+                await caller.until(lambda caller: caller.connection)
+                assert isinstance(caller.connection, UpstreamConnection)
+                if caller.connection not in served:
+                    peer = await there.accept()
+                served.append(caller.connection)
+                await send(caller, peer)
+                peer.says(OK)
+                await caller.end()
+            assert {9, 10, 11} >= {served.count(one) for one in served[:18]}
+        async with net(max_age=1e-9) as there:
+            _, peer = await there.idle()
+            await peer.is_closed()
+            assert there.all_idle() == []
+
+    run(work())
+
+
+def test_a_connection_ends_once_its_host_is_no_longer_there(run: Run) -> None:
+    async def work() -> None:
+        names = Names(moves=["127.0.0.1"])
+        async with net(names) as there:
+            there.upstream = Upstream.from_url(f"http://moves:{there.upstream.port}")
+            connection, peer = await there.idle()
+            busy, other = await there.call(fresh=True)
+            assert connection.address == "127.0.0.1"
+            there.pool._gone.add(("moves", "127.0.0.1"))
+            there.pool._drop_gone()
+            await peer.is_closed()
+            # What runs there ends, and its connection with it.
+            other.says(OK)
+            assert await busy.end() == "end"
+            await other.is_closed()
+            assert there.all_idle() == []
+
+    run(work())
+
+
+def test_a_silent_upstream_is_asked_whether_it_is_there(run: Run) -> None:
+    async def work() -> None:
+        async with net(keepalive=40) as there:
+            connection, _ = await there.idle()
+            assert connection._transport is not None
+            asked = connection._transport.get_extra_info("socket")
+            assert asked.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            for option, value in (("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 4), ("USER_TIMEOUT", 40_000)):
+                assert asked.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")) == value
+
+    run(work())
 
 
 def test_an_upstream_that_does_not_speak_tls_is_unreachable(run: Run) -> None:
@@ -1046,10 +1187,10 @@ def test_a_connection_released_after_the_close_is_closed() -> None:
 
 def test_a_closed_connection_leaves_nothing_to_the_garbage_collector() -> None:
     async def work() -> int:
-        pool, upstream = ConnectionPool(1), Upstream.from_url("http://upstream")
+        pool, upstream = a_pool(), Upstream.from_url("http://upstream")
         gc.collect()
         for _ in range(10):
-            connection, caller = UpstreamConnection(pool, upstream), Caller()
+            connection, caller = UpstreamConnection(pool, upstream, "192.0.2.1", math.inf, 1000), Caller()
             connection.connection_made(Wire())
             connection.exchange = caller
             caller.upstream_connected(connection)
@@ -1063,3 +1204,43 @@ def test_a_closed_connection_leaves_nothing_to_the_garbage_collector() -> None:
         assert asyncio.run(work()) == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
+def test_a_dial_that_fails_in_a_way_that_nobody_foresees_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        pool = a_pool()
+
+        async def fails(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(connections, "start_connection", fails)
+        caller = Caller()
+        pool.connect(Upstream.from_url("http://127.0.0.1:1"), caller, fresh=False)
+        assert await caller.end() == f"crashed: {error!r}"
+        await pool.close()
+
+    asyncio.run(work())
+
+
+def test_a_bug_in_what_is_told_of_an_answer_ends_the_call_and_is_no_loss_of_the_upstream(run: Run) -> None:
+    class Broken(Caller):
+        def upstream_body(self, data: bytes) -> None:
+            raise RuntimeError("a bug")
+
+        def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
+            raise RuntimeError("a bug")
+
+    async def work() -> None:
+        async with net() as there:
+            for _ in range(2):
+                caller = Broken()
+                there.pool.connect(there.upstream, caller, fresh=True)
+                peer = await there.accept()
+                await send(caller, peer)
+                peer.says(OK)
+                assert await caller.end() == "crashed: RuntimeError('a bug')"
+
+    run(work())

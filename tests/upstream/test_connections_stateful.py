@@ -6,7 +6,8 @@ No socket and no clock: connections are written to and read from by hand, and ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import httpcore
@@ -15,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
-from gateway.upstream.connections import IDLE_FOR, ConnectionPool, UpstreamConnection
-from tests.upstream.test_connections import ANSWERS, REQUEST, Answer, Caller, well_formed
+from gateway.upstream.connections import IDLE_FOR, ConnectionLimits, ConnectionPool, UpstreamConnection
+from gateway.upstream.resolver import Resolver
+from tests.upstream.test_connections import ANSWERS, LIMITS, REQUEST, Answer, Caller, well_formed
 
 # Without those that a parser may end sooner or later than another.
 ONE_ANSWER = [
@@ -51,6 +53,13 @@ class Wire(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return 0
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        assert name == "socket"
+        return self
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        """A socket's, as which it stands in."""
 
     def is_closing(self) -> bool:
         return self.gone
@@ -91,26 +100,29 @@ class Loop(asyncio.SelectorEventLoop):
         self.now = 1000.0
         self.wires: list[Wire] = []
         self.refuses = False
-        vars(self)["create_connection"] = self._create_wire
 
     def time(self) -> float:
         return self.now
-
-    async def _create_wire(
-        self, factory: Callable[[], UpstreamConnection], *args: object, **options: object
-    ) -> tuple[Wire, UpstreamConnection]:
-        if self.refuses:
-            raise ConnectionRefusedError
-        wire = Wire(self, factory())
-        self.wires.append(wire)
-        wire.protocol.connection_made(wire)
-        return wire, wire.protocol
 
     def turn(self) -> None:
         """All that is due."""
         for _ in range(6):
             self.call_soon(self.stop)
             self.run_forever()
+
+
+class Pool(ConnectionPool):
+    """Its connections are wires."""
+
+    async def _open(self, upstream: Upstream) -> UpstreamConnection:
+        loop = self._loop
+        assert isinstance(loop, Loop)
+        if loop.refuses:
+            raise ConnectionRefusedError
+        wire = Wire(loop, UpstreamConnection(self, upstream, "192.0.2.1", math.inf, 10**6))
+        loop.wires.append(wire)
+        wire.protocol.connection_made(wire)
+        return wire.protocol
 
 
 class Pausing(Caller):
@@ -153,7 +165,7 @@ class Life(RuleBasedStateMachine):
         self.calls: list[Call] = []
 
     async def _made(self) -> ConnectionPool:
-        return ConnectionPool(5)
+        return Pool(ConnectionLimits(**LIMITS | {"connect_timeout": 5}), Resolver())
 
     def teardown(self) -> None:
         self.loop.run_until_complete(self.pool.close())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from typing import Any
 
 import httpx
 import pytest
-import respx
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.upstream.credentials import FixedKey
@@ -51,13 +51,11 @@ def probed(
         return found
 
     async def probe() -> None:
-        prober = Prober(UpstreamPool((upstream,)), **prober_options)
+        prober = Prober(UpstreamPool((upstream,)), transport=httpx.MockTransport(answer), **prober_options)
         async with prober.probing():
             pass
 
-    with respx.mock(base_url=URL) as mock:
-        mock.route().mock(side_effect=answer)
-        asyncio.run(probe())
+    asyncio.run(probe())
     return upstream, asked
 
 
@@ -71,9 +69,9 @@ def test_an_upstream_that_answers_everything_serves() -> None:
 @pytest.mark.parametrize(
     ("path", "answer", "served_before", "state", "why"),
     [
-        ("/health", httpx.ConnectError("[Errno 111] Connection refused"), False, "loading", "not started yet"),
-        ("/health", httpx.ConnectError("[Errno 111] Connection refused"), True, "down", "it refuses connections"),
-        ("/health", httpx.ConnectError("Name or service not known"), False, "down", "cannot be reached"),
+        ("/health", httpx.ConnectError("connection refused"), False, "loading", "not started yet"),
+        ("/health", httpx.ConnectError("connection refused"), True, "down", "it refuses connections"),
+        ("/health", httpx.ConnectError("name or service not known"), False, "down", "cannot be reached"),
         ("/health", httpx.ReadTimeout("slow"), False, "down", "no answer within 5 s"),
         ("/health", httpx.RemoteProtocolError("cut"), False, "down", "broke off (RemoteProtocolError)"),
         ("/health", httpx.Response(503), False, "loading", "/health answers 503"),
@@ -128,19 +126,19 @@ def test_health_check_tells_what_it_is_and_how_its_upstreams_are(fake: FakeVllm)
     assert got.status_code == 200
     assert said["Service Title"] == "vllm-gateway"
     assert said["Service Description"]
-    assert said["upstreams"] == [{"url": fake.url, "state": "serving", "why": "", "models": ["demo"], "in_flight": 0}]
+    (upstream,) = said["upstreams"]
+    assert 0 <= upstream.pop("age") < 10  # seconds since it was asked
+    assert upstream == {"url": fake.url, "state": "serving", "why": "", "models": ["demo"], "in_flight": 0}
 
 
 def test_the_template_is_read_once_a_start(fake: FakeVllm) -> None:
-    with running(fake.url) as gateway, gateway.client() as client:
-        for _ in range(3):
-            client.get("/v1/health_check")
+    with running(fake.url, probe_interval=0.05) as gateway:
+        fake.wait(lambda: [probe.target for probe in fake.probed].count("/health") > 7)
         fake.probe_answers["/health"] = response("500 Internal Server Error", b"")
-        down = client.get("/v1/health_check")
+        gateway.becomes(503)
         fake.probe_answers["/health"] = response("200 OK", b"")
-        client.get("/v1/health_check")
+        gateway.becomes(200)
 
-    assert down.status_code == 503
     assert [probe.target for probe in fake.probed].count("/tokenize") == 2
     assert not [request for request in fake.received if "completions" in request.target]
 
@@ -160,7 +158,7 @@ def test_an_upstream_whose_calls_break_is_down_until_one_succeeds(fake: FakeVllm
 
 
 def test_an_upstream_that_hangs_does_not_hold_up_what_is_said_of_the_other(fake: FakeVllm) -> None:
-    with FakeVllm() as other, running(fake.url, other.url, probe_interval=60) as gateway, gateway.client() as client:
+    with FakeVllm() as other, running(fake.url, other.url, probe_interval=0.1) as gateway, gateway.client() as client:
         other.probe_answers["/health"] = b"HTTP/1.1 200 OK\r\ncontent-le"
         began = time.monotonic()
         got = client.get("/v1/health_check")
@@ -220,11 +218,10 @@ def test_recordings_are_shared_by_all_that_hear_whatever_their_models(fake: Fake
 
 
 def test_ping_says_serving_loading_or_down(fake: FakeVllm) -> None:
-    with running(fake.url) as gateway, gateway.client() as client:
+    with running(fake.url, probe_interval=0.05) as gateway, gateway.client() as client:
         serving = client.get("/ping")
         fake.probe_answers["/health"] = response("500 Internal Server Error", b"")
-        client.get("/v1/health_check")
-        down = client.get("/ping")
+        down = gateway.becomes(503, "/ping")
     with running("http://127.0.0.1:9") as gateway, gateway.client() as client:
         loading = client.get("/ping")
 
@@ -254,7 +251,7 @@ def test_metrics_count_requests_by_route_form_model_and_status(fake: FakeVllm) -
         'gateway_requests_total{form="simplified",model="demo",route="/v1/chat/completions",status="200"} 1.0' in text
     )
     assert 'gateway_requests_total{form="none",model="none",route="unknown",status="404"} 1.0' in text
-    assert 'gateway_tokens_total{kind="completion"} 4.0' in text
+    assert 'gateway_tokens_total{kind="completion",source="reported"} 4.0' in text
     assert "gateway_first_token_seconds_count 1.0" in text
     assert "gateway_output_event_seconds_count 1.0" in text
     assert "gateway_added_seconds_count 2.0" in text
@@ -263,3 +260,72 @@ def test_metrics_count_requests_by_route_form_model_and_status(fake: FakeVllm) -
     assert "vllm:" not in text
     assert "nope" not in text
     assert "made-up" not in text
+
+
+def test_a_health_check_asks_nobody_and_says_how_old_it_is(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=60) as gateway, gateway.client() as client:
+        asked = len(fake.probed)
+        ages = [client.get("/v1/health_check").json()["upstreams"][0]["age"] for _ in range(20)]
+        assert (len(fake.probed), ages) == (asked, sorted(ages))
+
+
+def test_an_upstream_whose_call_breaks_is_asked_at_once(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=60) as gateway, gateway.client() as client:
+        fake.probe_answers["/health"] = response("503 Service Unavailable", b"")
+        fake.queue([response("500 Internal Server Error", b"{}")])
+        client.post("/v1/chat/completions", json={"messages": []})
+        down = gateway.becomes(503)
+    assert down.json()["upstreams"][0]["why"] == "its /health answers 503"
+
+
+def test_what_a_probe_gets_compressed_is_not_decompressed(fake: FakeVllm) -> None:
+    large = gzip.compress(b'{"data":[]}' + b" " * 10_000_000)
+    fake.probe_answers["/v1/models"] = response("200 OK", large, "content-encoding: gzip")
+    with running(fake.url) as gateway, gateway.client() as client:
+        (upstream,) = client.get("/v1/health_check").json()["upstreams"]
+    assert upstream["why"] == "its /v1/models answers 200 and no model list"
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/models"])
+def test_what_no_text_can_hold_is_told_of(fake: FakeVllm, path: str) -> None:
+    if path == "/tokenize":
+        fake.probe_answers[path] = response("400 Bad Request", b'{"error":{"message":"\\ud800"}}')
+    else:
+        fake.probe_answers[path] = response("200 OK", b'{"data":[{"id":"\\ud800"}]}')
+    with running(fake.url) as gateway, gateway.client() as client:
+        got = client.get("/v1/health_check")
+    assert got.status_code == 503
+    assert got.json()["upstreams"][0]["why"]
+
+
+@pytest.mark.usefixtures("way")
+def test_a_health_check_that_fails_says_so(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(fake.url) as gateway, gateway.client() as client:
+        monkeypatch.setattr(Prober, "report", lambda *_: 1 / 0)
+        got = client.get("/v1/health_check")
+        (line,) = gateway.log(1)
+    assert (got.status_code, got.json()["error"]["code"]) == (500, "internal_error")
+    assert got.headers["x-request-id"] == got.json()["error"]["request_id"] == line["request_id"]
+
+
+def test_probes_take_a_connection_that_calls_take_too(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=0.05) as gateway, gateway.client() as client:
+        fake.wait(lambda: len(fake.probed) > 20)
+        client.post("/v1/chat/completions", json={"messages": []})
+        fake.wait(lambda: len(fake.probed) > 30)
+    assert fake.connections <= 2  # a probe and a call may want one at the same time
+
+
+def test_a_connection_that_the_upstream_has_closed_is_no_fault(fake: FakeVllm) -> None:
+    fake.probe_answers["/health"] = response("200 OK", b"", "connection: close")
+    with running(fake.url, probe_interval=0.05) as gateway, gateway.client() as client:
+        fake.wait(lambda: len(fake.probed) > 20)
+        assert client.get("/v1/health_check").json()["upstreams"][0]["why"] == ""
+
+
+def test_the_model_list_is_read_with_some_probes_alone(fake: FakeVllm) -> None:
+    with running(fake.url, probe_interval=0.02):
+        fake.wait(lambda: len(fake.probed) > 60)
+    asked = [probe.target for probe in fake.probed]
+    assert asked.count("/health") > 3 * asked.count("/v1/models")

@@ -22,6 +22,11 @@ function number(value) {
   return value < 10 && !Number.isInteger(value) ? value.toFixed(1) : Math.round(value).toLocaleString("en");
 }
 
+function size(bytes) {
+  if (bytes === null || bytes === undefined) return "–";
+  return bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${number(bytes / 1e6)} MB`;
+}
+
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   return seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
@@ -315,12 +320,14 @@ const FIGURES = [
   { title: "Tokens a second", names: ["tokens_per_second"], format: number },
   { title: "In flight", names: ["in_flight"], format: number },
   { title: "Queue", names: ["queue"], format: number },
+  { title: "Held in memory", names: ["buffered_bytes"], format: size },
 ];
 const OUTCOMES = {
   done: "answered with an error",
   refused: "refused",
   upstream_error: "the model server broke off",
   drained: "the gateway ended",
+  shortage: "nobody read it, and there was no room for it",
 };
 
 let watching = null;

@@ -28,9 +28,6 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--no-first-run",
 ]
-# Of an environment of its own, made once; of the same Python as this one.
-_HOME = environment("browser", Path(__file__).parent / "browser.lock", sys.executable).parent
-site.addsitedir(sysconfig.get_path("purelib", vars={"base": str(_HOME)}))
 
 
 @dataclass
@@ -72,6 +69,9 @@ Open = Callable[..., Window]
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
+    # Of an environment of its own, made once; of the same Python as this one.
+    home = environment("browser", Path(__file__).parent / "browser.lock", sys.executable).parent
+    site.addsitedir(sysconfig.get_path("purelib", vars={"base": str(home)}))
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM.exists(), "Chromium is needed: install it (Debian: apt install chromium)"

@@ -5,13 +5,18 @@ Not among the tests that `make test` finds; `make test-browser` runs it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.heavy.browser.conftest import Open, Window
@@ -41,6 +46,28 @@ MORE = """() => {
 def endless(window: Window, now: bool = True) -> None:
     """Its questions are answered for thousands of tokens, whatever the model thinks of it; or no more."""
     window.page.evaluate(MORE if now else "() => { window.fetch = window.asks; }")
+
+
+@contextlib.contextmanager
+def another_client(url: str) -> Iterator[None]:
+    """It has one answer streamed after the other: a page that is drawn late finds it at work, too."""
+    left = threading.Event()
+    call = {"messages": {"user": "a prompt that nobody else is to see"}, "max_new_tokens": 1000, "ignore_eos": True}
+
+    def ask() -> None:
+        while not left.is_set():
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=call | {"streaming": True}) as answer:
+                for _ in answer.iter_raw():
+                    if left.is_set():
+                        break
+
+    with ThreadPoolExecutor() as threads:
+        asks = threads.submit(ask)
+        try:
+            yield
+        finally:
+            left.set()
+        asks.result()
 
 
 def wait_for_work(window: Window, vllm: Vllm, count: int, seconds: float) -> None:
@@ -203,22 +230,19 @@ def test_axe_finds_nothing_serious(opened: Open, front: Gateway, scheme: str) ->
     assert faults(window) == []
 
 
-def test_a_watch_shows_what_runs_and_what_failed(window: Window, opened: Open, front: Gateway, vllm: Vllm) -> None:
-    endless(window)
-    window.asks("a prompt that nobody else is to see")
+def test_a_watch_shows_what_runs_and_what_failed(window: Window, opened: Open, front: Gateway) -> None:
     watch = opened(f"{front.url}")
     watch.page.get_by_role("tab", name="Watch").click()
-    watch.page.wait_for_function(
-        """() => [...document.querySelectorAll("#upstreams dt")].some(
-          (name) => name.textContent === "vLLM runs" && name.nextSibling.textContent === "1")"""
-    )
-    watch.page.wait_for_function(
-        """() => [...document.querySelectorAll("#figures li")].some(
-          (one) => one.textContent.startsWith("Tokens a second") && parseInt(one.children[1].textContent) > 1)"""
-    )
-    assert "a prompt" not in watch.text("body")
-    window.page.get_by_role("button", name="Stop").click()
-    window.is_done()
+    with another_client(front.url):
+        watch.page.wait_for_function(
+            """() => [...document.querySelectorAll("#upstreams dt")].some(
+              (name) => name.textContent === "vLLM runs" && name.nextSibling.textContent === "1")"""
+        )
+        watch.page.wait_for_function(
+            """() => [...document.querySelectorAll("#figures li")].some(
+              (one) => one.textContent.startsWith("Tokens a second") && parseInt(one.children[1].textContent) > 1)"""
+        )
+        assert "a prompt" not in watch.text("body")
     window.page.get_by_label("Temperature").fill("-1")
     window.asks(QUESTION)
     window.page.get_by_role("alert").wait_for()

@@ -14,7 +14,8 @@ import pytest
 
 from tests.heavy.clients.conftest import SCRIPTS, Clients
 from tests.support.fake_vllm import EVENTS, RESET, STREAM_HEAD, FakeVllm, Step, chunk, response
-from tests.support.gateway_process import free_port, running
+from tests.support.gateway_process import running
+from tests.support.ports import free_port
 from tests.support.stack import MODEL, Stack
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is vLLM?"}], "max_tokens": 60}
@@ -123,6 +124,7 @@ def test_a_model_server_that_is_not_there(call: Caller) -> None:
 )
 def test_a_model_server_that_fails(call: Caller, fake: FakeVllm, step: Step, errors: list[tuple[str, int]]) -> None:
     fake.queue([step], [step])
+    fake.close_after_probes()
     with running(fake.url, first_token_timeout=0.5) as gateway:
         found = [call(client, gateway.url, **ASK | {"model": "demo"}, stream=True) for client in BOTH]
 

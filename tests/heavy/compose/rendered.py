@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
+from gateway.config.secret_files import NAMES as SECRETS
 from gateway.config.settings import Settings, names_of
 from tests.support.paths import ROOT
 
@@ -81,6 +82,8 @@ def test_every_command_gives_the_same_stack(device: str, tmp_path: Path) -> None
 # Which services use a key, by how it begins; all others are the model server's.
 USED_BY = {
     "GATEWAY_|LLM_USVC_|OPEA_|OTEL_|LLM_VLLM_(TOKEN_URL|CLIENT_)": {GATEWAY},
+    "LLM_VLLM_(MEMORY|PIDS)": {MODEL_SERVER, "quantize"},
+    "LLM_NOFILE": {MODEL_SERVER, GATEWAY},
     "FP8_|BATCH_SIZE|VLLM_GAUDI_SOURCE": {"quantize"},
     "PROMETHEUS_": {"prometheus"},
     "GRAFANA_": {"grafana"},
@@ -92,8 +95,8 @@ USED_BY = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_key_of_the_file_reaches_what_uses_it(device: str) -> None:
     for at, name in enumerate(sorted(keys(device).keys() - {"LLM_DEVICE"})):
-        value = f"47{at:02}" if re.search("PORT|UID|GID", name) else f"set-{name.lower()}"
-        value = f"127.0.0.{at + 1}" if "HOST" in name else value
+        value = f"47{at:02}" if re.search("PORT|UID|GID|MEMORY|PIDS|NOFILE", name) else f"set-{name.lower()}"
+        value = f"127.0.0.{at + 1}" if "HOST" in name else f"{at + 1}s" if "GRACE" in name else value
         services = everything(device, **{name: value})["services"]
         expected = next((found for pattern, found in USED_BY.items() if re.match(pattern, name)), {MODEL_SERVER})
         assert expected <= {one for one, service in services.items() if value in json.dumps(service)}, name
@@ -123,6 +126,7 @@ def test_every_setting_of_the_gateway_can_be_given(device: str) -> None:
     names = {name for field in Settings.model_fields for name in names_of(field)}
     # These are the stack's own: the ports inside are fixed, and published as the file says.
     names -= {"GATEWAY_HOST", "GATEWAY_PORT", "LLM_USVC_PORT", "LLM_MODEL_SERVER_ENDPOINT"}
+    names |= {f"{name}_FILE" for name in SECRETS if name in names}
     given = set(stack(device)["services"][GATEWAY]["environment"])
     assert {name for name in given if not name.startswith("OTEL_")} == names
 
@@ -147,11 +151,55 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
     ours = stack(device)["services"][GATEWAY]
     assert ours["read_only"] is True
     assert ours["tmpfs"] == ["/tmp"]
-    assert ours["cap_drop"] == ["ALL"]
-    assert ours["security_opt"] == ["no-new-privileges:true"]
     mounted = {volume["target"]: (volume["source"], volume["read_only"]) for volume in ours["volumes"]}
-    files = ("keys", "upstream-ca.pem", "tls-cert.pem", "tls-key.pem")
+    files = ("keys", "upstream-ca.pem", "tls-cert.pem", "tls-key.pem", "vllm-key", "upstream-key", "client-secret")
     assert mounted == {f"/run/{file}": ("/dev/null", True) for file in files}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_container_is_bounded(device: str) -> None:
+    for name, service in everything(device)["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["ulimits"] == {"nofile": 16384}, name
+        assert int(service["mem_limit"]) > 0, name
+        assert service["pids_limit"] > 0, name
+
+
+def test_the_bounds_of_the_two_are_the_operators() -> None:
+    given = {"LLM_USVC_MEMORY": "1g", "LLM_VLLM_MEMORY": "0", "LLM_VLLM_PIDS": "900", "GATEWAY_STOP_GRACE": "1m30s"}
+    services = stack("cpu", **given)["services"]
+    assert services[GATEWAY]["mem_limit"] == str(2**30)
+    assert services[GATEWAY]["stop_grace_period"] == "1m30s" == services[GATEWAY]["environment"]["GATEWAY_STOP_GRACE"]
+    assert services[MODEL_SERVER].get("mem_limit", "0") == "0"
+    assert services[MODEL_SERVER]["pids_limit"] == 900
+
+
+def test_a_model_server_on_the_cpu_writes_to_its_data_alone() -> None:
+    vllm = stack("cpu")["services"][MODEL_SERVER]
+    assert vllm["read_only"] is True
+    assert vllm["tmpfs"] == ["/tmp:exec,mode=1777"]
+    assert [volume["target"] for volume in vllm["volumes"] if not volume.get("read_only")] == ["/data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "services"),
+    [
+        ("HF_TOKEN_FILE", "/run/hub-token", {MODEL_SERVER, "quantize"}),
+        ("HUGGING_FACE_HUB_TOKEN_FILE", "/run/hub-token", {MODEL_SERVER, "quantize"}),
+        ("LLM_VLLM_API_KEY_FILE", "/run/vllm-key", {MODEL_SERVER, GATEWAY}),
+        ("GATEWAY_UPSTREAM_API_KEY_FILE", "/run/upstream-key", {GATEWAY}),
+        ("GATEWAY_UPSTREAM_CLIENT_SECRET_FILE", "/run/client-secret", {GATEWAY}),
+        ("LLM_VLLM_CLIENT_SECRET_FILE", "/run/client-secret", {GATEWAY}),
+    ],
+)
+def test_a_secret_in_a_file_stands_in_no_environment(name: str, target: str, services: set[str]) -> None:
+    found = everything("cpu", **{name: "./file"})["services"]
+    source = str(ROOT / "docker/cpu/file")
+    assert {one for one, service in found.items() if source in json.dumps(service)} == services
+    for one in services:
+        assert found[one]["environment"][name] == target
+        assert {volume["target"]: volume["source"] for volume in found[one]["volumes"]}[target] == source
 
 
 @pytest.mark.parametrize(

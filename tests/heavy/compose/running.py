@@ -58,6 +58,15 @@ def serves() -> bool:
     return found is not None and found.status_code == httpx.codes.OK
 
 
+def loads() -> bool:
+    """Once the engine knows the model server's name, which it may not when the gateway first asks for it."""
+    found = health()
+    if found is None:
+        return False
+    assert found.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    return [upstream["state"] for upstream in found.json()["upstreams"]] == ["loading"]
+
+
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The demo model, a small cache, and proxies behind which there is nobody."""
@@ -86,13 +95,9 @@ def stack(settings: dict[str, str]) -> Iterator[dict[str, str]]:
     try:
         run("docker", "compose", *UP[:2], "--profile", "quantize", "build")  # not behind the dead proxies
         run("docker", "compose", *UP, given=settings)
-        eventually(lambda: health() is not None, 30)
-        early = health()
+        eventually(loads, 30)
         run("docker", "compose", *UP, "--wait", "--wait-timeout", "400", given=settings)
         eventually(serves, 30)
-        assert early is not None
-        assert early.status_code == httpx.codes.SERVICE_UNAVAILABLE
-        assert [upstream["state"] for upstream in early.json()["upstreams"]] == ["loading"]
         yield settings
     finally:
         try:
@@ -135,6 +140,16 @@ print(os.getuid(), *(place for place in ("/", "/opt/gateway", "/etc") if os.acce
     assert run("docker", "exec", GATEWAY, "python", "-c", writes).split() == ["1000"]
 
 
+def test_the_containers_are_bounded(stack: dict[str, str]) -> None:
+    for name in (GATEWAY, MODEL_SERVER):
+        host = inspected(name)["HostConfig"]
+        assert host["Memory"] > 0
+        assert host["PidsLimit"] > 0
+        assert host["SecurityOpt"] == ["no-new-privileges:true"]
+        limit = run("docker", "exec", name, "sh", "-c", "ulimit -Hn")
+        assert limit.split() == ["16384"]
+
+
 def test_vllm_is_no_root_and_keeps_its_files_in_the_data_folder(stack: dict[str, str]) -> None:
     assert inspected(MODEL_SERVER)["Config"]["User"] == "1000:1000"
     assert os.stat(stack["LLM_VLLM_DATA_DIR"]).st_uid == 1000
@@ -172,10 +187,27 @@ def log_once_it_answers() -> str:
     return done.stdout + done.stderr
 
 
-def test_one_word_turns_the_cache_to_fp8(stack: dict[str, str]) -> None:
-    given = stack | {"IF_FP8_QUANTIZATION": "true"}
+@pytest.fixture(scope="session")
+def log_with_key(stack: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The log of a model server that was started anew, with FP8 and with a key that stands in a file."""
+    key = tmp_path_factory.mktemp("secrets") / "key"
+    key.parent.chmod(0o755)
+    key.write_text("key-of-a-file\n")
+    given = stack | {"IF_FP8_QUANTIZATION": "true", "LLM_VLLM_API_KEY_FILE": str(key)}
     run("docker", "compose", *UP, "--wait", "--wait-timeout", "200", given=given)
-    log = log_once_it_answers()
+    return log_once_it_answers()
+
+
+def test_a_key_in_a_file_reaches_both_and_stands_in_no_environment(log_with_key: str) -> None:
+    auth = {"Authorization": "Bearer key-of-a-file"}
+    bare = httpx.get("http://127.0.0.1:8008/v1/models", trust_env=False)
+    keyed = httpx.get("http://127.0.0.1:8008/v1/models", headers=auth, trust_env=False)
+    assert (bare.status_code, keyed.status_code) == (401, 200)
+    assert "key-of-a-file" not in run("docker", "inspect", GATEWAY, MODEL_SERVER) + log_with_key
+
+
+def test_one_word_turns_the_cache_to_fp8(log_with_key: str) -> None:
+    log = log_with_key
     assert "/data/fp8/demo-model, so that only the cache is in FP8" in log
     assert "Using fp8_e5m2 data type to store kv cache" in log
 

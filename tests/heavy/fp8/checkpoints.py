@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from gateway.config.load import build
-from gateway.config.settings import ModelServerSettings
+from gateway.config.model_server_settings import ModelServerSettings
 from gateway.modelserver import install
 from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 from tests.heavy.fp8.conftest import DATASETS, Kit
-from tests.support.gateway_process import free_port, running
+from tests.support.gateway_process import running
+from tests.support.ports import free_port
 
 QUESTION = "What is Deep Learning?"
 

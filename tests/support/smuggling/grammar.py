@@ -111,13 +111,21 @@ _NAMED = [
     *(b"x-a", b"X-B", b" traceparent ", b"close", b"keep-alive", b"upgrade", b"content-length", b"host", b"", b'"x"'),
     *(b"transfer-encoding", b"x-request-id", b"content-type", b"accept", b"connection"),
 ]
+_OFFERS = _mostly(
+    [[]] * 4,
+    [
+        [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA"],
+        [b"connection: upgrade", b"upgrade: websocket"],
+        [b"Upgrade: h2c"],
+    ],
+)
 _ENDS = _mostly([b"\r\n"] * 12, [b"\n", b"\r", b"\r\r\n", b"\n\r\n", b" \r\n"])
 
 
 def request(choose: Choose) -> bytes:
     """One request, or what looks like one."""
     framing, body = choose(_FRAMINGS)
-    lines = [*choose(_HOSTS), *framing]
+    lines = [*choose(_HOSTS), *choose(_OFFERS), *framing]
     for _ in range(choose(range(4))):
         lines.append(choose(_NAMES) + choose(_SEPARATORS) + choose(_VALUES))
     for _ in range(choose([0, 0, 1, 1, 2])):

@@ -1,0 +1,82 @@
+"""The keys that clients must bring: read at the start, and again while their file may be being written."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from gateway.config.environment import SettingsError
+from gateway.config.settings import Settings
+from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
+
+# Seconds between two reads of a file, and that one must stand still whose last line has no end.
+_BETWEEN = 0.2
+_STANDS_STILL = 2.0
+
+
+class _Read(NamedTuple):
+    size: int
+    modified: int
+    inode: int
+    content: bytes
+
+
+def client_keys(settings: Settings) -> dict[bytes, Key] | None:
+    """The keys that clients must bring, by their hashes; None where anyone may call.
+
+    Raises SettingsError for a file that cannot be read or is wrong.
+    """
+    file = settings.api_keys_file
+    return _keys(settings, None if file is None else _read(file).content)
+
+
+async def reread_client_keys(
+    settings: Settings, pause: Callable[[float], Awaitable[object]] = asyncio.sleep
+) -> dict[bytes, Key] | None:
+    """The same of a file that may be being written: half of a line, or of the lines, would take away keys or limits.
+
+    `pause` waits for so many seconds. Raises SettingsError for a file that changes meanwhile, too. One that is whole
+    and shorter than before takes away what it lacks.
+    """
+    file = settings.api_keys_file
+    if file is None:
+        return _keys(settings, None)
+    found = _read(file)
+    await pause(_BETWEEN)
+    same = _read(file) == found
+    if same and not found.content.endswith(b"\n"):
+        await pause(_STANDS_STILL - _BETWEEN)
+        same = _read(file) == found
+    if not same:
+        raise SettingsError(
+            f"GATEWAY_API_KEYS_FILE {str(file)!r} is being written: send SIGHUP again once that is done."
+        )
+    return _keys(settings, found.content)
+
+
+def _read(file: Path) -> _Read:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read()
+            status = os.fstat(opened.fileno())
+    except OSError as error:
+        raise SettingsError(
+            f"GATEWAY_API_KEYS_FILE {str(file)!r} cannot be read ({error.strerror}): name a file that can."
+        ) from None
+    return _Read(status.st_size, status.st_mtime_ns, status.st_ino, content)
+
+
+def _keys(settings: Settings, content: bytes | None) -> dict[bytes, Key] | None:
+    if content is None and not settings.api_keys:
+        return None
+    found = from_secrets((secret.get_secret_value() for secret in settings.api_keys), settings.key_max_in_flight)
+    if content is not None:
+        try:
+            found |= from_lines(content.decode(), settings.key_max_in_flight)
+        except ValueError as error:
+            why = error if isinstance(error, BadKeys) else "it is not UTF-8"
+            raise SettingsError(f"GATEWAY_API_KEYS_FILE {str(settings.api_keys_file)!r} is wrong: {why}.") from None
+    return found

@@ -1,0 +1,48 @@
+"""URLs of other servers, checked and brought into one form."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+
+def base_url(url: str) -> str:
+    """`http://host:port[/prefix]`, without the `/v1` that some configurations carry. Raises ValueError."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("URLs like http://host:8008, separated by commas") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or port == 0:
+        raise ValueError("URLs like http://host:8008, separated by commas")
+    if parts.username or parts.password:
+        raise ValueError("URLs without a user or password; set GATEWAY_UPSTREAM_API_KEY for a key")
+    if not re.fullmatch(r"[A-Za-z0-9._:\-\[\]]+", parts.netloc) or not re.fullmatch(r"[!-~]*", parts.path):
+        raise ValueError("URLs of plain ASCII characters")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+def token_url(url: str) -> str:
+    """`https://host[:port]/path[?query]`; RFC 6749, 3.2: without a fragment."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("a URL like https://login.example.com/token") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or "#" in url or port == 0:
+        raise ValueError("a URL like https://login.example.com/token")
+    if "@" in parts.netloc:
+        raise ValueError("a URL without a user or password; set GATEWAY_UPSTREAM_CLIENT_ID and _SECRET")
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("a URL of plain ASCII characters")
+    return f"{parts.scheme}{url[len(parts.scheme) :]}"
+
+
+def authority(host: str, port: int) -> str:
+    """`host:port` as it stands in a URL; an address of IPv6 in brackets (RFC 3986, 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))

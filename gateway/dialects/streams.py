@@ -1,0 +1,189 @@
+"""vLLM's chunks in, the reply's stream out: as texts, or as chunks of which one is kept back or one is added."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import orjson
+
+from gateway.wire import sse
+from gateway.wire.errors import UpstreamBroken
+from gateway.wire.heads import AnswerHead
+
+Json = dict[str, Any]
+
+Style = Literal["openai", "repr", "answer_part"]
+
+
+# The largest event that is read, in bytes.
+_LARGEST = 1024 * 1024
+# Inside a JSON string each of these quotes is escaped.
+FINISH = b'"finish_reason":"'
+_USAGE_CHUNK = re.compile(rb'"choices":\[\],.*"usage":\{')
+_FINGERPRINT = re.compile(rb'"system_fingerprint":("(?:[^"\\]|\\.)*")')
+
+
+class TextStream:
+    """vLLM's chunks in, a stream of texts out, in a style that is not vLLM's own.
+
+    `repr` is what callers of the replaced releases 1.2 to 1.5 parse: each event is Python's `repr` of a
+    piece of text, then comes `[DONE]` and, where the request had `data`, a line of its own with that. `answer_part` is
+    vllm-app's: JSON of a type and the text, then one of type `citations` where there are any, at last one of type
+    `done`. Text is never left out, not even where it shares a chunk with the finish reason; what is no text has no
+    place.
+    """
+
+    head = AnswerHead(
+        200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
+    )
+    paced = False
+    fingerprint: bytes | None = None
+
+    def __init__(
+        self, style: Style, data: Json | None, citations: list[Json], text_of: Callable[[Json], str | None]
+    ) -> None:
+        """`text_of` takes a choice of a chunk."""
+        self._decoder = sse.Decoder(_LARGEST)
+        self._as_repr = style == "repr"
+        self._text_of = text_of
+        self._before_end = self._after_end = b""
+        if self._as_repr and data is not None:
+            self._after_end = b"json: " + orjson.dumps(data) + b"\n\n"
+        elif not self._as_repr and citations:
+            cited = {"type": "citations", "data": {"reranked_docs": citations}}
+            self._before_end = sse.encode(orjson.dumps(cited))
+
+    def feed(self, data: bytes) -> bytes:
+        """The events for these bytes; raises UpstreamBroken where they hold no chunks."""
+        try:
+            return b"".join(map(self._event, self._decoder.feed(data)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UpstreamBroken("The model server's stream holds something that is not a chat chunk.") from error
+
+    def comment(self, data: bytes) -> bytes:
+        """They themselves."""
+        return data
+
+    def failed(self, envelope: bytes) -> bytes:
+        """An error as an event, and the end."""
+        return self._error(orjson.loads(envelope)) + self._end()
+
+    def _event(self, data: bytes) -> bytes:
+        if data == sse.DONE:
+            return self._before_end + self._end() + self._after_end
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            return self._error(chunk)
+        texts = [self._text_of(choice) for choice in chunk["choices"] if choice["index"] == 0]
+        return b"".join(self._piece(text) for text in texts if text is not None)
+
+    def _piece(self, text: str) -> bytes:
+        if self._as_repr:
+            return sse.encode(repr(text).encode())
+        return sse.encode(orjson.dumps({"type": "answer_part", "data": text})) if text else b""
+
+    def _error(self, told: Json) -> bytes:
+        if self._as_repr:
+            return sse.encode(orjson.dumps(told))
+        # A caller that knows no such type may still show its data.
+        error = told["error"]
+        said = error.get("message") if isinstance(error, dict) else error
+        return sse.encode(orjson.dumps({"type": "error", "data": said, **told}))
+
+    def _end(self) -> bytes:
+        return sse.encode(sse.DONE if self._as_repr else b'{"type":"done"}')
+
+
+class ChunkStream:
+    """vLLM's chunks as they are, but for the one that tells of tokens to a client that did not ask for it, where vLLM
+    was asked all the same, and one more before the end with what is cited, where anything is.
+
+    Once it is asked for usage, vLLM writes `system_fingerprint` into that chunk, and else into each that has a finish
+    reason: these wait for the next event, which mostly follows at once, and get it back. Of several choices all but the
+    last end before that chunk comes: `fingerprint` is what another answer of this server's had, with its quotes, and
+    what comes behind such an end waits where that is not known.
+    """
+
+    head = TextStream.head
+    paced = False
+
+    def __init__(self, citations: list[Json], *, hides_usage: bool, kind: str = "chat.completion.chunk") -> None:
+        """`kind` is what the chunks are called, in case that none has come."""
+        self.hides_usage = hides_usage
+        self.fingerprint: bytes | None = None
+        self._citations = citations
+        self._first: Json = {"id": "", "object": kind, "created": 0, "model": ""}
+        self._begun = False
+        self._held: list[bytes] = []
+
+    @property
+    def passes(self) -> bool:
+        """Whether events without a finish reason go on as they are."""
+        return not self._citations and not self._held
+
+    def feed(self, data: bytes) -> bytes:
+        """The events for these whole ones; raises UpstreamBroken where they hold no chunks."""
+        if self._citations and not self._begun:
+            self._begin(data)
+        if self.hides_usage and (self._held or FINISH in data or _USAGE_CHUNK.search(data)):
+            data = b"".join(map(self._event, sse.split(data)))
+        return self._with_citations(data) if self._citations else data
+
+    def comment(self, data: bytes) -> bytes:
+        """They themselves, behind what waits."""
+        if not self._held:
+            return data
+        self._held.append(data)
+        return b""
+
+    def failed(self, envelope: bytes) -> bytes:
+        """What waits, an error as an event, and the end."""
+        return self._release(None) + sse.encode(envelope) + sse.encode(sse.DONE)
+
+    def _event(self, event: bytes) -> bytes:
+        """What goes out once this event has come."""
+        if _USAGE_CHUNK.search(event):
+            found = _FINGERPRINT.search(event)
+            self.fingerprint = found[1] if found else None
+            return self._release(self.fingerprint)
+        if not self._held:
+            if FINISH not in event:
+                return event
+            self._held.append(event)
+            return b""
+        if sse.has_end(event, "done") or sse.has_error(event):
+            return self._release(None) + event  # without that chunk
+        if self.fingerprint is not None:
+            return self._release(self.fingerprint) + self._event(event)
+        self._held.append(event)
+        return self._release(None) if sum(map(len, self._held)) > _LARGEST else b""
+
+    def _release(self, fingerprint: bytes | None) -> bytes:
+        events, self._held = self._held, []
+        if fingerprint is None:
+            return b"".join(events)
+        field = b',"system_fingerprint":' + fingerprint
+        return b"".join(_appended(event, field) if FINISH in event else event for event in events)
+
+    def _begin(self, data: bytes) -> None:
+        """Take from the first chunk what they all have."""
+        self._begun = True
+        with contextlib.suppress(ValueError, AttributeError):
+            chunk = orjson.loads(next(filter(None, map(sse.data_of, sse.split(data))), b""))
+            self._first = {name: chunk.get(name, default) for name, default in self._first.items()}
+
+    def _with_citations(self, data: bytes) -> bytes:
+        end = sse.find_end(data, "done")
+        if end < 0:
+            return data
+        chunk = {**self._first, "choices": [], "data": {"reranked_docs": self._citations}}
+        return data[:end] + sse.encode(orjson.dumps(chunk)) + data[end:]
+
+
+def _appended(event: bytes, field: bytes) -> bytes:
+    """An event with one more field at the end of its object."""
+    end = event.rindex(b"}")
+    return event[:end] + field + event[end:]

@@ -1,0 +1,41 @@
+"""OpenAI's list of models: without paths of a server's disk, and of several servers as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+
+# A hub's NAME or ORG/NAME, with what vLLM takes behind it for a quantized file: any other root is where a server has
+# its model.
+_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?(?::[\w.-]+)?")
+
+
+def without_paths(content: bytes) -> bytes:
+    """The list as it came, but that a `root` that is a path is the model's id; what is no such list stays as it is."""
+    try:
+        found = orjson.loads(content)
+        changed = [_hide_path(entry) for entry in found["data"]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return content
+    return orjson.dumps(found) if any(changed) else content
+
+
+def union(lists: Iterable[bytes], aliases: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The entries of these lists by their ids, each once and without paths, and those of `aliases` of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for content in lists:
+        for entry in orjson.loads(without_paths(content))["data"]:
+            found.setdefault(entry["id"], entry)
+    meant = {name: model for name, model in aliases.items() if name != "*" and model in found and name not in found}
+    return found | {name: {**found[model], "id": name, "root": model} for name, model in meant.items()}
+
+
+def _hide_path(entry: dict[str, Any]) -> bool:
+    root = entry.get("root")
+    if not isinstance(root, str) or root == entry["id"] or _HUB_ID.fullmatch(root):
+        return False
+    entry["root"] = entry["id"]
+    return True

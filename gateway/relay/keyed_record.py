@@ -1,0 +1,123 @@
+"""What a call's key lets it do and see, and what is left of that."""
+
+from __future__ import annotations
+
+import math
+
+from gateway.pool.keys import Key, Keys
+from gateway.pool.owners import Owner
+from gateway.relay.record import CLIENT_LEFT
+from gateway.relay.time_limits import TimedRecord
+from gateway.wire.errors import GatewayError, NoSuchResponse, NotServed, RateLimited, Unauthorized, naming_served
+from gateway.wire.heads import AnswerHead, Header
+from gateway.wire.key_marks import KeyMarks, check_owner
+
+LIMIT_HEADERS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
+TOKEN_HEADERS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+JSON = (b"content-type", b"application/json")
+# An upstream's answer for a path that it has not.
+NO_SUCH_PATH = b'{"detail":"Not Found"}'
+KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key or api-key."
+
+
+class KeyedRecord(TimedRecord):
+    """A record with whose it is. An exchange sets `owner`, which a key may become, and that nothing is reserved."""
+
+    __slots__ = ("_reserved", "owner")
+
+    owner: Owner
+    _reserved: float | None
+
+    def _key_refusal(self, keys: Keys) -> GatewayError | None:
+        """Why this client may not call now."""
+        digest = self._request.key
+        if digest is None:
+            return Unauthorized(KEY_NEEDED)
+        key = self.key = keys.find(digest)
+        if key is None:
+            return Unauthorized("The key that was sent is none of this gateway's.")
+        self.owner = key
+        if wait := key.take(self.started_at):
+            return RateLimited(
+                f"The key {key.name} has made its {key.a_minute} requests of this minute: try again in {wait:.0f} s.",
+                retry_after=math.ceil(wait),
+            )
+        if self.route.body == "none" and self.route.replays:
+            try:
+                check_owner(digest, self.target.split("/")[3].partition("?")[0])
+            except NoSuchResponse as error:
+                return error
+        return None
+
+    def _marks(self) -> KeyMarks | None:
+        """What the call tells vLLM of its key; None where it has nothing to say."""
+        digest, route = self._request.key, self.route
+        is_response, salts = route.body == "response", self._path.salts_caches and route.caches_prefixes
+        if digest is None or not (is_response or salts):
+            return None
+        return KeyMarks(digest, self.upstream_id if is_response else None, salts)
+
+    def _bounded_by_key(self, key: Key, content: bytes) -> GatewayError | None:
+        """Why a call of this body may not be made with its key: for its model, or as its tokens are used up."""
+        if key.models is not None and self.model not in key.models and self.route.body != "none":
+            asked = f"the model {self.model[:200]!r}" if self.model else "a call that does not say of which model"
+            return NotServed(f"The key {key.name} is not for {asked}; it is for {', '.join(sorted(key.models))}.")
+        if key.tokens is not None and self.route.body != "none":
+            now = self._path.time()
+            asked_tokens = self._path.reader.asked_tokens(content) if content else None
+            self._reserved = key.tokens.reserve(now, asked_tokens)
+            if self._reserved is None:
+                _, wait = key.tokens.left(now)
+                return RateLimited(
+                    f"The key {key.name} has used its {key.tokens.a_minute} tokens of this minute: try again in "
+                    f"{wait:.0f} s.",
+                    retry_after=math.ceil(wait),
+                )
+        return None
+
+    def _not_found(self, head: AnswerHead, content: bytes) -> tuple[AnswerHead, bytes]:
+        """An upstream's 404: it lacks the path, or the model, of which others may be served."""
+        if content == NO_SUCH_PATH:
+            rest = [header for header in head.headers if header[0] != b"content-type"]
+            error = self._not_served()
+            return AnswerHead(404, [JSON, *rest, *error.answer_headers]), error.envelope(self.request_id)
+        served, key = self._path.reader.named_models, self.key
+        if key is not None and key.models is not None:
+            served = tuple(name for name in served if name in key.models)
+        if self.model and self.model not in served:
+            content = naming_served(content, self.model, served)
+        return head, content
+
+    def _not_served(self) -> NotServed:
+        """What the upstream says in two words: its model is of another kind."""
+        able = self._path.pool.models_of(self.route.name)
+        others = f"; those that do: {', '.join(able)}." if able else "."
+        model = f"The model {self.model[:200]!r}" if self.model else "The model server's model"
+        return NotServed(f"{model} does not take {self.route.path}{others}")
+
+    def _with_limits(self, head: AnswerHead, key: Key) -> AnswerHead:
+        """The head, with what is left of the key's requests and tokens, in the headers that OpenAI's clients know."""
+        limits: list[Header] = []
+        if key.a_minute is not None:
+            limits += _limit_headers(LIMIT_HEADERS, key.a_minute, *key.left(self._path.time()))
+        if key.tokens is not None:
+            limits += _limit_headers(TOKEN_HEADERS, key.tokens.a_minute, *key.tokens.left(self._path.time()))
+        return AnswerHead(head.status, head.headers + limits, streams=head.streams) if limits else head
+
+    def _settle(self, reserved: float) -> None:
+        """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""
+        assert self.key is not None
+        used, usage = 0, self.usage
+        if usage is not None:
+            used = usage[0] + usage[1]
+        elif self.sent_at is not None and self.status in (200, CLIENT_LEFT) and not self._refused:
+            used = self.bytes_in // 4 + self.events
+            if self.status == 200 and not self.streaming:
+                used += round(reserved)  # as of a response in the background, which is yet to be made
+        if self.key.tokens is not None:  # else the file of keys was read again
+            self.key.tokens.settle(self.ended_at or self.started_at, reserved, used)
+
+
+def _limit_headers(names: tuple[bytes, bytes, bytes], most: int, left: int, reset: float) -> list[Header]:
+    limit, remaining, until = names
+    return [(limit, b"%d" % most), (remaining, b"%d" % left), (until, b"%.3fs" % reset)]

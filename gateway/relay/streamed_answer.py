@@ -1,0 +1,163 @@
+"""An answer that streams: its whole events, as they came or translated, and comments that keep it open."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+from gateway.dialects.reader import TranslatedStream
+from gateway.dialects.streams import FINISH, ChunkStream, TextStream
+from gateway.relay.interfaces import Client
+from gateway.relay.keyed_record import KeyedRecord
+from gateway.wire import sse
+from gateway.wire.errors import GatewayError, NotServed, UpstreamRefused
+from gateway.wire.heads import AnswerHead
+
+# As vLLM writes them.
+HEARTBEAT = b": keep-alive\n\n"
+# Of an answer whose own head has not come when a heartbeat is due.
+_STREAM = TextStream.head
+
+
+class StreamedAnswer(KeyedRecord):
+    """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
+
+    `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be looked at.
+    Comments say nothing of the model.
+    """
+
+    __slots__ = ("_client", "_events", "_head", "_started", "_stream", "_write_chunk")
+
+    _client: Client
+    _events: sse.WholeEvents | None
+    _head: AnswerHead | None
+    _started: bool
+    _stream: TranslatedStream | None
+    _write_chunk: Callable[[bytes], None] | None
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Have the answer's head go out."""
+
+    @abstractmethod
+    def _choose_body_mode(self, head: AnswerHead, length: bytes | None) -> None:
+        """Have the body of an answer with this head be what it is to be."""
+
+    @abstractmethod
+    def _upstream_failed(self, error: GatewayError) -> None:
+        """End with the upstream's fault."""
+
+    @abstractmethod
+    def _uses_erag_errors(self) -> bool:
+        """Whether the call is answered as a release did."""
+
+    @abstractmethod
+    def _event_of(self, error: GatewayError, tail: bytes) -> bytes:
+        """An error as a stream's end."""
+
+    @abstractmethod
+    def _answered(self, *, failed: bool, outcome: str) -> None:
+        """The upstream has done what it would."""
+
+    def _whole_events(self, events: sse.WholeEvents, data: bytes) -> bytes:
+        """The whole events that this read brought, less comments where these go on by themselves."""
+        was_cut = events.is_cut
+        data = events.feed(data)
+        if not (was_cut or events.is_cut):
+            data = self._without_comments(data)
+        if not data and events.held[:1] not in b":":  # of an event, some of which has come
+            self._last_read_at = self._path.time()
+            self.first_byte_at = self.first_byte_at or self._last_read_at
+        self._write_chunk = self._chunk_writer() if self._started else None
+        return data
+
+    def _chunk_writer(self) -> Callable[[bytes], None] | None:
+        """What takes a chunk of whole events as it came; None where the next one has to be looked at."""
+        events, stream = self._events, self._stream
+        if events is None or events.unfinished or self.first_byte_at is None:
+            return None
+        if stream is None:
+            return self._client.chunk
+        plain = self._client.chunk is not None and isinstance(stream, ChunkStream) and stream.passes
+        return self._write_until_finish if plain else None
+
+    def _write_until_finish(self, chunk: bytes) -> None:
+        """A chunk of whole events as it came, unless a finish reason is in it."""
+        if FINISH not in chunk:
+            assert self._client.chunk is not None
+            self._client.chunk(chunk)
+            return
+        self._write_chunk = None
+        data = chunk[chunk.index(b"\n") + 1 : -2]
+        self.bytes_out -= len(data)
+        if data := self._translate_stream(data):
+            self.bytes_out += len(data)
+            self._client.body(data)
+
+    def _translate_stream(self, data: bytes) -> bytes:
+        assert self._stream is not None
+        try:
+            data = self._stream.feed(data)
+        except GatewayError as error:
+            self._upstream_failed(error)
+            return b""
+        if self._write_chunk is not None:
+            self._write_chunk = self._chunk_writer()  # what came with these may have to wait for the next
+        return data
+
+    def _beat_if_due(self, now: float) -> None:
+        """Write a comment where nothing has come, or gone out, for a heartbeat's time."""
+        if self._path.limits.heartbeat_interval is None or now < self._next_heartbeat():
+            return
+        self._commented_at = now
+        if self.streaming and self.route.streams and not self._paused and self._streams_comments():
+            self._comment(HEARTBEAT)
+
+    def _streams_comments(self) -> bool:
+        """Whether a comment may go out now; where nothing of the answer has come, it then begins as a stream.
+
+        That is the price of a heartbeat: the status is 200, and what goes wrong from then on is told in the stream.
+        """
+        if self._head is None and not self._started:
+            if self._uses_erag_errors() or self.route.body == "generate":
+                return False  # whose readers know no comments
+            self._head = _STREAM
+            self.status = _STREAM.status
+            self._choose_body_mode(_STREAM, None)
+        return self._events is not None and not self._events.is_cut
+
+    def _tell_in_stream(self, refused: UpstreamRefused | NotServed) -> None:
+        """The stream's end, where a heartbeat has begun it and the upstream then refuses the call."""
+        self.status, self.first_byte_at, self._refused = _STREAM.status, None, True
+        event = self._event_of(refused, b"")
+        self._answered(failed=not 400 <= refused.status < 500, outcome="refused")
+        self._client.body(event)
+        self._client.end()
+
+    def _without_comments(self, data: bytes) -> bytes:
+        """What is left of whole events once those that carry nothing have gone on, as they are no sign of the model.
+
+        Among others, where these go on as they are, they stay at their place.
+        """
+        if data[:1] in b"de" and b"\n:" not in data:
+            return data  # vLLM's events begin with `data` or `event`
+        parts = sse.split(data)
+        told = [part for part in parts if sse.data_of(part) is not None]
+        comments = b"".join([part for part in parts if sse.data_of(part) is None])
+        if told and (self._stream is None or isinstance(self._stream, ChunkStream)):
+            self.events -= comments.count(b"\n\n")
+            return data
+        self._comment(comments)
+        return b"" if self.outcome else b"".join(told)
+
+    def _comment(self, comments: bytes) -> None:
+        """Have comments go out, in every style that has any."""
+        if self._stream is not None:
+            comments = self._stream.comment(comments)
+        if not comments:
+            return
+        self._commented_at = self._path.time()
+        if not self._started:
+            self._start()
+        self.bytes_out += len(comments)
+        self._client.body(comments)

@@ -1,0 +1,203 @@
+"""The addresses of upstreams' names: each asked for once at a time, by no thread, and kept while asking fails."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+_log = logging.getLogger(__name__)
+
+# As getaddrinfo gives them: family, type, protocol, canonical name, and the socket's address.
+Address = tuple[int, int, int, str, tuple[Any, ...]]
+
+_RESOLV_CONF = Path("/etc/resolv.conf")
+# An answer is asked for anew after so many seconds, and stands in for one that does not come for so many.
+_FRESH = 5.0
+_KEPT = 300.0
+# A lookup that fails is tried again after so many seconds, as a container's name is there once that runs; one that took
+# too long ever less often.
+_AGAIN = 1.0
+_PATIENCE = 5.0
+_RESTS = (2.0, 30.0)
+# An address is its name's own for so many seconds after the last answer that had it, as some servers give each time
+# others of many.
+_OWN_FOR = 10.0
+
+
+class NameNotFound(OSError):
+    """The name leads to no address, as far as can be told; its text says why."""
+
+
+class Lookup(Protocol):
+    """What asks: aiodns's resolver, of which this is used."""
+
+    def getaddrinfo(self, host: str, *, family: Any, type: Any) -> Awaitable[Any]: ...  # noqa: A002 - its own name
+
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Name:
+    """What is known of a name. `seen` is when each address was last in an answer."""
+
+    addresses: list[str] = field(default_factory=list)
+    answered_at: float = -math.inf
+    seen: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+    rest: float = 0.0
+    lookup: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+
+
+class Resolver:
+    """Addresses by name. The event loop is the one that runs when it is made.
+
+    `gone` are hosts with addresses that they led to and no longer do.
+    """
+
+    def __init__(self, lookup: Lookup | None = None) -> None:
+        """`lookup` is what asks; None where all hosts are addresses."""
+        self.gone: set[tuple[str, str]] = set()
+        self.on_gone: Callable[[], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._lookup = lookup
+        self._names: dict[str, _Name] = {}
+
+    async def addresses(self, host: str, port: int) -> list[Address]:
+        """Where `host` is; raises NameNotFound. Waits only where nothing is known, for what is asked just then."""
+        if _is_address(host):
+            return [_address(host, port)]
+        name = self._names.get(host)
+        if name is None:
+            name = self._names[host] = _Name()
+            self._ask(host, name)
+        if name.lookup is not None and not self._is_known(name):
+            await asyncio.shield(name.lookup)  # which others wait for, too
+        if not self._is_known(name):
+            raise NameNotFound(name.why)
+        return [_address(address, port) for address in name.addresses]
+
+    def _is_known(self, name: _Name) -> bool:
+        return self._loop.time() - name.answered_at < _KEPT
+
+    def _ask(self, host: str, name: _Name) -> None:
+        name.lookup = self._loop.create_task(self._look_up(host, name))
+
+    async def _look_up(self, host: str, name: _Name) -> None:
+        rest = _AGAIN
+        try:
+            assert self._lookup is not None, f"{host!r} is no address"
+            async with asyncio.timeout(_PATIENCE):
+                found = await self._lookup.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
+            self._found(host, name, [_text(node.addr[0]) for node in found.nodes])
+            rest = _FRESH
+        except TimeoutError:
+            rest = name.rest = min(max(_RESTS[0], 2 * name.rest), _RESTS[1])
+            self._failed(host, name, f"its name is not resolved within {_PATIENCE:g} s")
+        except Exception as error:
+            self._failed(host, name, f"its name leads to no address ({str(error.args[-1]).lower()})")
+        finally:
+            name.lookup = None
+            name.timer = self._loop.call_later(rest, self._ask, host, name)
+
+    def _failed(self, host: str, name: _Name, why: str) -> None:
+        if why != name.why:
+            kept = "; its last addresses are kept" if self._is_known(name) else ""
+            _log.warning("upstream host %s: %s%s", host, why, kept)
+        name.why = why
+
+    def _found(self, host: str, name: _Name, addresses: list[str]) -> None:
+        if not addresses:
+            raise NameNotFound("no data")
+        now = name.answered_at = self._loop.time()
+        name.addresses = list(dict.fromkeys(addresses))
+        name.seen |= dict.fromkeys(addresses, now)
+        name.why, name.rest = "", 0.0
+        gone = {address for address, seen in name.seen.items() if now - seen >= _OWN_FOR}
+        for address in gone:
+            del name.seen[address]
+        self.gone.difference_update((host, address) for address in addresses)
+        self.gone.update((host, address) for address in gone)
+        if gone and self.on_gone is not None:
+            self.on_gone()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        lookups = [name.lookup for name in self._names.values() if name.lookup is not None]
+        for lookup in lookups:
+            lookup.cancel()
+        await asyncio.gather(*lookups, return_exceptions=True)
+        for name in self._names.values():
+            if name.timer is not None:
+                name.timer.cancel()
+        if self._lookup is not None:
+            await self._lookup.close()
+
+
+class SystemLookup:
+    """c-ares, as resolv.conf and the hosts file have it. The event loop is the one that runs when it is made.
+
+    It watches resolv.conf's folder, but a container's file is a mount, whose changes are seen in another folder; so it
+    is made anew where the file has changed.
+    """
+
+    def __init__(self) -> None:
+        # Here, as it takes a third of a second that nobody needs whose upstreams are addresses.
+        import aiodns
+
+        self._make = partial(aiodns.DNSResolver, timeout=_PATIENCE / 2, tries=2)
+        self._made_of = _version_of(_RESOLV_CONF)
+        self._resolver: Lookup = self._make()
+
+    async def getaddrinfo(self, host: str, *, family: Any, type: Any) -> Any:  # noqa: A002 - its own name
+        """As c-ares has it."""
+        version = _version_of(_RESOLV_CONF)
+        if version != self._made_of:
+            old, self._made_of, self._resolver = self._resolver, version, self._make()
+            await old.close()
+        return await self._resolver.getaddrinfo(host, family=family, type=type)
+
+    async def close(self) -> None:
+        """Give up all lookups."""
+        await self._resolver.close()
+
+
+def system_lookup(hosts: Iterable[str]) -> Lookup | None:
+    """What asks where these hosts are; None where all are addresses."""
+    return None if all(map(_is_address, hosts)) else SystemLookup()
+
+
+def _version_of(file: Path) -> tuple[int, int] | None:
+    try:
+        seen = file.stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_ino
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _address(address: str, port: int) -> Address:
+    if ":" not in address:
+        return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))
+    plain, _, scope = address.partition("%")
+    index = socket.if_nametoindex(scope) if scope else 0
+    return (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (plain, port, 0, index))
+
+
+def _text(address: bytes | str) -> str:
+    return address.decode() if isinstance(address, bytes) else address

@@ -1,0 +1,1 @@
+"""Hostile clients beside an honest one, in front of a real gateway process."""
