@@ -99,7 +99,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python requirements/build.lock requirements/image.lock pyproject.toml
-	@echo "Setting up the gateway (26 packages, about 30 MB) in $(VENV)"
+	@echo "Setting up the gateway (30 packages, about 30 MB) in $(VENV)"
 	$(PIP) --no-deps --require-hashes -r requirements/build.lock -r requirements/image.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
