@@ -88,8 +88,10 @@ def test_a_stream_in_which_nothing_comes_has_comments_from_its_head_on(fake: Fak
     before_head, before_token, amid = Hold(), Hold(), Hold()
     script: list[Step] = [before_head, STREAM_HEAD, before_token, *map(chunk, EVENTS[:-1]), amid, chunk(DONE)]
     fake.queue([STREAM_HEAD, *map(chunk, EVENTS), STREAM_END], [*script, STREAM_END])
-    with running(fake.url, heartbeat_interval=0.1) as gateway, gateway.client() as client:
+    with running(fake.url) as gateway, gateway.client() as client:
         plain = client.post(CHAT, json=body).content
+        (first,) = gateway.log(1)
+    with running(fake.url, heartbeat_interval=0.1) as gateway, gateway.client() as client:
         with client.stream("POST", CHAT, json=body) as got:
             assert (got.status_code, got.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
             pieces, content = got.iter_raw(), b""
@@ -99,7 +101,7 @@ def test_a_stream_in_which_nothing_comes_has_comments_from_its_head_on(fake: Fak
                     content += next(pieces)
                 hold.release()
             content += b"".join(pieces)
-        first, second = gateway.log(2)
+        (second,) = gateway.log(1)
     assert content.replace(PING, b"") == plain
     assert [line["outcome"] for line in (first, second)] == ["done", "done"]
     assert first["completion_tokens"] == second["completion_tokens"]
@@ -115,9 +117,9 @@ def test_events_keep_their_order_however_they_came_behind_a_comment(fake: FakeVl
     fake.queue([STREAM_HEAD, *map(chunk, EVENTS), STREAM_END])
     fake.queue([*script, chunk(EVENTS[4]), 0.1, chunk(DONE), STREAM_END])
     with running(fake.url, heartbeat_interval=0.1) as gateway, gateway.client() as client:
-        plain, commented = (client.post(CHAT, json=SIMPLIFIED).content for _ in range(2))
-    assert commented.startswith(PING)
-    assert commented.replace(PING, b"") == plain
+        soon, late = (client.post(CHAT, json=SIMPLIFIED).content for _ in range(2))
+    assert late.startswith(PING)
+    assert late.replace(PING, b"") == soon.replace(PING, b"")  # which a busy machine may comment, too
 
 
 def test_one_that_waits_in_the_queue_has_comments(fake: FakeVllm) -> None:
@@ -133,8 +135,10 @@ def test_one_that_waits_in_the_queue_has_comments(fake: FakeVllm) -> None:
         assert hold.reached.wait(20)
         with client.stream("POST", CHAT, json=OPENAI) as got:
             pieces = got.iter_raw()
-            content = next(pieces) + next(pieces)
-            assert (got.status_code, content) == (200, PING * 2)
+            content = b""
+            while content.count(PING) < 2:
+                content += next(pieces)
+            assert (got.status_code, content.replace(PING, b"")) == (200, b"")
             assert len(fake.received) == 1
             hold.release()
             content += b"".join(pieces)
@@ -160,13 +164,14 @@ def test_a_refusal_behind_a_heartbeat_is_told_in_the_stream(
         with client.stream("POST", path, json={**OPENAI, "max_tokens": 5}) as got:
             pieces = got.iter_raw()
             content = next(pieces)
-            assert (got.status_code, content) == (200, PING)
+            assert (got.status_code, content.replace(PING, b"")) == (200, b"")
             hold.release()
             content += b"".join(pieces)
             request_id = got.headers["x-request-id"]
         (line,) = gateway.log(1)
-        # An answer that comes sooner keeps its status.
-        fake.queue([response("400 Bad Request", refusal)])
+    # An answer that comes sooner keeps its status.
+    fake.queue([response("400 Bad Request", refusal)])
+    with running(fake.url, heartbeat_interval=60) as gateway, gateway.client() as client:
         soon = client.post(path, json={**OPENAI, "max_tokens": 5})
     told = content.replace(PING, b"")
     assert told.startswith(begins)
