@@ -25,9 +25,8 @@ from uvicorn.server import ServerState
 
 from gateway.pool.arrivals import no_room
 from gateway.pool.buffers import SHARE
-from gateway.pool.bulk_reads import BULK, BulkReads
-from gateway.pool.few_at_a_time import FewAtATime
 from gateway.pool.owners import Owner
+from gateway.pool.turns import BULK, BulkReads, FewAtATime
 from gateway.relay.data_path import DataPath
 from gateway.server.context import Parts, state_of
 from gateway.server.listener import WATCHERS

@@ -1,10 +1,14 @@
-"""Connections that bring much: some in each turn of the loop, the others after them, in order."""
+"""What a thousand bring about at once: some in each turn of the loop, the others after them, in order."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 
-from gateway.pool.bulk_reads import BulkReads
+import pytest
+
+from gateway.pool.turns import _SEEN_TO, BulkReads, FewAtATime
 
 
 class Reader:
@@ -65,3 +69,55 @@ def test_what_is_thrown_away_is_read_by_the_tenth_of_a_second() -> None:
     once_more = Reader()
     reads.has_read_for_nothing(once_more)
     assert not once_more.held_up
+
+
+class Turns:
+    def __init__(self) -> None:
+        self.soon: deque[Callable[[], None]] = deque()
+        self.done: list[int] = []
+        self.few = FewAtATime(self.soon.append)
+
+    def add(self, number: int) -> None:
+        self.few.add(lambda: self.done.append(number))
+
+    def turn(self) -> int:
+        """How many are done in the loop's next turn."""
+        before = len(self.done)
+        for _ in range(len(self.soon)):
+            self.soon.popleft()()
+        return len(self.done) - before
+
+
+def test_few_are_seen_to_at_once_and_of_many_so_many_in_a_turn() -> None:
+    turns = Turns()
+    for number in range(1000):
+        turns.add(number)
+    assert len(turns.done) == _SEEN_TO
+    assert turns.turn() == _SEEN_TO
+    turns.add(1000)  # behind those that wait
+    while turns.soon:
+        assert turns.turn() <= _SEEN_TO
+    assert turns.done == list(range(1001))
+    turns.add(1001)
+    assert turns.done[-1] == 1001
+    assert turns.turn() == 0
+    assert not turns.soon
+
+
+def test_one_that_fails_is_done_once_and_the_others_are_done() -> None:
+    turns = Turns()
+    failed: list[int] = []
+
+    def fails() -> None:
+        failed.append(1)
+        raise ValueError("as it must")
+
+    for number in range(_SEEN_TO):
+        turns.add(number)
+    turns.few.add(fails)
+    turns.add(99)
+    with pytest.raises(ValueError, match="as it must"):
+        turns.turn()
+    while turns.soon:
+        turns.turn()
+    assert (failed, turns.done[-1]) == ([1], 99)
