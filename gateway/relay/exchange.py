@@ -73,6 +73,10 @@ _RELAYED = 0  # piece by piece, as it comes
 _IN_EVENTS = 1  # in whole events
 _COLLECTED = 2  # rewritten at its end
 
+# What a stream that waits for its client holds beside what was written last, in bytes: what waited before that for the
+# system to take it (server/http_protocol.py), the objects of a call and its two connections, and what malloc loses.
+_OF_A_STREAM = 32 * 1024
+
 _LINE_FEED = ord("\n")
 _REPLY = AnswerHead(200, [JSON])
 # Statuses that may be no answer: for others to give, or for nobody.
@@ -596,7 +600,7 @@ class Exchange(StreamedAnswer, ABC):
             # What nobody reads is to hold little: its end, in which the usage is, and what is written of it.
             written, self._last = len(self._last), sse.last_events(self._before_last + self._last, HELD_EVENT)
             self._before_last = b""
-            if not self._hold(written + len(self._last)):
+            if not self._hold(written + len(self._last) + _OF_A_STREAM):
                 self.client_gone("shortage")
                 self._client.abort()
                 return
