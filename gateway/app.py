@@ -77,6 +77,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             tuple(map(Upstream.from_url, settings.upstreams)),
             max_in_flight=settings.max_in_flight,
             max_in_flight_per_upstream=settings.max_in_flight_per_upstream or settings.max_in_flight,
+            by_prefix=settings.routing == "prefix",
         )
         connections = create_connections(settings, secrets)
         transport = UpstreamTransport(connections)

@@ -71,6 +71,11 @@ class Settings(EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),
         description="URLs of the vLLM servers, separated by commas.",
     )
+    routing: Literal["prefix", "least"] = Field(
+        "prefix",
+        description="Which of several upstreams takes a prompt: `prefix`, the one that has had its beginning before, "
+        "unless that is much busier than others; `least`, the one with the fewest calls in flight.",
+    )
     upstream_api_key: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("GATEWAY_UPSTREAM_API_KEY", "LLM_VLLM_API_KEY"),

@@ -82,10 +82,10 @@ class Models(Protocol):
 _MOST_TOKENS = 1_000_000_000
 _ANSWER = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
-# The body that goes upstream, unless there is a translation; form, model, streaming, translation, and whether the
-# upstream is asked for a stream's tokens, which the client is not told. A plain tuple, as a class of its own would cost
-# each request one call more.
-Reading = tuple[bytes, str, str | None, bool, Translation | None, bool]
+# The body that goes upstream, unless there is a translation; form, model, streaming, translation, whether the upstream
+# is asked for a stream's tokens, which the client is not told, and the `cache_salt` that goes upstream. A plain tuple,
+# as a class of its own would cost each request one call more.
+Reading = tuple[bytes, str, str | None, bool, Translation | None, bool, Any]
 Steps = Generator[None, None, Reading]
 
 
@@ -118,7 +118,7 @@ class BodyReader:
         there is a translation; empty where there is no body.
         """
         if kind == "none":
-            return b"", "", None, False, None, False
+            return b"", "", None, False, None, False, None
         if len(content) >= LONG_BODY:
             return _result(self.read_in_steps(kind, content, marks))
         if content[:2] != b'{"':
@@ -130,11 +130,12 @@ class BodyReader:
         self._check(kind, body, content)
         if translates:
             form, translation = self._translate(kind, body)
-            return b"", form, None, translation.streaming, translation, False
+            return b"", form, None, translation.streaming, translation, False, body.get("cache_salt")
         if marks is not None or self.model_aliases or self.counts_all or self.body_limits.max_new_tokens < math.inf:
             return self._edited(kind, content, body, marks)
         model = body.get("model")
-        return content, "openai", model if isinstance(model, str) else None, body.get("stream") is True, None, False
+        model = model if isinstance(model, str) else None
+        return content, "openai", model, body.get("stream") is True, None, False, body.get("cache_salt")
 
     def read_in_steps(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Steps:
         """As `read`, of a long body that is there: step by step, each of which takes a small part of a second."""
@@ -161,7 +162,7 @@ class BodyReader:
             yield from self._check_in_steps(kind, body, content)
             if translates:
                 form, translation = self._translate(kind, body)
-                return b"", form, None, translation.streaming, translation, False
+                return b"", form, None, translation.streaming, translation, False, body.get("cache_salt")
         return self._edited(kind, content, body, marks)
 
     def _read_released(
@@ -183,7 +184,7 @@ class BodyReader:
                 yield from self._check_in_steps("chat", body, content)
                 if not is_openai:
                     _, translation = self._translate("chat", body)
-                    return b"", "simplified", None, translation.streaming, translation, False
+                    return b"", "simplified", None, translation.streaming, translation, False, body.get("cache_salt")
         except (Rejected, erag.Unprocessable):
             raise
         except BadRequest as error:
@@ -208,7 +209,8 @@ class BodyReader:
             changes |= marks.fields(body)
         if changes:
             content = edited(content, body, **changes)
-        return content, "openai", model, streaming, None, "stream_options" in changes
+        salt = changes.get("cache_salt", body.get("cache_salt"))
+        return content, "openai", model, streaming, None, "stream_options" in changes, salt
 
     def asked_tokens(self, content: bytes) -> int | None:
         """How many tokens a body asks for that goes upstream; None where it does not say."""

@@ -188,7 +188,12 @@ class Metrics(Collector):
                 state.add_metric((upstream.url, name), float(status == name))
             in_flight.add_metric((upstream.url,), upstream.in_flight)
             left.add_metric((upstream.url,), upstream.failovers)
-        return [state, in_flight, left]
+        routed = CounterMetricFamily(
+            "gateway_routed", "Calls by how their upstream was found among several.", labels=("how",)
+        )
+        for how, calls in self._pool.routed.items():
+            routed.add_metric((how,), calls)
+        return [state, in_flight, left, routed]
 
 
 class _Histogram:

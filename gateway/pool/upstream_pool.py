@@ -6,8 +6,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
+
+from gateway.pool.prefixes import HOT, Places, PrefixCounts
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +22,13 @@ TRIAL_AFTER = 15.0
 # twice the calls would make it worse.
 _RETRIES = 100.0
 _RETRIED_PART = 0.25
+# What a place down in its key's order costs a call, and a streamed call that awaits its first byte, as it is in its
+# prefill, costs an upstream: as much as so many calls in flight (docs/routing.md).
+_PLACE_DOWN = 32.0
+_AWAITED = 7
+# How an upstream was found: by its key's first place, by a later one as that was busy, by load as all of the prompt is
+# popular or as it has no key, or in the place of one that did not take the call.
+How = Literal["first", "spilled", "hot", "least", "retried"]
 
 
 @dataclass(eq=False, slots=True)
@@ -30,8 +39,9 @@ class Upstream:
     most tokens of a prompt and its answer that each of them takes, where the list has that. `supports_audio` says
     whether it takes speech, where that was asked, `routes` what it takes at all, by the routes' names (None: not
     known), `why` why it does not serve. `fingerprint` is its answers' `system_fingerprint`, with its quotes, once one
-    was seen. `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is
-    when its last probe ended, `on_failure` is told of each broken call.
+    was seen. `awaited` are those of its calls in flight that are streamed and have no byte of an answer yet.
+    `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is when its
+    last probe ended, `on_failure` is told of each broken call.
     """
 
     url: str
@@ -49,6 +59,8 @@ class Upstream:
     routes: frozenset[str] | None = None
     fingerprint: bytes | None = None
     in_flight: int = 0
+    awaited: int = 0
+    weight: float = 1.0
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
@@ -100,6 +112,16 @@ class Upstream:
         return bool(self.models)
 
 
+class _Group:
+    """The upstreams that serve the same models, and the order that each key has of them."""
+
+    __slots__ = ("places", "upstreams")
+
+    def __init__(self, upstreams: tuple[Upstream, ...]) -> None:
+        self.upstreams = upstreams
+        self.places = Places([(upstream.url, upstream.weight) for upstream in upstreams])
+
+
 class UpstreamPool:
     """All upstreams. Health ranks them and never excludes one: with no healthy one left, the least bad is tried."""
 
@@ -109,9 +131,18 @@ class UpstreamPool:
         *,
         max_in_flight: float = math.inf,
         max_in_flight_per_upstream: float = math.inf,
+        by_prefix: bool = False,
     ) -> None:
-        """Room for `max_in_flight` calls in flight, and for `max_in_flight_per_upstream` to any one upstream."""
+        """Room for `max_in_flight` calls in flight, and for `max_in_flight_per_upstream` to any one upstream.
+
+        `by_prefix` has prompts that begin alike go to one upstream where there are several.
+        """
         self._upstreams = upstreams
+        self.prefixes = PrefixCounts() if by_prefix and len(upstreams) > 1 else None
+        self.routed: dict[How, int] = dict.fromkeys(get_args(How), 0)
+        # By model; several models of the same upstreams share their places.
+        self._groups: dict[str, _Group] = {}
+        self._by_upstreams: dict[tuple[Upstream, ...], _Group] = {}
         self._max_in_flight = max_in_flight
         self._max_in_flight_per_upstream = min(max_in_flight, max_in_flight_per_upstream)
         self._turn = 0
@@ -143,38 +174,67 @@ class UpstreamPool:
         """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
         return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
 
-    def select(self, model: str | None, now: float, *, audio: bool = False) -> Upstream | None:
-        """The upstream with the fewest calls in flight among the best that serve `model`; None where they have no room.
+    def key_of(self, model: str | None, salt: str | None, body: bytes) -> int | None:
+        """The key of a prompt, as it came, by which `select` finds its upstream; None where that is found by load."""
+        group = self._group(model)
+        if self.prefixes is None or group is None or len(group.upstreams) == 1:
+            return None
+        assert model is not None
+        return self.prefixes.key_of(model, salt, body, len(group.upstreams))
 
-        `audio` asks for one that takes speech, whatever its model. What none serves is for any to refuse. Ties go
-        round. A worse one does not stand in for a full one: it would only break the call.
+    def select(self, model: str | None, now: float, *, audio: bool = False, key: int | None = None) -> Upstream | None:
+        """An upstream among the best that serve `model`; None where they have no room.
+
+        It is the first place of the prompt's `key`, unless that is busier than another by more than a place down costs;
+        without a key, the one with the fewest calls in flight, and ties go round. `audio` asks for one that takes
+        speech, whatever its model. What none serves is for any to refuse. A worse one does not stand in for a full one:
+        it would only break the call.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
             return upstreams[0] if upstreams[0].in_flight < self._max_in_flight_per_upstream else None
-        if sum(upstream.in_flight for upstream in upstreams) >= self._max_in_flight:
+        if sum([upstream.in_flight for upstream in upstreams]) >= self._max_in_flight:
             return None
-        best = self._best(self._serving(model, audio=audio), now)
+        best: Upstream | None = None
+        how: How
+        if key is not None and key != HOT and (group := self._group(model)) is not None:
+            best, how = self._placed(group, key, now)
+        if best is None:
+            how = "hot" if key == HOT else "least"
+            best = self._best(self._serving(model, audio=audio), now)
         if best is not None:
             self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
+            self.routed[how] += 1
         return best
 
     def select_other(
-        self, model: str | None, now: float, *, instead_of: Upstream, ready: bool, audio: bool = False
+        self,
+        model: str | None,
+        now: float,
+        *,
+        instead_of: Upstream,
+        ready: bool,
+        audio: bool = False,
+        key: int | None = None,
     ) -> Upstream | None:
         """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.
 
-        `ready`: only one that would be asked first.
+        `ready`: only one that would be asked first. With a key it is the next place.
         """
-        others = [one for one in self._serving(model, audio=audio) if one is not instead_of]
-        if ready:
-            others = [one for one in others if _rank(one, now) == 0]
-        if not others or self._retries < 1:
+        if self._retries < 1:
             return None
-        best = self._best(others, now)
+        best = None
+        if key is not None and key != HOT and (group := self._group(model)) is not None:
+            best, _ = self._placed(group, key, now, instead_of)
+        if best is None:
+            others = [one for one in self._serving(model, audio=audio) if one is not instead_of]
+            if ready:
+                others = [one for one in others if _rank(one, now) == 0]
+            best = self._best(others, now) if others else None
         if best is not None:
             self._retries -= 1
             instead_of.failovers += 1
+            self.routed["retried"] += 1
         return best
 
     def group(self, model: str | None, *, audio: bool = False) -> tuple[Upstream, ...]:
@@ -182,18 +242,74 @@ class UpstreamPool:
         return tuple(self._serving(model, audio=audio))
 
     def _serving(self, model: str | None, *, audio: bool) -> Sequence[Upstream]:
-        able = [one for one in self._upstreams if (one.supports_audio if audio else model in one.models)]
-        return able or self._upstreams
+        if audio:
+            return [one for one in self._upstreams if one.supports_audio] or self._upstreams
+        group = self._group(model)
+        return self._upstreams if group is None else group.upstreams
+
+    def _group(self, model: str | None) -> _Group | None:
+        """Those that serve this model; None where none does."""
+        if not self._groups:
+            self._regroup()
+        return self._groups.get(model) if model is not None else None
+
+    def _regroup(self) -> None:
+        by_model: dict[str, list[Upstream]] = {}
+        for upstream in self._upstreams:
+            for model in upstream.models:
+                by_model.setdefault(model, []).append(upstream)
+        for model, able in by_model.items():
+            together = tuple(able)
+            if (group := self._by_upstreams.get(together)) is None:
+                group = self._by_upstreams[together] = _Group(together)
+            self._groups[model] = group
+
+    def set_models(self, upstream: Upstream, models: tuple[str, ...]) -> None:
+        """What this upstream serves now."""
+        if upstream.models != models:
+            upstream.models = models
+            self._groups.clear()
+
+    def _placed(
+        self, group: _Group, key: int, now: float, instead_of: Upstream | None = None
+    ) -> tuple[Upstream | None, How]:
+        """Of a key's order the one that is the least busy for its place; None where none serves and has room."""
+        best: Upstream | None = None
+        least, price = math.inf, 0.0
+        most, upstreams, order = self._max_in_flight_per_upstream, group.upstreams, group.places.of(key)
+        how: How = "first"
+        for number in order:
+            if price >= least:
+                break
+            upstream = upstreams[number]
+            if (
+                upstream is instead_of
+                or upstream.state != "serving"
+                or upstream.in_flight >= most
+                or (upstream.broken_in_a_row >= BROKEN_IN_A_ROW and upstream.failing(now))
+            ):
+                continue
+            load = (upstream.in_flight + _AWAITED * upstream.awaited) / upstream.weight + price
+            if load < least:
+                best, least = upstream, load
+                how = "first" if number == order[0] else "spilled"
+            price += _PLACE_DOWN
+        if best is not None:
+            self._take(best, now)
+        return best, how
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))
         if best.in_flight >= self._max_in_flight_per_upstream:
             return None
-        self._turn += 1
-        best.chosen_at = self._turn
-        if best.broken_in_a_row >= BROKEN_IN_A_ROW:
-            best.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
+        self._take(best, now)
         return best
+
+    def _take(self, chosen: Upstream, now: float) -> None:
+        self._turn += 1
+        chosen.chosen_at = self._turn
+        if chosen.broken_in_a_row >= BROKEN_IN_A_ROW:
+            chosen.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
 
 
 def _rank(upstream: Upstream, now: float) -> int:

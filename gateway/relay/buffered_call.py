@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
+from typing import Any
 
 from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
 from gateway.dialects.reader import Reading, Translation
@@ -93,13 +94,13 @@ class BufferedCall(Exchange):
         self.bytes_in = len(content)
         if self._path.arrivals:
             self._path.arrivals.leave(self)
-        reader, request = self._path.reader, self._request
+        reader, request, came = self._path.reader, self._request, content
         try:
             if reading is None:
                 reading = reader.read(self.route.body, content, None if self.key is None else self._marks())
-            content, self.form, self.model, self.streaming, self._translation, self._hides_usage = reading
+            content, self.form, self.model, self.streaming, self._translation, self._hides_usage, salt = reading
             if self._translation is not None:
-                content = self._translated(self._translation)
+                content, salt = self._translated(self._translation, salt)
             rewritten = self._translation is not None or self._hides_usage or self.route.name == "models"
             self._lines = UNCOMPRESSED + request.lines_rewritten if rewritten else request.lines
         except GatewayError as error:
@@ -118,6 +119,7 @@ class BufferedCall(Exchange):
         ):
             self.fail(refusal)
             return
+        self._prefix = None if self._path.pool.prefixes is None else self._prefix_key(came, salt)
         if self.route.method == "POST":
             self._framing = f"content-length: {len(content)}\r\n"
             if not request.json:
@@ -125,16 +127,23 @@ class BufferedCall(Exchange):
         if not self._try_start(now):
             self._enqueue(now)
 
-    def _translated(self, translation: Translation) -> bytes:
-        """The body that goes upstream in the place of one in another form."""
+    def _prefix_key(self, came: bytes, salt: Any) -> int | None:
+        """What the upstream is found by, of the body as it came."""
+        if not self.route.generates:
+            return None
+        return self._path.pool.key_of(self.model, salt if type(salt) is str else None, came)
+
+    def _translated(self, translation: Translation, salt: Any) -> tuple[bytes, Any]:
+        """The body that goes upstream in the place of one in another form, and its `cache_salt`, by its key's marks."""
         self.target = translation.target
         self.model = self._path.reader.select_model(translation)
         content = translation.to_call(self.model)
         marks = None if self.key is None else self._marks()
         if marks is None:
-            return content
+            return content, salt
         call = to_object(without_long_strings(content) if len(content) >= LONG_BODY else content)
-        return edited(content, call, **marks.fields(call))
+        added = marks.fields(call)
+        return edited(content, call, **added), added.get("cache_salt", salt)
 
     # The upstream
 

@@ -99,6 +99,7 @@ class Exchange(StreamedAnswer, ABC):
         "_last",
         "_length",
         "_lines",
+        "_prefix",
         "_queued_until",
         "_refusal",
         "_renewed",
@@ -134,7 +135,9 @@ class Exchange(StreamedAnswer, ABC):
         self._queued_until = now
         self._translation: Translation | None = None
         self._hides_usage = False
-        # The upstream.
+        # The upstream; the key of the prompt's beginning, by which it is found, and whether its first byte is awaited.
+        self._prefix: int | None = None
+        self._awaited = False
         self._connection: Connection | None = None
         self._authorization: str | None = None
         self._retried = False
@@ -222,7 +225,7 @@ class Exchange(StreamedAnswer, ABC):
         path, owner = self._path, self.owner
         if owner.max_in_flight is not None and owner.is_full:
             return False
-        upstream = path.pool.select(self.model, now, audio=self._needs_audio)
+        upstream = path.pool.select(self.model, now, audio=self._needs_audio, key=self._prefix)
         if upstream is None:
             return False
         if self._state is QUEUED:
@@ -244,6 +247,9 @@ class Exchange(StreamedAnswer, ABC):
             upstream.in_flight += 1
             if before is not None:
                 before.in_flight -= 1
+                before.awaited -= self._awaited
+            self._awaited = self.streaming
+            upstream.awaited += self._awaited
         self._path.transport.connect(upstream, self, fresh=fresh)
         if before is not None and upstream is not before and self._path.queue:
             self._path.queue.wake()
@@ -255,7 +261,12 @@ class Exchange(StreamedAnswer, ABC):
         if self._retried:
             return False
         other = self._path.pool.select_other(
-            self.model, self._path.time(), instead_of=upstream, ready=ready, audio=self._needs_audio
+            self.model,
+            self._path.time(),
+            instead_of=upstream,
+            ready=ready,
+            audio=self._needs_audio,
+            key=self._prefix,
         )
         if other is None:
             return False
@@ -419,8 +430,7 @@ class Exchange(StreamedAnswer, ABC):
             self.events += data.count(b"\n\n")
         self._last_read_at = self._path.time()
         if self.first_byte_at is None:
-            self.first_byte_at = self._last_read_at
-            self._write_chunk = self._chunk_writer() if self._started else None  # by a comment
+            self._first_byte(self._last_read_at)
         if self._body_mode is _COLLECTED:
             self._collect(data)
             return
@@ -741,6 +751,7 @@ class Exchange(StreamedAnswer, ABC):
         self._held = 0
         if self.upstream is not None:
             self.upstream.in_flight -= 1
+            self.upstream.awaited -= self._awaited
             self.owner.in_flight -= 1
         self._usage_text = usage_text(self._before_last + self._last)
         if self._reserved is not None:

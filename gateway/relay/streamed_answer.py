@@ -22,12 +22,13 @@ _STREAM = TextStream.head
 class StreamedAnswer(KeyedRecord):
     """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
 
-    `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be looked at.
-    Comments say nothing of the model.
+    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_write_chunk` takes a chunk of
+    whole events as it came; it is None where the next one has to be looked at. Comments say nothing of the model.
     """
 
-    __slots__ = ("_client", "_events", "_head", "_started", "_stream", "_write_chunk")
+    __slots__ = ("_awaited", "_client", "_events", "_head", "_started", "_stream", "_write_chunk")
 
+    _awaited: bool
     _client: Client
     _events: sse.WholeEvents | None
     _head: AnswerHead | None
@@ -67,7 +68,8 @@ class StreamedAnswer(KeyedRecord):
             data = self._without_comments(data)
         if not data and events.held[:1] not in b":":  # of an event, some of which has come
             self._last_read_at = self._path.time()
-            self.first_byte_at = self.first_byte_at or self._last_read_at
+            if self.first_byte_at is None:
+                self._first_byte(self._last_read_at)
         self._write_chunk = self._chunk_writer() if self._started else None
         return data
 
@@ -104,6 +106,14 @@ class StreamedAnswer(KeyedRecord):
         if self._write_chunk is not None:
             self._write_chunk = self._chunk_writer()  # what came with these may have to wait for the next
         return data
+
+    def _first_byte(self, now: float) -> None:
+        """The first that the model says has come."""
+        self.first_byte_at = now
+        if self.upstream is not None:
+            self.upstream.awaited -= self._awaited
+        self._awaited = False
+        self._write_chunk = self._chunk_writer() if self._started else None  # by a comment
 
     def _beat_if_due(self, now: float) -> None:
         """Write a comment where nothing has come, or gone out, for a heartbeat's time."""

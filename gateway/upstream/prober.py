@@ -195,7 +195,8 @@ class Prober:
         served, upstream.contexts = _models(models)
         if not served:
             return "down", f"its /v1/models answers {models.status_code} and no model list"
-        upstream.models, upstream.model_list = served, models.content
+        self._pool.set_models(upstream, served)
+        upstream.model_list = models.content
         if self._model is not None and self._model not in served and not self._route_paths:
             return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
         if upstream not in self._known:

@@ -42,6 +42,7 @@ VALUES: list[tuple[str, str, Any]] = [
     ("upstream_client_id", "gateway", "gateway"),
     ("upstream_client_secret", "s3cret", "s3cret"),
     ("model", "org/name", "org/name"),
+    ("routing", "least", "least"),
     ("stream_style", "repr", "repr"),
     ("openai_format_streaming", "True", True),
     ("forward_sampling", "True", True),

@@ -1416,7 +1416,7 @@ def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
 def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = busy(max_queue=1)
     looks: list[str | None] = []
-    monkeypatch.setattr(talk.path.pool, "select", lambda model, now, audio: looks.append(model))
+    monkeypatch.setattr(talk.path.pool, "select", lambda model, now, **_: looks.append(model))
     one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
     assert (one.status, len(looks)) == (429, 1)
