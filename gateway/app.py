@@ -49,9 +49,10 @@ from gateway.server.openapi import describe
 from gateway.server.responses import refused
 from gateway.upstream.connections import ConnectionLimits, ConnectionPool
 from gateway.upstream.credentials import ClientCredentials, FixedKey
+from gateway.upstream.discovery import BY_NAME, Discovery
 from gateway.upstream.httpx_transport import UpstreamTransport
 from gateway.upstream.prober import Prober
-from gateway.upstream.resolver import Resolver, system_lookup
+from gateway.upstream.resolver import Resolver, SystemLookup, system_lookup
 from gateway.wire.heads import HeadLimits
 from gateway.wire.near_paths import NearPaths
 from gateway.wire.origins import host_check
@@ -74,7 +75,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         pool = UpstreamPool(
-            tuple(map(Upstream.from_url, settings.upstreams)),
+            (),
             max_in_flight=settings.max_in_flight,
             max_in_flight_per_upstream=settings.max_in_flight_per_upstream or settings.max_in_flight,
             by_prefix=settings.routing == "prefix",
@@ -83,6 +84,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         transport = UpstreamTransport(connections)
         credentials = create_credentials(settings, secrets, transport)
         prober = create_prober(settings, pool, credentials, transport)
+        discovery = create_discovery(settings, pool, prober, connections)
         in_flight: set[Call] = set()
         queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
         buffers = Buffers(settings.max_buffered_bytes or default_max_buffered_bytes())
@@ -141,7 +143,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
-        async with credentials.renewing(), prober.probing():
+        async with credentials.renewing(), discovery.discovering(), prober.probing():
             yield {
                 "parts": Parts(
                     data_path=data_path,
@@ -181,7 +183,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     if any(one.name == "models" for one in relayed):
         own["/v1/models/{model:path}"] = endpoints.model
         # One server's list is relayed as it is; several become one, and so does one whose models have other names.
-        if len(settings.upstreams) > 1 or settings.model_aliases.keys() - {"*"}:
+        if settings.may_have_several or settings.model_aliases.keys() - {"*"}:
             own["/v1/models"] = endpoints.models
             relayed = [one for one in relayed if one.name != "models"]
     if settings.metrics_port is not None:
@@ -270,8 +272,22 @@ def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
         keepalive=settings.tcp_keepalive,
     )
     tokens = [secrets.token_client.url] if secrets.token_client else []
-    hosts = [Upstream.from_url(url).host for url in (*settings.upstreams, *tokens)]
+    named = [url for url in settings.upstreams if not url.startswith(BY_NAME)]
+    hosts = [Upstream.from_url(url).host for url in (*named, *tokens)]
     return ConnectionPool(limits, Resolver(system_lookup(hosts)), secrets.upstream_tls)
+
+
+def create_discovery(settings: Settings, pool: UpstreamPool, prober: Prober, connections: ConnectionPool) -> Discovery:
+    """What has the pool hold the upstreams that the settings lead to, as they come and go."""
+
+    def changed(came: list[Upstream], gone: list[Upstream]) -> None:
+        prober.follow(came, gone)
+        for upstream in gone:
+            connections.leave(upstream)
+
+    by_name = any(url.startswith(BY_NAME) for url in settings.upstreams)
+    lookup = SystemLookup() if by_name else None
+    return Discovery(settings.upstreams, pool, lookup, settings.probe_interval, changed)
 
 
 def create_prober(
@@ -281,7 +297,7 @@ def create_prober(
     transport: httpx.AsyncBaseTransport,
 ) -> Prober:
     """What probes the upstreams as these settings say."""
-    several = len(settings.upstreams) > 1
+    several = settings.may_have_several
     return Prober(
         pool,
         probe_interval=settings.probe_interval,

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from gateway.app import create_connections, create_credentials, create_prober
+from gateway.app import create_connections, create_credentials, create_discovery, create_prober
 from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings, names_of
 from gateway.config.urls import is_loopback
-from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.pool.upstream_pool import UpstreamPool
 from gateway.upstream.httpx_transport import UpstreamTransport
 
 # Docker and Podman each leave one of these in a container's root.
@@ -58,13 +58,14 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
 
 
 async def _probed(settings: Settings, secrets: Secrets) -> list[dict[str, Any]]:
-    pool = UpstreamPool(tuple(map(Upstream.from_url, settings.upstreams)))
+    pool = UpstreamPool(())
     connections = create_connections(settings, secrets)
     transport = UpstreamTransport(connections)
     credentials = create_credentials(settings, secrets, transport)
     prober = create_prober(settings, pool, credentials, transport)
+    discovery = create_discovery(settings, pool, prober, connections)
     try:
-        async with credentials.renewing(), prober.probing():
+        async with credentials.renewing(), discovery.discovering(), prober.probing():
             await prober.probe_all()
             return prober.report(time.monotonic())
     finally:

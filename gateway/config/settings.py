@@ -12,7 +12,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gateway.config.environment import EnvironmentSettings
-from gateway.config.urls import authority, base_url, token_url
+from gateway.config.urls import authority, token_url, upstream_url
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
 from gateway.dialects.streams import Style
@@ -69,7 +69,8 @@ class Settings(EnvironmentSettings):
     upstreams: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://localhost:8008",),
         validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),
-        description="URLs of the vLLM servers, separated by commas.",
+        description="URLs of the vLLM servers, separated by commas; `dns+http://NAME:PORT`: each address of the name "
+        "is one, as they come and go.",
     )
     routing: Literal["prefix", "least"] = Field(
         "prefix",
@@ -290,6 +291,11 @@ class Settings(EnvironmentSettings):
         description="Lines below this level are left out.",
     )
 
+    @property
+    def may_have_several(self) -> bool:
+        """Whether there are, or may come to be, several upstreams."""
+        return len(self.upstreams) > 1 or self.upstreams[0].startswith("dns+")
+
     @field_validator(
         "upstreams",
         "routes",
@@ -318,7 +324,7 @@ class Settings(EnvironmentSettings):
     @field_validator("upstreams")
     @classmethod
     def _check_upstreams(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        urls = tuple(base_url(url) for url in value)
+        urls = tuple(upstream_url(url) for url in value)
         if len(set(urls)) != len(urls):
             raise ValueError("each URL once")
         return urls

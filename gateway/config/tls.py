@@ -16,7 +16,7 @@ def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | 
     Raises SettingsError for a file that cannot be read or holds none.
     """
     called = settings.upstreams if token_url is None else (*settings.upstreams, token_url)
-    if not any(url.startswith("https:") for url in called):
+    if not any(url.removeprefix("dns+").startswith("https:") for url in called):
         return None
     file = settings.upstream_ca_file
     try:

@@ -22,6 +22,18 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
+def upstream_url(url: str) -> str:
+    """A base URL; before it may stand `dns+`, where each address of its host is a server. Raises ValueError."""
+    rest = url.removeprefix("dns+")
+    found = base_url(rest)
+    if rest == url:
+        return found
+    host = urlsplit(rest).hostname or ""
+    if ":" in host or re.fullmatch(r"[\d.]+", host):
+        raise ValueError("a name after dns+, whose addresses are asked for: an address needs no dns+")
+    return f"dns+{found}"
+
+
 def token_url(url: str) -> str:
     """`https://host[:port]/path[?query]`; RFC 6749, 3.2: without a fragment."""
     try:

@@ -105,7 +105,7 @@ class Sampler:
         self._path = data_path
         self._prober = prober
         self._recent = recent
-        self._samples = {upstream: _UpstreamSample() for upstream in data_path.pool}
+        self._samples: dict[Upstream, _UpstreamSample] = {}
         self._asking: dict[Upstream, asyncio.Task[None]] = {}
         self._asked_at = -math.inf
         self._requests, self._failed = _Rate(), _Rate()
@@ -191,7 +191,7 @@ class Sampler:
             await asyncio.wait(self._asking.values(), timeout=_PATIENCE)
 
     async def _hear(self, upstream: Upstream) -> None:
-        sample = self._samples[upstream]
+        sample = self._samples.setdefault(upstream, _UpstreamSample())
         try:
             sample.load = vllm_metrics.read(await self._prober.metrics(upstream))
         finally:
@@ -219,6 +219,7 @@ class Sampler:
     def _report(self) -> dict[str, Any]:
         now = self._path.time()
         upstreams = self._prober.report(now)
+        self._samples = {one: self._samples.get(one) or _UpstreamSample() for one in self._path.pool}
         for upstream, sample in zip(upstreams, self._samples.values(), strict=True):
             upstream |= sample.figures(now) if upstream["state"] == "serving" else _UpstreamSample().figures(now)
         serving = any(upstream["state"] == "serving" for upstream in upstreams)

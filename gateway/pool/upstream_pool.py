@@ -41,7 +41,10 @@ class Upstream:
     known), `why` why it does not serve. `fingerprint` is its answers' `system_fingerprint`, with its quotes, once one
     was seen. `awaited` are those of its calls in flight that are streamed and have no byte of an answer yet.
     `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is when its
-    last probe ended, `on_failure` is told of each broken call.
+    last probe ended, `on_failure` is told of each broken call. `gone` says that discovery leads to it no longer.
+
+    `url` is what it is known by, here and in every other gateway. Its name may lead to many: `at` is its own address
+    then, and in the URL, while its `host` and `authority` keep the name, for TLS and for the Host header.
     """
 
     url: str
@@ -50,6 +53,7 @@ class Upstream:
     tls: bool
     prefix: str
     authority: str
+    at: str
     state: State = "loading"
     why: str = "not probed yet"
     model_list: bytes = field(default=b"", repr=False)
@@ -67,14 +71,23 @@ class Upstream:
     probed_at: float | None = field(default=None, repr=False)
     on_failure: Callable[[Upstream], None] | None = field(default=None, repr=False)
     failovers: int = field(default=0, repr=False)
+    gone: bool = field(default=False, repr=False)
 
     @classmethod
-    def from_url(cls, url: str) -> Upstream:
-        """An upstream at `http[s]://host[:port][/prefix]`."""
+    def from_url(cls, url: str, at: str | None = None) -> Upstream:
+        """An upstream at `http[s]://host[:port][/prefix]`, of whose addresses it has this one."""
         parts = urlsplit(url)
         tls = parts.scheme == "https"
         host = parts.hostname or ""
-        return cls(url, host, parts.port or (443 if tls else 80), tls, parts.path, parts.netloc)
+        if at is not None:
+            port = "" if parts.port is None else f":{parts.port}"
+            url = f"{parts.scheme}://{f'[{at}]' if ':' in at else at}{port}{parts.path}"
+        return cls(url, host, parts.port or (443 if tls else 80), tls, parts.path, parts.netloc, at or host)
+
+    @property
+    def origin(self) -> str:
+        """Its URL with its name."""
+        return f"http{'s' if self.tls else ''}://{self.authority}{self.prefix}"
 
     def record_success(self) -> None:
         """A real call came through."""
@@ -137,8 +150,8 @@ class UpstreamPool:
 
         `by_prefix` has prompts that begin alike go to one upstream where there are several.
         """
-        self._upstreams = upstreams
-        self.prefixes = PrefixCounts() if by_prefix and len(upstreams) > 1 else None
+        self._by_prefix = by_prefix
+        self.prefixes: PrefixCounts | None = None
         self.routed: dict[How, int] = dict.fromkeys(get_args(How), 0)
         # By model; several models of the same upstreams share their places.
         self._groups: dict[str, _Group] = {}
@@ -147,6 +160,18 @@ class UpstreamPool:
         self._max_in_flight_per_upstream = min(max_in_flight, max_in_flight_per_upstream)
         self._turn = 0
         self._retries = _RETRIES
+        self.replace(upstreams)
+
+    def replace(self, upstreams: tuple[Upstream, ...]) -> None:
+        """These are all from now on."""
+        self._upstreams = upstreams
+        self._groups.clear()
+        self._by_upstreams.clear()
+        if self._by_prefix and self.prefixes is None and len(upstreams) > 1:
+            self.prefixes = PrefixCounts()
+
+    def __len__(self) -> int:
+        return len(self._upstreams)
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams)
@@ -299,6 +324,8 @@ class UpstreamPool:
         return best, how
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
+        if not able:
+            return None  # none is known yet
         best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))
         if best.in_flight >= self._max_in_flight_per_upstream:
             return None

@@ -207,7 +207,9 @@ class Exchange(StreamedAnswer, ABC):
     def _enqueue(self, now: float) -> None:
         self._state = QUEUED
         path = self._path
-        if path.queue.add(self, path.pool.group(self.model, audio=self._needs_audio), self.owner):
+        if not path.pool:
+            self.fail(NoneReady("No model server is known yet: GATEWAY_UPSTREAMS leads to none. Try again soon."))
+        elif path.queue.add(self, path.pool.group(self.model, audio=self._needs_audio), self.owner):
             self._queued_until = min(now + path.limits.queue_timeout, self.started_at + path.limits.total_timeout)
             self.deadline = min(self._queued_until, self._next_heartbeat())
         else:

@@ -417,7 +417,7 @@ class ConnectionPool:
                 raise
 
     async def _open(self, upstream: Upstream) -> UpstreamConnection:
-        addresses = await self._resolver.addresses(upstream.host, upstream.port)
+        addresses = await self._resolver.addresses(upstream.at, upstream.port)
         connected = await start_connection(
             addresses, happy_eyeballs_delay=_NEXT_ADDRESS, interleave=1, socket_factory=self._socket
         )
@@ -458,6 +458,7 @@ class ConnectionPool:
             self._closed
             or connection.requests <= 0
             or now >= connection.ends_at
+            or connection.upstream.gone
             or (self._gone and (connection.upstream.host, connection.address) in self._gone)
         ):
             connection.discard()
@@ -474,6 +475,11 @@ class ConnectionPool:
         connection.idle_since = 0.0
         with contextlib.suppress(KeyError, ValueError):
             self._idle[connection.upstream].remove(connection)
+
+    def leave(self, upstream: Upstream) -> None:
+        """Close the idle connections to one that is gone; those in use close as they become idle."""
+        for connection in self._idle.pop(upstream, ()):
+            connection.discard()
 
     def _drop_gone(self) -> None:
         """Close the idle connections to where their host no longer is."""

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -90,35 +90,47 @@ class Prober:
             headers={"accept-encoding": "identity"},
             auth=_UpstreamAuth(credentials),
         )
-        count = sum(1 for _ in pool)
-        self._shortest = count / _A_SECOND if count > _FEW else 0.0
         self._probes: Counter[Upstream] = Counter()
         # Those of which a call broke, until they are asked.
         self._suspected: dict[Upstream, asyncio.TimerHandle] = {}
         self._running: dict[Upstream, asyncio.Task[None]] = {}
+        self._probing = False
+        self._watches: dict[Upstream, asyncio.Task[None]] = {}
         # Those of which has been asked what does not change while they run.
         self._known: set[Upstream] = set()
 
     @contextlib.asynccontextmanager
     async def probing(self) -> AsyncIterator[None]:
         """Probe for as long as the context lasts; it begins when all were asked once, or a second has passed."""
-        watches = [asyncio.create_task(self._watch(upstream)) for upstream in self._pool]
-        for upstream in self._pool:
-            upstream.on_failure = self._broke
+        self._probing = True
+        self.follow(self._pool, ())
         try:
             # So that the very first call finds a model, where a model server already runs.
             await self.probe_all()
             yield
         finally:
-            for upstream in self._pool:
-                upstream.on_failure = None
-            for timer in self._suspected.values():
-                timer.cancel()
-            tasks = [*watches, *self._running.values()]
-            for task in tasks:
-                task.cancel()
+            tasks = [*self._watches.values(), *self._running.values()]
+            self.follow((), [*self._watches])
+            self._probing = False
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.aclose()
+
+    def follow(self, came: Iterable[Upstream], gone: Iterable[Upstream]) -> None:
+        """Probe these from now on, and those no more, where probes have begun."""
+        if not self._probing:
+            return
+        for upstream in came:
+            upstream.on_failure = self._broke
+            self._watches[upstream] = asyncio.create_task(self._watch(upstream))
+        for upstream in gone:
+            upstream.on_failure = None
+            self._watches.pop(upstream).cancel()
+            if upstream in self._running:
+                self._running[upstream].cancel()
+            if upstream in self._suspected:
+                self._suspected.pop(upstream).cancel()
+            self._known.discard(upstream)
+            del self._probes[upstream]
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -128,7 +140,8 @@ class Prober:
                 # A bug of ours, or no memory, which must not be the end of all probes.
                 _log.exception("the probe of %s failed", upstream.url)
             pause = self._probe_interval if upstream.state == "serving" else min(_EAGER, self._probe_interval)
-            await asyncio.sleep(max(pause, self._shortest))
+            count = len(self._pool)
+            await asyncio.sleep(max(pause, count / _A_SECOND if count > _FEW else 0.0))
 
     def _broke(self, upstream: Upstream) -> None:
         """A call broke: whether that is the upstream's end is asked at once, but not with each of very many."""
@@ -142,7 +155,8 @@ class Prober:
 
     async def probe_all(self) -> None:
         """Ask every upstream now; return when all have answered, or after a second: one that hangs is no news."""
-        await asyncio.wait([asyncio.create_task(self.probe(upstream)) for upstream in self._pool], timeout=_EAGER)
+        if probes := [asyncio.create_task(self.probe(upstream)) for upstream in self._pool]:
+            await asyncio.wait(probes, timeout=_EAGER)
 
     async def probe(self, upstream: Upstream) -> None:
         """Ask now; whoever asks while an answer is awaited shares it, so that many askers cost one probe."""
@@ -232,14 +246,14 @@ class Prober:
         return (await self._get(upstream, path)).status_code != 404
 
     async def _get(self, upstream: Upstream, path: str) -> httpx.Response:
-        return await self._client.get(f"{upstream.url}{path}", extensions={"upstream": upstream})
+        return await self._client.get(f"{upstream.origin}{path}", extensions={"upstream": upstream})
 
     async def _template_problem(self, upstream: Upstream, model: str) -> str:
         """Why the model's chat template would refuse a simplified request; empty where it would not."""
         user = {"role": "user", "content": "Hello."}
         system = [] if self._system_role == "merge" else [{"role": "system", "content": "Be brief."}]
         answer = await self._client.post(
-            f"{upstream.url}/tokenize",
+            f"{upstream.origin}/tokenize",
             json={"model": model, "messages": [*system, user]},
             extensions={"upstream": upstream},
         )

@@ -97,7 +97,7 @@ class Resolver:
             assert self._lookup is not None, f"{host!r} is no address"
             async with asyncio.timeout(_PATIENCE):
                 found = await self._lookup.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
-            self._found(host, name, [_text(node.addr[0]) for node in found.nodes])
+            self._found(host, name, [text_of(node.addr[0]) for node in found.nodes])
             rest = _FRESH
         except TimeoutError:
             rest = name.rest = min(max(_RESTS[0], 2 * name.rest), _RESTS[1])
@@ -199,5 +199,6 @@ def _address(address: str, port: int) -> Address:
     return (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (plain, port, 0, index))
 
 
-def _text(address: bytes | str) -> str:
+def text_of(address: bytes | str) -> str:
+    """An address as c-ares gives it, in an answer of its own or of the hosts file."""
     return address.decode() if isinstance(address, bytes) else address
