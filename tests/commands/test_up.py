@@ -132,7 +132,7 @@ def test_a_gateway_that_speaks_tls_is_waited_for(tmp_path: Path) -> None:
     with running(tmp_path, GATEWAY_TLS_CERT_FILE=str(certificate)) as process:
         said = until_ready(process)
         assert "curl" in said
-        assert "http://" not in said.partition("Ready:")[2]
+        assert "curl http://" not in said.partition("Ready:")[2]
 
 
 def test_a_model_server_that_dies_ends_the_gateway(tmp_path: Path) -> None:

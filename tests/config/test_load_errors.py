@@ -82,8 +82,16 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("GATEWAY_UPSTREAMS", "http://[::1", URLS),
         ("GATEWAY_UPSTREAMS", "http://a?b=1", URLS),
         ("GATEWAY_UPSTREAMS", "dns+ftp://a", URLS),
-        ("GATEWAY_UPSTREAMS", "dns+http://10.0.0.1:8000", "a name after dns+"),
-        ("GATEWAY_UPSTREAMS", "dns+http://[::1]:8000", "a name after dns+"),
+        (
+            "GATEWAY_UPSTREAMS",
+            "dns+http://10.0.0.1:8000",
+            "a name after dns+, whose addresses are asked for: an address needs no dns+",
+        ),
+        (
+            "GATEWAY_UPSTREAMS",
+            "dns+http://[::1]:8000",
+            "a name after dns+, whose addresses are asked for: an address needs no dns+",
+        ),
         ("GATEWAY_UPSTREAMS", "dns+http://a:1,dns+http://a:1/", "each URL once"),
         ("GATEWAY_UPSTREAMS", "http://a,b", URLS),
         ("GATEWAY_MODEL_ALIASES", "fast", ALIASES),
