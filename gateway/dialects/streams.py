@@ -22,6 +22,7 @@ Style = Literal["openai", "repr", "answer_part"]
 _LARGEST = 1024 * 1024
 # Inside a JSON string each of these quotes is escaped.
 FINISH = b'"finish_reason":"'
+_USAGE = b'"usage":{'
 _USAGE_CHUNK = re.compile(rb'"choices":\[\],.*"usage":\{')
 _FINGERPRINT = re.compile(rb'"system_fingerprint":("(?:[^"\\]|\\.)*")')
 
@@ -105,6 +106,8 @@ class ChunkStream:
     reason: these wait for the next event, which mostly follows at once, and get it back. Of several choices all but the
     last end before that chunk comes: `fingerprint` is what another answer of this server's had, with its quotes, and
     what comes behind such an end waits where that is not known.
+
+    With `--enable-force-include-usage` vLLM tells every client, and in every chunk: then nothing is kept back.
     """
 
     head = TextStream.head
@@ -145,12 +148,16 @@ class ChunkStream:
 
     def _event(self, event: bytes) -> bytes:
         """What goes out once this event has come."""
+        if not self.hides_usage:
+            return event
         if _USAGE_CHUNK.search(event):
             found = _FINGERPRINT.search(event)
             self.fingerprint = found[1] if found else None
             return self._release(self.fingerprint)
         if not self._held:
-            if FINISH not in event:
+            if FINISH in event and _USAGE in event:
+                self.hides_usage = False
+            if not self.hides_usage or FINISH not in event:
                 return event
             self._held.append(event)
             return b""

@@ -61,6 +61,21 @@ def told(talk: Conversation, pieces: list[bytes]) -> bytes:
 OPENAI = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
 
+@pytest.mark.parametrize("body", [{}, {"n": 2}], ids=["one choice", "two choices"])
+def test_a_server_that_tells_every_client_is_heard_by_every_client(body: dict[str, Any]) -> None:
+    """As vLLM does with `--enable-force-include-usage`: in each chunk, and in one more."""
+    so_far = b"," + USAGE
+    each = [event(""), event("a"), event('"usage":{'), event("b", index=1), event("", "stop"), event("", "stop", 1)]
+    told_all = [one.replace(b"}\n\n", so_far) for one in each]
+    forced = [*told_all, b"data: " + FIELDS + b'"choices":[]' + FINGERPRINT + so_far, DONE]
+    whole = b"".join(forced)
+    for at in range(len(whole)):
+        talk = ask({**OPENAI, **body})
+        talk.connect()
+        assert told(talk, [whole[:at], whole[at:]] if at else forced) == whole
+        assert talk.exchange.tokens == (5, 3, False)
+
+
 @pytest.mark.parametrize("fingerprint", [FINGERPRINT, b""])
 @pytest.mark.parametrize("name", streams())
 def test_the_client_gets_what_it_gets_without_the_asking(name: str, fingerprint: bytes) -> None:
