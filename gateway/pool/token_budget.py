@@ -35,11 +35,11 @@ class TokenBudget:
         self._balance -= reserved
         return reserved
 
-    def settle(self, now: float, reserved: float, used: int) -> None:
-        """A call has ended, and took so many."""
+    def settle(self, now: float, reserved: float, used: int, *, told: bool = True) -> None:
+        """A call has ended, and took so many; no estimate, which was not `told`, goes into the mean."""
         self._earn(now)
         self._balance = min(self.a_minute * _SAVED, self._balance + reserved - used)
-        if used:
+        if used and told:
             self._mean += (used - self._mean) * (_LAST if self._mean else 1)
 
     def left(self, now: float) -> tuple[int, float]:

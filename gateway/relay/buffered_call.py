@@ -171,6 +171,7 @@ class BufferedCall(Exchange):
         """Whether another upstream, that is ready, takes what this one refuses before it has begun."""
         upstream = self.upstream
         connection, self._connection = self._connection, None
+        self._refused = True
         if not self._fail_over(ready=True):
             self._connection = connection
             return False
@@ -187,7 +188,7 @@ class BufferedCall(Exchange):
             super().upstream_lost(why, answered=answered)
             return
         self._connection = None
-        self._retried = True
+        self._retried = self._refused = True
         assert self.upstream is not None
         self._connect(self.upstream, fresh=True)
 

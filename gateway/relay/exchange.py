@@ -130,6 +130,7 @@ class Exchange(StreamedAnswer, ABC):
         self._held = 0
         # Of its key's tokens.
         self._reserved: float | None = None
+        self._asked: int | None = None
         self._framing = ""
         self._lines = b""
         self._queued_until = now
@@ -288,6 +289,7 @@ class Exchange(StreamedAnswer, ABC):
             return
         self._state = WAITING
         self._connection = connection
+        self._refused = False
         self.sent_at = self._path.time()
         if self._paused:
             connection.pause()
@@ -347,6 +349,7 @@ class Exchange(StreamedAnswer, ABC):
     def _renew_credentials(self) -> bool:
         """Whether the upstream, which refused our credentials, may be shown others; no client sees the refusal."""
         self._state = RENEWING
+        self._refused = True
         connection, self._connection = self._connection, None
         if not self._path.credentials.renew(self._authorization, self.credentials_renewed):
             self._state, self._connection = WAITING, connection

@@ -6,7 +6,6 @@ import math
 
 from gateway.pool.keys import Key, Keys
 from gateway.pool.owners import Owner
-from gateway.relay.record import CLIENT_LEFT
 from gateway.relay.time_limits import TimedRecord
 from gateway.wire.errors import GatewayError, NoSuchResponse, NotServed, RateLimited, Unauthorized, naming_served
 from gateway.wire.heads import AnswerHead, Header
@@ -21,11 +20,15 @@ KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api
 
 
 class KeyedRecord(TimedRecord):
-    """A record with whose it is. An exchange sets `owner`, which a key may become, and that nothing is reserved."""
+    """A record with whose it is. An exchange sets `owner`, which a key may become, and that nothing is reserved.
 
-    __slots__ = ("_reserved", "owner")
+    `_asked` is how many tokens the call asks for, None where it does not say; it is there where `_reserved` is.
+    """
+
+    __slots__ = ("_asked", "_reserved", "owner")
 
     owner: Owner
+    _asked: int | None
     _reserved: float | None
 
     def _key_refusal(self, keys: Keys) -> GatewayError | None:
@@ -62,10 +65,10 @@ class KeyedRecord(TimedRecord):
         if key.models is not None and self.model not in key.models and self.route.body != "none":
             asked = f"the model {self.model[:200]!r}" if self.model else "a call that does not say of which model"
             return NotServed(f"The key {key.name} is not for {asked}; it is for {', '.join(sorted(key.models))}.")
-        if key.tokens is not None and self.route.body != "none":
+        if key.tokens is not None and self.route.takes_tokens:
             now = self._path.time()
-            asked_tokens = self._path.reader.asked_tokens(content) if content else None
-            self._reserved = key.tokens.reserve(now, asked_tokens)
+            self._asked = self._path.reader.asked_tokens(content) if content else None
+            self._reserved = key.tokens.reserve(now, self._asked)
             if self._reserved is None:
                 _, wait = key.tokens.left(now)
                 return RateLimited(
@@ -107,15 +110,26 @@ class KeyedRecord(TimedRecord):
     def _settle(self, reserved: float) -> None:
         """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""
         assert self.key is not None
-        used, usage = 0, self.usage
-        if usage is not None:
-            used = usage[0] + usage[1]
-        elif self.sent_at is not None and self.status in (200, CLIENT_LEFT) and not self._refused:
-            used = self.bytes_in // 4 + self.events
-            if self.status == 200 and not self.streaming:
-                used += round(reserved)  # as of a response in the background, which is yet to be made
+        used = 0
+        if (found := self.tokens) is not None:
+            used = found[0] + found[1]
+        elif self._took_tokens:
+            used = self._estimated_whole(reserved)
         if self.key.tokens is not None:  # else the file of keys was read again
-            self.key.tokens.settle(self.ended_at or self.started_at, reserved, used)
+            told = found is not None and not found[2]
+            self.key.tokens.settle(self.ended_at or self.started_at, reserved, used, told=told)
+
+    def _estimated_whole(self, reserved: float) -> int:
+        """What a call took that was to be answered whole, and whose usage is not told.
+
+        Where there is no answer, or it is yet to be made, as in the background, all that it may have is taken.
+        """
+        prompt = self.bytes_in // 4
+        if not self.route.generates:
+            return prompt
+        if self.outcome == "done" and self.route.body != "response":
+            return prompt + self.bytes_out // 4
+        return max(prompt, round(reserved)) if self._asked is None else prompt + self._asked
 
 
 def _limit_headers(names: tuple[bytes, bytes, bytes], most: int, left: int, reset: float) -> list[Header]:

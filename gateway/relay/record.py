@@ -84,7 +84,7 @@ class Record:
         self.first_byte_at: float | None = None
         self.upstream_ended_at: float | None = None
         self.ended_at: float | None = None
-        self._refused = False  # by the upstream, though the status be that of a stream
+        self._refused = False  # by the upstream that it was sent to last, though the status be that of a stream
         self._request = head
         self._usage: tuple[int, int] | None = None
         self._usage_text = b""
@@ -111,7 +111,14 @@ class Record:
         usage = self.usage
         if usage is not None:
             return *usage, False
-        if not self.streaming or self.sent_at is None or self._refused or self.status not in (200, CLIENT_LEFT):
+        if not self.streaming or not self._took_tokens:
             return None
         without_text = (self.route.body == "chat") + (self.outcome == "done")
         return self.bytes_in // 4, max(0, self.events - without_text), True
+
+    @property
+    def _took_tokens(self) -> bool:
+        """Whether vLLM has worked for this call, as far as is known: it was sent, and not refused."""
+        if self.sent_at is None or self.received_at is None or self._refused:
+            return False
+        return self.status in (200, CLIENT_LEFT) or self.outcome.startswith("timeout:")

@@ -35,9 +35,19 @@ class Route:
         return self.name in ("chat", "completions", "embeddings", "rerank", "score", "pooling", "classify")
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether it brings a prompt for a model: not where it asks for counts alone, or for nothing new."""
+        return self.body != "none" and self.name != "tokenize" and self.path != _COUNT_TOKENS
+
+    @property
+    def generates(self) -> bool:
+        """Whether its answer is made token by token."""
+        return self.body == "batch" or (self.streams and self.takes_tokens)
+
+    @property
     def caches_prefixes(self) -> bool:
         """Whether its body may name a salt of the prefix cache: it is JSON, and brings a prompt for a model."""
-        return self.body not in ("none", "upload") and self.name != "tokenize" and self.path != _COUNT_TOKENS
+        return self.body != "upload" and self.takes_tokens
 
     @property
     def generates(self) -> bool:

@@ -30,6 +30,9 @@ def test_a_call_that_does_not_say_reserves_the_mean_of_those_before() -> None:
     budget.settle(0, 800, 0)  # of a call that was refused
     budget.settle(0, 0, 1600)
     assert budget.reserve(0, None) == 900
+    budget.settle(0, 0, 90_000, told=False)
+    assert budget.left(0)[0] == 0
+    assert budget.reserve(600, None) == 900, "an estimate leaves it as it is"
 
 
 def test_a_limit_that_has_changed_holds_from_then_on() -> None:
