@@ -10,6 +10,7 @@ from gateway.dialects.json_body import LONG_BODY, to_object, without_long_string
 from gateway.dialects.reader import Reading, Translation
 from gateway.pool.arrivals import no_room
 from gateway.relay.exchange import ANSWERING, READING, RECEIVING, RENEWING, WAITING, Exchange
+from gateway.relay.usage import ITEM, prompt_size, prompt_size_in_steps
 from gateway.wire.body_edit import edited
 from gateway.wire.errors import GatewayError, UpstreamUnauthorized, body_too_large
 from gateway.wire.heads import UNCOMPRESSED, AnswerHead
@@ -75,8 +76,13 @@ class BufferedCall(Exchange):
                 try:
                     next(steps)
                 except StopIteration as end:
-                    self._call(content, self._path.time(), end.value)
-                    return
+                    reading = end.value
+                    break
+            else:
+                return
+            self.prompt_bytes = yield from prompt_size_in_steps(content)
+            if self._state is READING:
+                self._call(content, self._path.time(), reading)
         except GatewayError as error:
             self.fail(error)
         except Exception as error:
@@ -98,6 +104,7 @@ class BufferedCall(Exchange):
         try:
             if reading is None:
                 reading = reader.read(self.route.body, content, None if self.key is None else self._marks())
+                self.prompt_bytes = len(content) if len(content) <= ITEM else prompt_size(content)
             content, self.form, self.model, self.streaming, self._translation, self._hides_usage, salt = reading
             if self._translation is not None:
                 content, salt = self._translated(self._translation, salt)
@@ -138,6 +145,7 @@ class BufferedCall(Exchange):
         self.target = translation.target
         self.model = self._path.reader.select_model(translation)
         content = translation.to_call(self.model)
+        self.prompt_bytes = prompt_size(content)
         marks = None if self.key is None else self._marks()
         if marks is None:
             return content, salt

@@ -25,7 +25,7 @@ from gateway.relay.keyed_record import JSON, NO_SUCH_PATH
 from gateway.relay.paced_client import PacedClient
 from gateway.relay.record import CLIENT_LEFT
 from gateway.relay.streamed_answer import StreamedAnswer
-from gateway.relay.usage import usage_text
+from gateway.relay.usage import text_size, usage_text
 from gateway.wire import sse
 from gateway.wire.client_address import client_address
 from gateway.wire.errors import (
@@ -151,6 +151,7 @@ class Exchange(StreamedAnswer, ABC):
         self._body_mode = _RELAYED
         self._events: sse.WholeEvents | None = None
         self._stream: TranslatedStream | None = None
+        self._rewritten = 0
         self._write_chunk = None
         self._collected: list[bytes | bytearray] | None = None
         # The last two pieces, in which its end and its usage are.
@@ -758,7 +759,10 @@ class Exchange(StreamedAnswer, ABC):
             self.upstream.in_flight -= 1
             self.upstream.awaited -= self._awaited
             self.owner.in_flight -= 1
-        self._usage_text = usage_text(self._before_last + self._last)
+        tail = self._before_last + self._last
+        self._usage_text = usage_text(tail)
+        if self.events and not self._usage_text:
+            self._text_bytes = text_size(tail, self.events, self.bytes_out + self._rewritten)
         if self._reserved is not None:
             self._settle(self._reserved)
         # Observers may hold this object for a while, so what is large is dropped.

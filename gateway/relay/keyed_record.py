@@ -7,6 +7,7 @@ import math
 from gateway.pool.keys import Key, Keys
 from gateway.pool.owners import Owner
 from gateway.relay.time_limits import TimedRecord
+from gateway.relay.usage import TOKEN
 from gateway.wire.errors import GatewayError, NoSuchResponse, NotServed, RateLimited, Unauthorized, naming_served
 from gateway.wire.heads import AnswerHead, Header
 from gateway.wire.key_marks import KeyMarks, check_owner
@@ -124,11 +125,11 @@ class KeyedRecord(TimedRecord):
 
         Where there is no answer, or it is yet to be made, as in the background, all that it may have is taken.
         """
-        prompt = self.bytes_in // 4
+        prompt = self.prompt_bytes // TOKEN
         if not self.route.generates:
             return prompt
         if self.outcome == "done" and self.route.body != "response":
-            return prompt + self.bytes_out // 4
+            return prompt + self.bytes_out // TOKEN
         return max(prompt, round(reserved)) if self._asked is None else prompt + self._asked
 
 

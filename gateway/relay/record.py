@@ -6,7 +6,7 @@ from typing import Protocol
 
 from gateway.pool.keys import Key
 from gateway.pool.upstream_pool import Upstream
-from gateway.relay.usage import usage_in
+from gateway.relay.usage import TOKEN, usage_in
 from gateway.wire.heads import RequestHead, new_request_id
 from gateway.wire.routes import Route
 
@@ -29,12 +29,13 @@ class Record:
     `drained`, `shortage` (of memory, for what nobody read) or `timeout:<which>`, and empty until the end. `address` is
     the client's, as far as it is known. `request_id` is what the client calls it, if anything, and `upstream_id` what
     the upstream is told, of which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the
-    request's body, `bytes_out` and `events` those of the answer.
+    request's body, `prompt_bytes` those of them that count as text, `bytes_out` and `events` those of the answer.
     """
 
     __slots__ = (
         "_refused",
         "_request",
+        "_text_bytes",
         "_usage",
         "_usage_text",
         "address",
@@ -47,6 +48,7 @@ class Record:
         "key",
         "model",
         "outcome",
+        "prompt_bytes",
         "received_at",
         "request_id",
         "route",
@@ -77,6 +79,7 @@ class Record:
         self.outcome = ""
         self.events = 0
         self.bytes_in = 0
+        self.prompt_bytes = 0
         self.bytes_out = 0
         self.started_at = started_at
         self.received_at: float | None = None
@@ -86,6 +89,7 @@ class Record:
         self.ended_at: float | None = None
         self._refused = False  # by the upstream that it was sent to last, though the status be that of a stream
         self._request = head
+        self._text_bytes = 0  # of a stream of whose tokens none was told
         self._usage: tuple[int, int] | None = None
         self._usage_text = b""
 
@@ -106,7 +110,7 @@ class Record:
     def tokens(self) -> tuple[int, int, bool] | None:
         """Prompt and completion tokens, and whether they are an estimate, as that of a stream of which none was told.
 
-        That is a quarter of the body's bytes, and the events but for those that bring no text.
+        That is a quarter of its text's bytes, and of the answer's no fewer than the events that may bring text.
         """
         usage = self.usage
         if usage is not None:
@@ -114,7 +118,7 @@ class Record:
         if not self.streaming or not self._took_tokens:
             return None
         without_text = (self.route.body == "chat") + (self.outcome == "done")
-        return self.bytes_in // 4, max(0, self.events - without_text), True
+        return self.prompt_bytes // TOKEN, max(0, self.events - without_text, self._text_bytes // TOKEN), True
 
     @property
     def _took_tokens(self) -> bool:

@@ -22,16 +22,18 @@ _STREAM = TextStream.head
 class StreamedAnswer(KeyedRecord):
     """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
 
-    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_write_chunk` takes a chunk of
-    whole events as it came; it is None where the next one has to be looked at. Comments say nothing of the model.
+    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_rewritten` is how many bytes more
+    came than went out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be
+    looked at. Comments say nothing of the model.
     """
 
-    __slots__ = ("_awaited", "_client", "_events", "_head", "_started", "_stream", "_write_chunk")
+    __slots__ = ("_awaited", "_client", "_events", "_head", "_rewritten", "_started", "_stream", "_write_chunk")
 
     _awaited: bool
     _client: Client
     _events: sse.WholeEvents | None
     _head: AnswerHead | None
+    _rewritten: int
     _started: bool
     _stream: TranslatedStream | None
     _write_chunk: Callable[[bytes], None] | None
@@ -98,11 +100,13 @@ class StreamedAnswer(KeyedRecord):
 
     def _translate_stream(self, data: bytes) -> bytes:
         assert self._stream is not None
+        came = len(data)
         try:
             data = self._stream.feed(data)
         except GatewayError as error:
             self._upstream_failed(error)
             return b""
+        self._rewritten += came - len(data)
         if self._write_chunk is not None:
             self._write_chunk = self._chunk_writer()  # what came with these may have to wait for the next
         return data

@@ -9,6 +9,7 @@ from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
 from gateway.relay.exchange import RECEIVING, RENEWING, Exchange
 from gateway.relay.interfaces import Client, Connection
+from gateway.relay.usage import ITEM
 from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken, body_too_large
 from gateway.wire.heads import AnswerHead, RequestHead
 from gateway.wire.pieces import add_piece
@@ -106,6 +107,7 @@ class Upload(Exchange):
             self.fail(BadRequest("The request's body is not as long as its Content-Length says."))
             return
         self._all_came = True
+        self.prompt_bytes = min(self._size, ITEM)
         self.received_at = self._path.time()
         if self._blocked:  # its end came with what blocked it
             self._blocked = False

@@ -1,8 +1,10 @@
-"""What a call takes of its key's tokens: what vLLM tells, and else an estimate."""
+"""What a call takes of its key's tokens: what vLLM tells, and else an estimate that goes by text and not by bytes."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -12,7 +14,8 @@ from gateway.pool.keys import Key, Keys
 from gateway.pool.token_budget import TokenBudget
 from gateway.wire.heads import answer_head
 from gateway.wire.routes import ROUTES, Route
-from tests.relay.test_exchange import JSON, OPENAI_STREAM, OPENAI_WHOLE
+from tests.relay.test_exchange import JSON, OPENAI_STREAM, OPENAI_WHOLE, SSE
+from tests.support.fake_vllm import DONE, EVENTS, event
 from tests.support.recorders import CHAT, LIMITS, MESSAGES, RESPONSES, TRANSCRIPTIONS, Conversation
 
 BY_PATH = {route.path: route for route in ROUTES}
@@ -66,6 +69,70 @@ def sent(body: object, **settings: Any) -> tuple[Conversation, Budget]:
 
 def quarter(body: object) -> int:
     return len(orjson.dumps(body)) // 4
+
+
+def said(text: str) -> bytes:
+    return event({"content": text})
+
+
+@pytest.mark.parametrize("style", ["openai", "repr", "answer_part"])
+@pytest.mark.parametrize("after", [[], [said(" and")], [said(" and"), said(" so"), said(" on")]])
+def test_an_event_that_holds_many_tokens_is_no_single_one(style: str, after: list[bytes]) -> None:
+    """As with `stream_interval`, which a call may say, and where tokens are guessed ahead."""
+    big = " word" * 4000
+    for body in (OPENAI_STREAM, {"messages": "Hi.", "stream_style": style}):
+        talk, budget = sent(body)
+        talk.head(200, SSE)
+        for one in (EVENTS[0], said("A"), said(big), *after):
+            talk.exchange.upstream_body(one)
+        talk.leave()
+        (used,), found = budget.used, talk.exchange.tokens
+        assert found is not None
+        assert found[2]
+        assert used == found[0] + found[1]
+        assert 0.99 * len(big) / 4 < found[1] < 1.05 * len(big) / 4
+        assert budget.told == [False]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_an_event_too_large_to_be_held_is_counted_as_far_as_it_came(pieces: int) -> None:
+    talk, budget = sent(OPENAI_STREAM)
+    talk.head(200, SSE)
+    talk.exchange.upstream_body(EVENTS[0])
+    talk.exchange.upstream_body(said("word " * 60_000)[: 70_000 * pieces])
+    for _ in range(pieces - 1):
+        talk.exchange.upstream_body(b"word " * 14_000)
+    talk.leave()
+    came = 70_000 * (2 * pieces - 1)
+    assert 0.98 * came / 4 < budget.used[0] < 1.02 * came / 4
+
+
+def test_what_stands_beside_the_text_of_each_event_is_not_taken_for_text() -> None:
+    others = [{"token": "B" * 9, "logprob": -1.0}] * 20
+    logprobs = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": others}]}
+    talk, budget = sent(OPENAI_STREAM)
+    talk.head(200, SSE)
+    for _ in range(50):
+        one = event({"content": "word"}, logprobs=logprobs)
+        talk.exchange.upstream_chunk(b"%x\r\n%b\r\n" % (len(one), one), len(one))
+    talk.leave()
+    assert budget.used == [quarter(OPENAI_STREAM) + 50]
+
+
+def seen(url: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+
+
+def test_of_a_picture_its_bytes_are_no_tokens() -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"\x89picture" * 30_000).decode()
+    body = {"model": "demo", "stream": True, "messages": [seen(url)]}
+    small = quarter({**body, "messages": [seen("")]})
+    talk, budget = asked(body, limits=replace(LIMITS, max_body_bytes=10**7))
+    talk.clock.advance(1)  # a long body is read in steps
+    talk.connect()
+    talk.leave()
+    (used,) = budget.used
+    assert small + 1000 <= used < small + 1010
 
 
 @pytest.mark.parametrize("route", COUNTING, ids=lambda route: route.path)
@@ -137,6 +204,15 @@ def test_what_is_made_in_the_background_takes_what_it_asks_for() -> None:
     assert budget.used == [quarter(body) + 4000]
 
 
+def test_an_answer_whose_tokens_are_not_told_takes_its_text_alone() -> None:
+    """As that to a recording, which tells seconds."""
+    answer = orjson.dumps({"text": "word " * 80, "usage": {"type": "duration", "seconds": 30}})
+    talk, budget = asked(b"sound" * 4000, route=TRANSCRIPTIONS, mean=700)
+    talk.connect()
+    talk.exchange.upstream_answer(answer_head(200, JSON)[0], answer)
+    assert budget.used == [1000 + len(answer) // 4]
+
+
 def test_an_upload_that_was_left_half_way_takes_nothing() -> None:
     talk, budget = asked(None, route=TRANSCRIPTIONS, mean=700)
     talk.exchange.request_body(b"sound" * 14_000)
@@ -144,3 +220,14 @@ def test_an_upload_that_was_left_half_way_takes_nothing() -> None:
     talk.leave()
     assert talk.exchange.sent_at is not None
     assert budget.used == [0]
+
+
+def test_a_stream_that_ends_untold_is_estimated_by_its_text() -> None:
+    talk, budget = sent(OPENAI_STREAM)
+    talk.head(200, SSE)
+    for one in (EVENTS[0], *[said(" one two three four")] * 50, said(" end"), DONE):
+        talk.exchange.upstream_body(one)
+    talk.exchange.upstream_end()
+    assert talk.exchange.tokens is not None
+    assert 50 * 19 / 4 * 0.9 < talk.exchange.tokens[1] < 50 * 19 / 4 * 1.1
+    assert budget.told == [False]

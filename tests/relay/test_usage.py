@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -58,6 +59,59 @@ def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
     said = {"usage": {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}}
     for separators in ((",", ":"), (", ", ": ")):
         assert usage_in(json.dumps(said, separators=separators).encode()) == (prompt, completion)
+
+
+PICTURE = "A" * 100_000
+URL = f"data:image/png;base64,{PICTURE}"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "image_url", "image_url": {"url": URL}},
+        {"type": "image_url", "image_url": URL},
+        {"type": "input_audio", "input_audio": {"data": PICTURE, "format": "wav"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
+        {"type": "image_embeds", "image_embeds": PICTURE},
+        {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{PICTURE},{PICTURE}"}},
+    ],
+)
+def test_a_picture_or_a_recording_is_worth_a_thousand_tokens(item: dict[str, object]) -> None:
+    text = {"role": "user", "content": "x" * 5000}
+    for separators in ((",", ":"), (", ", ": ")):
+        body = json.dumps({"messages": [text, {"content": [item, item]}]}, separators=separators).encode()
+        without = len(re.sub(rb"A{9,}(,A+)?", b"", body))
+        assert usage.prompt_size(body) == pytest.approx(without + 2 * 4000, abs=50)
+    small = json.dumps({"content": [{"type": "image_url", "image_url": {"url": URL[:3000]}}], "text": "x" * 9000})
+    assert usage.prompt_size(small.encode()) == len(small)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"content": URL}]},
+        {"messages": [{"content": '{"url":"' + URL}]},
+        {"messages": [{"content": 'see "data":"' + PICTURE}]},
+        {"messages": [{"content": PICTURE}]},
+        {"data": "one word and another " * 1000},
+        {"data": {"reranked_docs": [{"text": PICTURE}]}},
+        {"url": "https://example.com/;base64," + PICTURE},
+    ],
+)
+def test_what_is_written_is_text_however_it_looks(body: dict[str, object]) -> None:
+    content = json.dumps(body).encode()
+    assert usage.prompt_size(content) == len(content)
+
+
+def test_of_very_many_items_those_past_a_bound_count_as_text() -> None:
+    content = json.dumps([{"data": "A" * 5000}] * 300).encode()
+    assert usage.prompt_size(content) == len(content) - 256 * 1000
+
+
+def test_an_item_is_found_wherever_a_step_ends() -> None:
+    for before in range(1024 * 1024 - 60, 1024 * 1024 + 2):
+        content = b'{"x":"' + b" " * before + b'","url":"' + URL.encode() + b'"}'
+        assert usage.prompt_size(content) == len(content) - len(PICTURE) - len(";base64,") + 4000
 
 
 def test_a_number_of_absurd_length_does_not_raise() -> None:
