@@ -25,7 +25,7 @@ from gateway.relay.keyed_record import JSON, NO_SUCH_PATH
 from gateway.relay.paced_client import PacedClient
 from gateway.relay.record import CLIENT_LEFT
 from gateway.relay.streamed_answer import StreamedAnswer
-from gateway.relay.usage import text_size, usage_text
+from gateway.relay.usage import first_usage, text_size, usage_text
 from gateway.wire import sse
 from gateway.wire.client_address import client_address
 from gateway.wire.errors import (
@@ -93,6 +93,7 @@ class Exchange(StreamedAnswer, ABC):
         "_body_mode",
         "_collected",
         "_connection",
+        "_first_usage",
         "_framing",
         "_held",
         "_hides_usage",
@@ -154,7 +155,8 @@ class Exchange(StreamedAnswer, ABC):
         self._rewritten = 0
         self._write_chunk = None
         self._collected: list[bytes | bytearray] | None = None
-        # The last two pieces, in which its end and its usage are.
+        # The last two pieces, in which its end and its usage are, and the first that a whole one has before more.
+        self._first_usage = b""
         self._before_last = b""
         self._last = b""
 
@@ -440,6 +442,7 @@ class Exchange(StreamedAnswer, ABC):
         if self._body_mode is _COLLECTED:
             self._collect(data)
             return
+        self._first_usage = first_usage(self._first_usage, data) if self._events is None else b""
         self._before_last, self._last = self._last, data
         if self._stream is not None:
             data = self._translate_stream(data)
@@ -760,13 +763,13 @@ class Exchange(StreamedAnswer, ABC):
             self.upstream.awaited -= self._awaited
             self.owner.in_flight -= 1
         tail = self._before_last + self._last
-        self._usage_text = usage_text(tail)
-        if self.events and not self._usage_text:
+        self._usage_text = usage_text(tail, self._first_usage)
+        if self.events and self._usage_text[8:9] != b"{":  # none, or one of null
             self._text_bytes = text_size(tail, self.events, self.bytes_out + self._rewritten)
         if self._reserved is not None:
             self._settle(self._reserved)
         # Observers may hold this object for a while, so what is large is dropped.
-        self._last = self._before_last = b""
+        self._last = self._before_last = self._first_usage = b""
         self._body.clear()
         self._collected = None
         self._events = None

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Generator
 
+_NAME = b'"usage":'
 # Responses and Messages call them input and output. Inside a JSON string every quote is escaped, so a model that writes
 # this text is not mistaken for vLLM.
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
-# Enough for the counts, which come before the details.
-_LONG = 300
+# What Messages leave out of theirs.
+_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens":\s*(\d{1,18})\b')
+# An object and those in it, up to its end or its first that holds others.
+_OBJECT = re.compile(rb'"usage":\s*\{(?:[^{}]++|\{[^{}]*+\})*+')
+# Enough for an object whose details are of each turn of a long conversation.
+_LONG = 4096
 
 # A text is a quarter as many tokens as bytes; a picture or a recording, whose bytes say nothing, a thousand.
 TOKEN = 4
@@ -29,10 +34,29 @@ _TEXT = re.compile(
 )
 
 
-def usage_text(tail: bytes) -> bytes:
-    """The beginning of the last `usage` object in `tail`; empty where vLLM reported none."""
-    at = tail.rfind(b'"usage":')
-    return tail[at : at + _LONG] if at >= 0 else b""
+def usage_text(tail: bytes, first: bytes = b"") -> bytes:
+    """The beginning of a `usage` object in the end of an answer, or of its `first`; empty where vLLM reported none.
+
+    Of these two it is the last, unless that tells of fewer: what a client sent may come back behind vLLM's own.
+    """
+    first = first if first.startswith(_NAME) else b""
+    at = tail.rfind(_NAME)
+    if at < 0:
+        return first
+    last = tail[at : at + _LONG]
+    begin = tail.find(_NAME, 0, at)
+    if begin < 0 and not first:
+        return last
+    return max(last, first or tail[begin : begin + _LONG], key=_told)
+
+
+def first_usage(found: bytes, data: bytes) -> bytes:
+    """The beginning of an answer's first `usage` object, or what may be one, as `found` so far and with `data` more."""
+    if found.startswith(_NAME):
+        return found + data[: _LONG - len(found)]
+    joined = found + data
+    at = joined.find(_NAME)
+    return joined[at : at + _LONG] if at >= 0 else joined[1 - len(_NAME) :]
 
 
 def usage_in(text: bytes) -> tuple[int, int] | None:
@@ -40,8 +64,16 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
 
     A call that completes nothing, as an embedding does, may leave out the second.
     """
-    prompt, completion = _PROMPT.search(text), _COMPLETION.search(text)
-    return (int(prompt[1]), int(completion[1]) if completion else 0) if prompt else None
+    told = _OBJECT.match(text)
+    if told is None or (prompt := _PROMPT.search(told[0])) is None:
+        return None
+    completion = _COMPLETION.search(told[0])
+    cached = sum(map(int, _CACHED.findall(told[0]))) if b'"cache_' in told[0] else 0
+    return int(prompt[1]) + cached, int(completion[1]) if completion else 0
+
+
+def _told(text: bytes) -> int:
+    return sum(usage_in(text) or (-1,))
 
 
 def prompt_size(content: bytes) -> int:

@@ -19,7 +19,7 @@ from tests.support.fake_vllm import DONE, EVENTS, event
 from tests.support.recorders import CHAT, LIMITS, MESSAGES, RESPONSES, TRANSCRIPTIONS, Conversation
 
 BY_PATH = {route.path: route for route in ROUTES}
-EMBEDDINGS = BY_PATH["/v1/embeddings"]
+RERANK, EMBEDDINGS = BY_PATH["/v1/rerank"], BY_PATH["/v1/embeddings"]
 MANY = {**OPENAI_WHOLE, "max_tokens": 9000, "n": 2}
 COUNTING = [BY_PATH[path] for path in ("/tokenize", "/detokenize", "/v1/messages/count_tokens")]
 
@@ -94,6 +94,15 @@ def test_an_event_that_holds_many_tokens_is_no_single_one(style: str, after: lis
         assert budget.told == [False]
 
 
+def test_a_usage_of_null_tells_nothing() -> None:
+    talk, budget = sent(OPENAI_STREAM)
+    talk.head(200, SSE)
+    for text in ("A", " word" * 4000):
+        talk.exchange.upstream_body(event({"content": text}, usage=None))
+    talk.leave()
+    assert budget.used[0] > 5000
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_an_event_too_large_to_be_held_is_counted_as_far_as_it_came(pieces: int) -> None:
     talk, budget = sent(OPENAI_STREAM)
@@ -149,6 +158,27 @@ def test_an_estimate_leaves_the_mean_as_it_is(route: Route) -> None:
         talk.leave()
         assert budget.told == [False]
         assert budget.reserve(talk.clock.now, None) == 500
+
+
+def test_what_anthropics_usage_leaves_out_is_counted() -> None:
+    usage = b'{"input_tokens":16,"output_tokens":20,"cache_read_input_tokens":9984,"cache_creation_input_tokens":null}'
+    talk, budget = sent({**OPENAI_WHOLE, "max_tokens": 20}, route=MESSAGES)
+    talk.exchange.upstream_answer(answer_head(200, JSON)[0], b'{"usage":' + usage + b"}")
+    assert talk.exchange.tokens == (10_000, 20, False)
+    assert budget.used == [10_020]
+
+
+def test_a_usage_with_long_rest_behind_it_is_found() -> None:
+    answer = b'{"usage":{"prompt_tokens":2400,"total_tokens":2400},"results":[' + b'{"document":"x"},' * 1000 + b"{}]}"
+    for size in (1, 7, 1000):
+        talk, budget = sent({"model": "demo", "query": "q", "documents": ["x"]}, route=RERANK)
+        talk.head(200, JSON)
+        for at in range(0, len(answer), size):
+            talk.exchange.upstream_body(answer[at : at + size])
+        talk.exchange.upstream_end()
+        assert talk.client.content == answer
+        assert talk.exchange.tokens == (2400, 0, False)
+        assert (budget.used, budget.told) == ([2400], [True])
 
 
 @pytest.mark.parametrize("ends", ["the total limit", "its client leaves"])

@@ -38,6 +38,22 @@ REPORTED = b'"usage":{"prompt_tokens":31,"total_tokens":53,"completion_tokens":2
             b'{"usage":{"input_tokens":17,"input_tokens_details":{"cached_tokens":0},"output_tokens":22},"user":0}',
             (17, 22),
         ),
+        (b'{"usage":{"prompt_tokens":3},"metrics":{"completion_tokens":9}}', (3, 0)),
+        (b'{"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\ndata: {"usage":null}\n\n', (3, 4)),
+        (
+            b'{"usage":{"input_tokens":16,"output_tokens":2,"cache_read_input_tokens":984,'
+            b'"cache_creation_input_tokens":5}}',
+            (1005, 2),
+        ),
+        (b'{"usage":{"input_tokens":16,"output_tokens":2,"cache_read_input_tokens":null}}', (16, 2)),
+        (
+            b'{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":0,"input_tokens_per_turn":['
+            + b"12000," * 500
+            + b'1]},"output_tokens":22,"output_tokens_details":{"tool_output_tokens":1}}}',
+            (9, 22),
+        ),
+        (b"{" + REPORTED + b',"tools":[{"usage":{"prompt_tokens":0,"completion_tokens":0}}]}', (31, 22)),
+        (b'{"tools":[{"usage":{"prompt_tokens":0,"completion_tokens":0}}],' + REPORTED + b"}", (31, 22)),
         (b'{"usage":{"prompt_tokens_details":{"cached_tokens":5},"prompt_tokens":7,"completion_tokens":1}}', (7, 1)),
     ],
 )
@@ -59,6 +75,17 @@ def test_whole_numbers_are_read_exactly(prompt: int, completion: int) -> None:
     said = {"usage": {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}}
     for separators in ((",", ":"), (", ", ": ")):
         assert usage_in(json.dumps(said, separators=separators).encode()) == (prompt, completion)
+
+
+@given(st.integers(min_value=1, max_value=99), st.text(alphabet='"usage:{}', max_size=20))
+def test_the_first_usage_is_found_however_an_answer_was_split(size: int, written: str) -> None:
+    answer = b'{"query":' + json.dumps(written).encode() + b"," + REPORTED + b',"results":[' + b"1," * 9000 + b"1]}"
+    first = b""
+    for at in range(0, len(answer), size):
+        first = usage.first_usage(first, answer[at : at + size])
+    assert len(first) <= 4096 + size
+    assert usage.usage_in(usage.usage_text(answer[-100:], first)) == (31, 22)
+    assert usage.usage_text(b'"results":[]', usage.first_usage(b"", b'{"content":"\\"usage\\":{')) == b""
 
 
 PICTURE = "A" * 100_000
