@@ -22,9 +22,9 @@ _STREAM = TextStream.head
 class StreamedAnswer(KeyedRecord):
     """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
 
-    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_rewritten` is how many bytes more
-    came than went out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be
-    looked at. Comments say nothing of the model.
+    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_rewritten` is how many bytes
+    more came than went out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has
+    to be looked at. Comments say nothing of the model.
     """
 
     __slots__ = ("_awaited", "_client", "_events", "_head", "_rewritten", "_started", "_stream", "_write_chunk")

@@ -23,6 +23,8 @@ ITEM = 1000 * TOKEN
 # So many are told from text, and so much is looked through in a step.
 _MOST_ITEMS = 256
 _STEP = 1024 * 1024
+# One byte in so many says what a body is made of.
+_SAMPLED = 61
 # Where one is in a body. What is written of one inside a text has its quotes escaped.
 _MARKS = (b";base64,", b'"data":', b'_embeds":')
 _BEFORE_URL = re.compile(rb'url"\s*:\s*"data:[^"\s]*$', re.IGNORECASE)
@@ -78,6 +80,10 @@ def _told(text: bytes) -> int:
 
 def prompt_size(content: bytes) -> int:
     """How many bytes of text a body is worth: what it has of pictures and recordings counts as an item each."""
+    # What is text nearly all through has a space in eight bytes, as no base64 has; a few say so.
+    sample = content[::_SAMPLED]
+    if 8 * sample.count(b" ") >= len(sample):
+        return len(content)
     steps = prompt_size_in_steps(content)
     while len(content) > ITEM:
         try:

@@ -50,11 +50,6 @@ class Route:
         return self.body != "upload" and self.takes_tokens
 
     @property
-    def generates(self) -> bool:
-        """Whether the model writes an answer to a prompt, whose beginning it may have computed before."""
-        return self.method == "POST" and (self.body == "batch" or (self.streams and self.body != "upload"))
-
-    @property
     def replays(self) -> bool:
         """Whether its answer tells of another call, and may wait for as long as that runs: its silence is no fault."""
         return "{response_id}" in self.path

@@ -137,7 +137,7 @@ def test_of_very_many_items_those_past_a_bound_count_as_text() -> None:
 
 def test_an_item_is_found_wherever_a_step_ends() -> None:
     for before in range(1024 * 1024 - 60, 1024 * 1024 + 2):
-        content = b'{"x":"' + b" " * before + b'","url":"' + URL.encode() + b'"}'
+        content = b'{"x":"' + b"-" * before + b'","url":"' + URL.encode() + b'"}'
         assert usage.prompt_size(content) == len(content) - len(PICTURE) - len(";base64,") + 4000
 
 
