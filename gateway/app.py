@@ -302,6 +302,7 @@ def create_prober(
         pool,
         probe_interval=settings.probe_interval,
         model=settings.model,
+        model_aliases=settings.model_aliases,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
         transport=transport,

@@ -69,8 +69,10 @@ class Prober:
         reads_template: bool = True,
         probe_audio: bool = False,
         route_paths: Mapping[str, str] = MappingProxyType({}),
+        model_aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`model` is the configured one, `probe_interval` the seconds between two probes of an upstream.
+        """`model` is the configured one, which may be one of `model_aliases`, `probe_interval` the seconds between two
+        probes of an upstream.
 
         `credentials` are what calls show, too, and `transport` is over what calls take. `reads_template` where chats
         are relayed: a model for anything else may have none. `probe_audio` where it matters which upstreams take
@@ -79,6 +81,7 @@ class Prober:
         self._pool = pool
         self._probe_interval = probe_interval
         self._model = model
+        self._model_aliases = model_aliases
         self._system_role = system_role
         self._reads_template = reads_template
         self._probe_audio = probe_audio
@@ -211,8 +214,10 @@ class Prober:
             return "down", f"its /v1/models answers {models.status_code} and no model list"
         self._pool.set_models(upstream, served)
         upstream.model_list = models.content
-        if self._model is not None and self._model not in served and not self._route_paths:
-            return "down", f"it does not serve {self._model!r} (GATEWAY_MODEL); it serves {', '.join(served)}"
+        model = self._model_among(served)
+        if model is not None and model not in served and not self._route_paths:
+            which = "GATEWAY_MODEL" if model == self._model else f"which GATEWAY_MODEL {self._model!r} stands for"
+            return "down", f"it does not serve {model!r} ({which}); it serves {', '.join(served)}"
         if upstream not in self._known:
             if why := await self._learn(upstream):
                 return "down", why
@@ -228,8 +233,16 @@ class Prober:
             upstream.routes = frozenset([name for name, path in paths if await self._has(upstream, path)])
         if not self._reads_template:
             return ""
-        model = self._model if self._model in upstream.models else upstream.models[0]
+        model = self._model_among(upstream.models)
+        if model not in upstream.models:
+            model = upstream.models[0]
         return await self._template_problem(upstream, model)
+
+    def _model_among(self, served: tuple[str, ...]) -> str | None:
+        """The configured model, or the one that it is another name of where it is not served under its own."""
+        if self._model is None or self._model in served:
+            return self._model
+        return self._model_aliases.get(self._model) or self._model_aliases.get("*") or self._model
 
     def _unhealthy(self, upstream: Upstream, status: int) -> tuple[State, str]:
         said = f"its /health answers {status}"

@@ -118,6 +118,29 @@ def test_an_upstream_without_the_configured_model_is_down() -> None:
     assert upstream.why == "it does not serve 'other' (GATEWAY_MODEL); it serves demo, lora"
 
 
+@pytest.mark.parametrize("aliases", [{"rag": "lora"}, {"*": "lora"}, {"rag": "lora", "*": "x"}])
+def test_the_configured_model_may_be_another_name(aliases: dict[str, str]) -> None:
+    upstream, asked = probed(model="rag", model_aliases=aliases)
+
+    assert (upstream.state, upstream.why) == ("serving", "")
+    assert json.loads(asked[-1].content)["model"] == "lora"
+
+
+def test_another_name_of_what_is_not_served_is_told_with_both_names() -> None:
+    upstream, _ = probed(model="rag", model_aliases={"rag": "gone"})
+
+    assert upstream.why == "it does not serve 'gone' (which GATEWAY_MODEL 'rag' stands for); it serves demo, lora"
+
+
+@pytest.mark.usefixtures("way")
+def test_a_gateway_whose_model_is_another_name_is_ready_as_its_calls_succeed(fake: FakeVllm) -> None:
+    with running(fake.url, model="rag", model_aliases="rag=demo") as gateway, gateway.client() as client:
+        ready = client.get("/v1/health_check")
+        answered = client.post("/v1/chat/completions", json={"messages": "Hi.", "streaming": False})
+
+    assert (ready.status_code, ready.json()["model"], answered.status_code) == (200, "demo", 200)
+
+
 def test_health_check_tells_what_it_is_and_how_its_upstreams_are(fake: FakeVllm) -> None:
     with running(fake.url) as gateway, gateway.client() as client:
         got = client.get("/v1/health_check")
