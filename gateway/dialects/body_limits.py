@@ -16,7 +16,8 @@ DEEPEST = 1024
 _COPIES = ("n", "best_of")
 _TOKENS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "min_tokens")
 # What a call brings several of: prompts, texts, documents to rank, the two sides of pairs.
-_INPUTS = ("prompt", "input", "documents", "text_1", "text_2", "queries", "items")
+_PROMPTS = ("prompt", "prompt_embeds")
+_INPUTS = (*_PROMPTS, "input", "documents", "text_1", "text_2", "data_1", "data_2", "queries", "items")
 
 # By the kind of a call how it may say how long its answer is: else that is all of the model's context.
 _OWN_LIMITS: dict[BodyKind, tuple[str, ...]] = {
@@ -158,7 +159,7 @@ class BodyLimits:
         """How many a body asks for that has passed `check`: so many for each prompt, or chat of a batch."""
         copies, messages = body.get("n"), body.get("messages")
         is_batch = type(messages) is list and bool(messages) and type(messages[0]) is list
-        prompts = len(messages) if is_batch and messages else _count(body.get("prompt"))
+        prompts = len(messages) if is_batch and messages else _prompts(body)
         return prompts * (copies if type(copies) is int and copies > 0 else 1)
 
     def _check_fields(self, body: dict[str, Any]) -> None:
@@ -200,7 +201,7 @@ class BodyLimits:
                 raise Rejected(
                     f"{name} must be at most {self._max_inputs} (GATEWAY_MAX_INPUTS), but they are {count}.", param=name
                 )
-        answers = _count(body.get("prompt")) * max(body.get("n") or 1, body.get("best_of") or 1)
+        answers = _prompts(body) * max(body.get("n") or 1, body.get("best_of") or 1)
         most = max(self._max_inputs, self._max_n)
         if answers > most:
             raise Rejected(
@@ -225,6 +226,11 @@ def _count(value: Any) -> int:
     if type(value) is not list or (value and type(value[0]) is int):
         return 1
     return len(value)
+
+
+def _prompts(body: dict[str, Any]) -> int:
+    """How many a call asks to complete: vLLM adds those in texts or tokens to those in vectors."""
+    return sum([_count(body[name]) for name in _PROMPTS if body.get(name) is not None]) or 1
 
 
 def _deeper(value: Any, most: int) -> bool:

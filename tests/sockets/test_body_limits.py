@@ -38,6 +38,14 @@ TURN = {"role": "user", "content": "hi"}
         ({"input": [[1]] * 6}, "input must be at most 5 (GATEWAY_MAX_INPUTS), but they are 6.", "input"),
         ({"documents": ["a"] * 6}, "documents must be at most 5", "documents"),
         ({"text_1": ["a"] * 6}, "text_1 must be at most 5", "text_1"),
+        ({"text_2": ["a"] * 6}, "text_2 must be at most 5", "text_2"),
+        ({"data_1": ["a"] * 6}, "data_1 must be at most 5", "data_1"),
+        ({"data_1": "a", "data_2": ["b"] * 6}, "data_2 must be at most 5", "data_2"),
+        ({"queries": ["a"] * 6}, "queries must be at most 5", "queries"),
+        ({"items": ["a"] * 6}, "items must be at most 5", "items"),
+        ({"prompt_embeds": ["AAAA"] * 6}, "prompt_embeds must be at most 5", "prompt_embeds"),
+        ({"prompt_embeds": ["AAAA"] * 3, "n": 2}, "n times the prompts must be at most 5 answers", "n"),
+        ({"prompt": ["a"] * 3, "prompt_embeds": ["AAAA"] * 3}, "n times the prompts must be at most 5 answers", "n"),
         ({"prompt": ["a"] * 3, "n": 2}, "n times the prompts must be at most 5 answers (GATEWAY_MAX_INPUTS)", "n"),
         ({"messages": [[TURN]] * 6}, "messages must be at most 5 chats (GATEWAY_MAX_INPUTS), but they are", "messages"),
         ({"messages": [[TURN, TURN]] * 2}, "messages must be at most 3 (GATEWAY_MAX_MESSAGES), but they", "messages"),
@@ -63,6 +71,9 @@ def test_too_much_is_refused_by_its_name(body: dict[str, Any], said: str, param:
         {"n": 4, "best_of": 1, "max_tokens": 100, "messages": [TURN] * 3},
         {"n": None, "max_tokens": None, "messages": "a" * 99, "stream": None},
         {"input": [1] * 99, "prompt": ["a"] * 5, "n": 1, "documents": "x"},
+        {"prompt": "a", "prompt_embeds": "AAAA", "n": 2},
+        {"prompt_embeds": "AAAA", "n": 4},
+        {"data_1": "a", "data_2": ["b"] * 5},
         {"a": [[[[[]]]]]},
         {"a": {"b": {"c": {"d": {"e": {}}}}}},
     ],
@@ -88,7 +99,7 @@ def test_depth_is_counted_as_it_is(value: Any) -> None:
 
 @pytest.mark.usefixtures("way")
 def test_nothing_goes_upstream_of_what_asks_for_too_much(fake: FakeVllm) -> None:
-    bounds = {"max_n": 2, "max_new_tokens": 50, "max_messages": 2, "max_json_depth": 10}
+    bounds = {"max_n": 2, "max_new_tokens": 50, "max_messages": 2, "max_inputs": 3, "max_json_depth": 10}
     with running(fake.url, **bounds) as gateway, gateway.client() as client:
         for path, body in (
             (CHAT, {"model": "demo", "messages": [TURN] * 3}),
@@ -98,6 +109,10 @@ def test_nothing_goes_upstream_of_what_asks_for_too_much(fake: FakeVllm) -> None
             ("/v1/responses", {"input": "hi", "max_output_tokens": 51}),
             ("/v1/messages", {"messages": [TURN], "max_tokens": 51}),
             ("/generate", {"prompt": "hi", "n": 3}),
+            ("/v1/completions", {"prompt_embeds": ["AAAA"] * 4}),
+            ("/v1/completions", {"prompt_embeds": ["AAAA"] * 2, "n": 2}),
+            ("/v1/score", {"data_1": "a", "data_2": ["b"] * 4}),
+            ("/v1/score", {"text_1": "a", "text_2": ["b"] * 4}),
             ("/v1/embeddings", {"input": orjson.loads("[" * 10 + "]" * 10)}),
         ):
             refused = client.post(path, json=body)
