@@ -27,6 +27,8 @@ _OWN_LIMITS: dict[BodyKind, tuple[str, ...]] = {
     "response": ("max_output_tokens",),
 }
 _COMPLETION_TOKENS = 16
+# An object whose fields vLLM hands to its engine together with those of the body itself.
+_MORE = "vllm_xargs"
 
 # One value in so many may be an array or an object, and one a name, which cost a parser ten times what others do.
 _FLAT = 10
@@ -69,7 +71,7 @@ class BodyLimits:
         self._fields: dict[str, tuple[float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
         self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
         self._refused = frozenset(refused_fields)
-        self._looked_at = self._refused.union(self._fields, _INPUTS, ("data",))
+        self._looked_at = self._refused.union(self._fields, _INPUTS, ("data", _MORE))
         self._max_n = max_n
         self._max_messages = max_messages
         self._max_inputs = max_inputs
@@ -172,9 +174,13 @@ class BodyLimits:
                 raise BadRequest(f"{name} must be an integer, but it is {shown(value)}.", param=name)
             if value > most:
                 raise Rejected(f"{name} must be at most {most} ({setting}), but it is {value}.", param=name)
+        more = body.get(_MORE)
         for name in self._refused:
             if body.get(name) is not None:
                 raise Rejected(f"{name} is not taken here (GATEWAY_REFUSED_FIELDS).", param=name)
+            if type(more) is dict and name in more:
+                named = f"{_MORE}.{name}"
+                raise Rejected(f"{named} is not taken here (GATEWAY_REFUSED_FIELDS).", param=named)
         self._check_inputs(body)
 
     def _check_messages(self, messages: list[Any]) -> None:

@@ -34,6 +34,8 @@ TURN = {"role": "user", "content": "hi"}
         ({"stream": 1}, "stream must be true or false, but it is 1.", "stream"),
         ({"ec_transfer_params": {"peer_host": "x"}}, "ec_transfer_params is not taken here", "ec_transfer_params"),
         ({"kv_transfer_params": {"remote_host": "x"}}, "kv_transfer_params is not taken here", "kv_transfer_params"),
+        ({"vllm_xargs": {"a": 1, "kv_transfer_params": "x"}}, "vllm_xargs.kv_tr", "vllm_xargs.kv_transfer_params"),
+        ({"vllm_xargs": {"ec_transfer_params": ["x"]}}, "vllm_xargs.ec_transfer", "vllm_xargs.ec_transfer_params"),
         ({"input": ["a"] * 6}, "input must be at most 5 (GATEWAY_MAX_INPUTS), but they are 6.", "input"),
         ({"input": [[1]] * 6}, "input must be at most 5 (GATEWAY_MAX_INPUTS), but they are 6.", "input"),
         ({"documents": ["a"] * 6}, "documents must be at most 5", "documents"),
@@ -72,6 +74,9 @@ def test_too_much_is_refused_by_its_name(body: dict[str, Any], said: str, param:
         {"n": None, "max_tokens": None, "messages": "a" * 99, "stream": None},
         {"input": [1] * 99, "prompt": ["a"] * 5, "n": 1, "documents": "x"},
         {"prompt": "a", "prompt_embeds": "AAAA", "n": 2},
+        {"vllm_xargs": {"a": 1, "session_id": "x"}, "kv_transfer_params": None},
+        {"vllm_xargs": ["kv_transfer_params"]},
+        {"vllm_xargs": "kv_transfer_params"},
         {"prompt_embeds": "AAAA", "n": 4},
         {"data_1": "a", "data_2": ["b"] * 5},
         {"a": [[[[[]]]]]},
@@ -122,3 +127,23 @@ def test_nothing_goes_upstream_of_what_asks_for_too_much(fake: FakeVllm) -> None
         taken: httpx.Response = client.post(CHAT, json={"messages": {"user": "hi"}, "streaming": False})
         assert taken.status_code == 200
     assert orjson.loads(fake.received[0].body)["max_tokens"] == 50
+
+
+@pytest.mark.usefixtures("way")
+def test_a_field_that_is_refused_is_so_wherever_vllm_obeys_it(fake: FakeVllm) -> None:
+    said = {"session_id": "another's"}
+    with running(fake.url, refused_fields="session_id") as gateway, gateway.client() as client:
+        for path, body in (
+            (CHAT, {"model": "demo", "messages": [TURN]}),
+            (CHAT, {"messages": {"user": "hi"}}),
+            (CHAT, {"messages": [TURN], "tools": ["x" * 2000] * 20}),
+            ("/v1/completions", {"prompt": "hi"}),
+            ("/v1/responses", {"input": "hi"}),
+            ("/v1/messages", {"messages": [TURN], "max_tokens": 5}),
+            ("/generate", {"prompt": "hi"}),
+        ):
+            for more, param in ((said, "session_id"), ({"vllm_xargs": said}, "vllm_xargs.session_id")):
+                refused = client.post(path, json=body | more)
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), path
+        assert fake.received == []
+        assert client.post(CHAT, json={"messages": [TURN], "vllm_xargs": {"kv_transfer_params": 1}}).status_code == 200
