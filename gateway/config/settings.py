@@ -219,8 +219,9 @@ class Settings(EnvironmentSettings):
         "that where it is not vLLM's own form.",
     )
     refused_fields: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("kv_transfer_params", "ec_transfer_params"),
-        description="Fields that no call may have, `none` for any; these name hosts that vLLM calls.",
+        ("kv_transfer_params", "ec_transfer_params", "uuid"),
+        description="Fields that no call may have, `none` for any. Two of these name hosts that vLLM calls; `uuid`, of "
+        "content parts, names media, which vLLM then gives to whoever says that name.",
     )
     forwarded_headers: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from typing import Any
 
 from gateway.dialects.json_body import in_parts, shown
+from gateway.dialects.media_urls import NAME
 from gateway.wire.errors import BadRequest, Rejected, TooLarge
 from gateway.wire.routes import BodyKind
 
@@ -40,7 +41,10 @@ _ASCII = bytes(range(128))
 
 
 class BodyLimits:
-    """The most that a call may ask for, by the settings' names; `max_new_tokens` of None is what a model takes."""
+    """The most that a call may ask for, by the settings' names; `max_new_tokens` of None is what a model takes.
+
+    `refuses_media_names` says that content parts may have no NAME, which elsewhere means nothing.
+    """
 
     __slots__ = (
         "_fields",
@@ -53,6 +57,7 @@ class BodyLimits:
         "_refused",
         "max_json_bytes",
         "max_new_tokens",
+        "refuses_media_names",
     )
 
     def __init__(
@@ -65,12 +70,13 @@ class BodyLimits:
         max_json_depth: int,
         max_json_values: int,
         max_json_bytes: int,
-        refused_fields: Iterable[str],
+        refused_fields: Collection[str],
     ) -> None:
         self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
         self._fields: dict[str, tuple[float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
         self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
-        self._refused = frozenset(refused_fields)
+        self._refused = frozenset(refused_fields) - {NAME}
+        self.refuses_media_names = NAME in refused_fields
         self._looked_at = self._refused.union(self._fields, _INPUTS, ("data", _MORE))
         self._max_n = max_n
         self._max_messages = max_messages

@@ -291,9 +291,9 @@ class BodyReader:
         if kind == "chat":
             if parts := media_urls.parts_of(body):
                 self.body_limits.check_parts(parts)
-                media_urls.check_any(parts, content, self.media_domains)
+                media_urls.check_any(parts, content, self.media_domains, self.body_limits.refuses_media_names)
         elif kind not in ("generate", "ask"):
-            media_urls.check_any(body, content, self.media_domains)
+            media_urls.check_any(body, content, self.media_domains, self.body_limits.refuses_media_names)
 
     def _check_in_steps(self, kind: BodyKind, body: dict[str, Any], content: bytes) -> Iterator[None]:
         """As `_check`, step by step."""
@@ -304,7 +304,8 @@ class BodyReader:
         if kind == "chat":
             self.body_limits.check_parts(looked_at)
         yield
-        yield from media_urls.check_in_steps(looked_at, content, self.media_domains)
+        names = self.body_limits.refuses_media_names
+        yield from media_urls.check_in_steps(looked_at, content, self.media_domains, names)
         yield
 
     def _is_openai(self, body: dict[str, Any]) -> bool:

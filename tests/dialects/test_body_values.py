@@ -137,8 +137,10 @@ def test_what_is_no_long_string_is_bounded_by_its_bytes() -> None:
 
 @pytest.mark.parametrize("value", [["a"] * 100_000, {"x": [["a"] * 50_000] * 2}, [{"a": 1}] * 50_000])
 def test_many_values_are_looked_through_step_by_step(value: object) -> None:
-    assert len(list(check_in_steps(value, b'url"', frozenset()))) >= 4
-    assert list(check_in_steps(value, b"", frozenset())) == []
+    assert len(list(check_in_steps(value, b'url"', frozenset(), False))) >= 4
+    assert len(list(check_in_steps(value, b'"uuid"', frozenset(), True))) >= 4
+    assert list(check_in_steps(value, b'"uuid"', frozenset(), False)) == []
+    assert list(check_in_steps(value, b"", frozenset(), True)) == []
 
 
 @pytest.mark.parametrize("kind", ["chat", "json"])

@@ -288,7 +288,7 @@ def body_limits(**limits: Any) -> BodyLimits:
         "max_json_depth": 1024,
         "max_json_values": 1_000_000,
         "max_json_bytes": 3 * 1024 * 1024,
-        "refused_fields": ("kv_transfer_params", "ec_transfer_params"),
+        "refused_fields": ("kv_transfer_params", "ec_transfer_params", "uuid"),
     }
     return BodyLimits(**{**defaults, **limits})
 
