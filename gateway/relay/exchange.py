@@ -88,7 +88,6 @@ class Exchange(StreamedAnswer, ABC):
 
     __slots__ = (
         "_authorization",
-        "_before_last",
         "_body",
         "_body_mode",
         "_collected",
@@ -97,7 +96,6 @@ class Exchange(StreamedAnswer, ABC):
         "_framing",
         "_held",
         "_hides_usage",
-        "_last",
         "_length",
         "_lines",
         "_prefix",
@@ -430,8 +428,15 @@ class Exchange(StreamedAnswer, ABC):
         if self._body_mode is _IN_EVENTS:
             events = self._events
             assert events is not None
-            # What is not whole, or does not begin with `data` or `event`, may be a comment.
-            if events.unfinished or data[-2:] != b"\n\n" or data[:1] not in b"de" or b"\n:" in data:
+            # What is not whole, or does not begin with `data` or `event`, may be a comment; a response's first events
+            # say no more than one.
+            if (
+                events.unfinished
+                or data[-2:] != b"\n\n"
+                or data[:1] not in b"de"
+                or b"\n:" in data
+                or (self.first_byte_at is None and self.route.ends == "responses")
+            ):
                 data = self._whole_events(events, data)
                 if not data:
                     return

@@ -22,17 +22,31 @@ _STREAM = TextStream.head
 class StreamedAnswer(KeyedRecord):
     """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
 
-    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_rewritten` is how many bytes
-    more came than went out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has
-    to be looked at. Comments say nothing of the model.
+    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_last` and `_before_last` are the
+    last two pieces of it, in which its end and its usage are, and `_rewritten` is how many bytes more came than went
+    out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be looked at.
+    Comments say nothing of the model.
     """
 
-    __slots__ = ("_awaited", "_client", "_events", "_head", "_rewritten", "_started", "_stream", "_write_chunk")
+    __slots__ = (
+        "_awaited",
+        "_before_last",
+        "_client",
+        "_events",
+        "_head",
+        "_last",
+        "_rewritten",
+        "_started",
+        "_stream",
+        "_write_chunk",
+    )
 
     _awaited: bool
+    _before_last: bytes
     _client: Client
     _events: sse.WholeEvents | None
     _head: AnswerHead | None
+    _last: bytes
     _rewritten: int
     _started: bool
     _stream: TranslatedStream | None
@@ -63,12 +77,20 @@ class StreamedAnswer(KeyedRecord):
         """The upstream has done what it would."""
 
     def _whole_events(self, events: sse.WholeEvents, data: bytes) -> bytes:
-        """The whole events that this read brought, less comments where these go on by themselves."""
+        """The whole events that this read brought, less those that go on by themselves, being no sign of the model.
+
+        These are comments and, of a response, what vLLM says before its engine begins.
+        """
         was_cut = events.is_cut
         data = events.feed(data)
         if not (was_cut or events.is_cut):
             data = self._without_comments(data)
-        if not data and events.held[:1] not in b":":  # of an event, some of which has come
+        awaits_engine = self.first_byte_at is None and self.route.ends == "responses"
+        if awaits_engine and sse.only_announces(data, events.beginning):
+            self._before_last, self._last = self._last, data
+            self._comment(data)
+            data = b""
+        elif not data and events.held[:1] not in b":" and not awaits_engine:  # of an event, some of which has come
             self._last_read_at = self._path.time()
             if self.first_byte_at is None:
                 self._first_byte(self._last_read_at)

@@ -23,6 +23,9 @@ _END_EVENT = {
 }
 END_NAMES = {"done": "[DONE]", "responses": "response.completed", "messages": "message_stop"}
 _ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"|event: ?(?:error|response\.failed)[\r\n])')
+# What vLLM writes of a response before its engine has begun: no sign of the model.
+_ANNOUNCED = re.compile(rb"response\.(?:created|queued|in_progress)")
+_EVENT_NAME = re.compile(rb"(?:^|[\r\n])event: ?([^\r\n]*)")
 _SEQUENCE = re.compile(rb'"sequence_number": ?(\d{1,9})\b')
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -70,6 +73,12 @@ def last_events(data: bytes, size: int) -> bytes:
 def has_error(data: bytes) -> bool:
     """Whether an event that tells of an error is in `data`."""
     return _ERROR_EVENT.search(data) is not None
+
+
+def only_announces(data: bytes, beginning: bytes) -> bool:
+    """Whether a response's whole events, or a piece of one with this `beginning`, only say that the call was taken."""
+    names = _EVENT_NAME.findall(data) or _EVENT_NAME.findall(beginning)
+    return bool(names) and all(map(_ANNOUNCED.fullmatch, names))
 
 
 def next_sequence_number(data: bytes) -> int:

@@ -125,11 +125,12 @@ def test_no_clients_word_is_the_name_of_a_series(client: httpx.Client) -> None:
 
 
 def test_a_stored_responses_stream_has_limits_and_its_silence_is_no_fault(fake: FakeVllm) -> None:
-    with running(fake.url, idle_timeout=0.3, total_timeout=20) as gateway, gateway.client() as client:
-        for _ in range(3):
-            fake.queue([STREAM_HEAD, chunk(STREAMS["/v1/responses"][0]), Hold()])
+    limits = {"first_token_timeout": 0.4, "idle_timeout": 0.3, "total_timeout": 20}
+    with running(fake.url, **limits) as gateway, gateway.client() as client:
+        for told, limit in ((1, b"first_token"), (2, b"idle"), (2, b"idle")):
+            fake.queue([STREAM_HEAD, *map(chunk, STREAMS["/v1/responses"][:told]), Hold()])
             got = client.get("/v1/responses/resp_1?stream=true")
-            assert b'"code":"idle_timeout"' in got.content
+            assert b'"code":"%b_timeout"' % limit in got.content
         assert client.get("/ping").status_code == 200
         assert 'gateway_upstream_state{state="serving"' in client.get("/metrics").text
         assert client.get("/v1/health_check").status_code == 200
