@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
+from gateway.pool.owners import Owner
 from gateway.pool.prefixes import HOT, Places, PrefixCounts
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Upstream:
     known), `why` why it does not serve. `fingerprint` is its answers' `system_fingerprint`, with its quotes, once one
     was seen. `awaited` are those of its calls in flight that are streamed and have no byte of an answer yet.
     `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is when its
-    last probe ended, `on_failure` is told of each broken call. `gone` says that discovery leads to it no longer.
+    last probe ended, `on_failure` is told of each broken call. `broken_by` is whose calls it answered with an error,
+    where that is all that broke, and all were one owner's. `gone` says that discovery leads to it no longer.
 
     `url` is what it is known by, here and in every other gateway. Its name may lead to many: `at` is its own address
     then, and in the URL, while its `host` and `authority` keep the name, for TLS and for the Host header.
@@ -68,6 +70,7 @@ class Upstream:
     chosen_at: int = field(default=0, repr=False)
     broken_in_a_row: int = field(default=0, repr=False)
     broken_at: float = field(default=0.0, repr=False)
+    broken_by: Owner | None = field(default=None, repr=False)
     probed_at: float | None = field(default=None, repr=False)
     on_failure: Callable[[Upstream], None] | None = field(default=None, repr=False)
     failovers: int = field(default=0, repr=False)
@@ -95,8 +98,12 @@ class Upstream:
             _log.info("upstream %s answers again", self.url)
         self.broken_in_a_row = 0
 
-    def record_failure(self, now: float) -> None:
-        """A real call failed by the upstream's fault."""
+    def record_failure(self, now: float, answered: Owner | None = None) -> None:
+        """A real call failed by the upstream's fault; where that is an error that it `answered`, of whose call."""
+        if not self.broken_in_a_row:
+            self.broken_by = answered
+        elif answered is not self.broken_by:
+            self.broken_by = None
         self.broken_in_a_row += 1
         self.broken_at = now
         if self.on_failure is not None:
@@ -114,8 +121,13 @@ class Upstream:
         return self.broken_in_a_row >= BROKEN_IN_A_ROW and now - self.broken_at < TRIAL_AFTER
 
     def status(self, now: float) -> tuple[State, str]:
-        """Its state and why: one that fails its calls is down, whatever its probes say."""
+        """Its state and why: one that fails its calls is down, whatever its probes say.
+
+        Not on one caller's word alone, who may ask for what no server can answer.
+        """
         if self.state == "serving" and self.failing(now):
+            if self.broken_by is not None:
+                return "serving", f"one caller's last calls broke, {self.broken_in_a_row} in a row"
             return "down", f"its last calls broke, {self.broken_in_a_row} in a row"
         return self.state, self.why
 

@@ -608,7 +608,7 @@ class Exchange(StreamedAnswer, ABC):
         upstream = self.upstream
         assert upstream is not None
         if failed:
-            upstream.record_failure(self._path.time())
+            upstream.record_failure(self._path.time(), self.owner)
             self._finish("upstream_error")
         else:
             if upstream.broken_in_a_row:

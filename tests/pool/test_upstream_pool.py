@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.pool.owners import Owner
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
 
 STATES: list[State] = ["serving", "loading", "down"]
@@ -164,6 +165,33 @@ def test_one_that_fails_its_calls_is_said_to_be_down() -> None:
     failed = broken(upstream(), 3, now=0)
     assert failed.status(1) == ("down", "its last calls broke, 3 in a row")
     assert failed.status(15) == ("serving", failed.why)
+
+
+@pytest.mark.parametrize(
+    ("whose", "state"),
+    [
+        ("aaa", "serving"),
+        ("aaaaaa", "serving"),
+        ("aab", "down"),
+        ("abb", "down"),
+        ("abab", "down"),
+        ("aa-", "down"),  # a connection that was lost, or a limit that passed: whose call it was does not matter
+        ("-aa", "down"),
+        ("---", "down"),
+        ("ab+aaa", "serving"),
+        ("aaa+bbb", "serving"),
+        ("aaa+aab", "down"),
+    ],
+)
+def test_one_callers_word_makes_none_down_but_is_gone_round(whose: str, state: State) -> None:
+    made, owners = upstream(), {"a": Owner(), "b": Owner(), "-": None}
+    for one in whose:
+        if one == "+":
+            made.record_success()
+        else:
+            made.record_failure(0, owners[one])
+    assert made.status(1)[0] == state
+    assert made.failing(1)
 
 
 def test_there_is_room_for_so_many_calls_on_each_and_in_all() -> None:

@@ -271,20 +271,25 @@ def test_one_that_is_healthy_but_fails_its_calls_is_taken_out_and_comes_back_by_
     monkeypatch.setattr(upstream_pool, "TRIAL_AFTER", 0.5)
     caplog.set_level("INFO", "gateway.pool.upstream_pool")
     fake.queue(*[[response("500 Internal Server Error", b"broken")]] * 4)
-    with FakeVllm() as other, running(fake.url, other.url) as gateway, gateway.client() as client:
+    with (
+        FakeVllm() as other,
+        running(fake.url, other.url, trusted_proxies="127.0.0.0/8") as gateway,
+        gateway.client() as client,
+    ):
 
-        def ask_until_it_gets(count: int) -> list[int]:
+        def ask_until_it_gets(count: int, callers: int = 1) -> list[int]:
             until, statuses = time.monotonic() + 10, []
             while len(fake.received) < count:
                 assert time.monotonic() < until, f"it gets no call number {count}"
-                statuses.append(client.post(CHAT, content=WHOLE).status_code)
+                caller = {"x-forwarded-for": f"192.0.2.{1 + len(fake.received) % callers}"}
+                statuses.append(client.post(CHAT, content=WHOLE, headers=caller).status_code)
             return statuses
 
         def state() -> str:
             found = client.get("/v1/health_check").json()["upstreams"]
             return str(next(one["state"] for one in found if one["url"] == fake.url))
 
-        assert ask_until_it_gets(3).count(500) == 3
+        assert ask_until_it_gets(3, callers=2).count(500) == 3
         assert state() == "down"
         assert {client.post(CHAT, content=WHOLE).status_code for _ in range(20)} == {200}
         assert len(fake.received) == 3
@@ -301,3 +306,27 @@ def test_one_that_is_healthy_but_fails_its_calls_is_taken_out_and_comes_back_by_
         f"upstream {fake.url} broke its last 3 calls: while others serve it gets one each 0.5 s",
         f"upstream {fake.url} answers again",
     ]
+
+
+def test_what_one_caller_makes_fail_takes_no_readiness_from_the_others(fake: FakeVllm) -> None:
+    broken = [response("500 Internal Server Error", b"broken")]
+    with running(fake.url, trusted_proxies="127.0.0.0/8") as gateway, gateway.client() as client:
+
+        def break_for(*callers: int) -> None:
+            fake.queue(*[broken] * len(callers))
+            for caller in callers:
+                came_from = {"x-forwarded-for": f"192.0.2.{caller}", "connection": "close"}
+                assert client.post(CHAT, content=WHOLE, headers=came_from).status_code == 500
+
+        def health() -> tuple[int, str, str]:
+            found = client.get("/v1/health_check")
+            (upstream,) = found.json()["upstreams"]
+            return found.status_code, upstream["state"], upstream["why"]
+
+        break_for(1, 1, 1, 1)
+        assert health() == (200, "serving", "one caller's last calls broke, 4 in a row")
+        assert client.get("/ping").status_code == 200
+        break_for(2)
+        assert health() == (503, "down", "its last calls broke, 5 in a row")
+        assert client.post(CHAT, content=WHOLE).status_code == 200
+        assert health() == (200, "serving", "")

@@ -167,10 +167,10 @@ def test_the_template_is_read_once_a_start(fake: FakeVllm) -> None:
 
 
 def test_an_upstream_whose_calls_break_is_down_until_one_succeeds(fake: FakeVllm) -> None:
-    with running(fake.url) as gateway, gateway.client() as client:
+    with running(fake.url, trusted_proxies="127.0.0.1") as gateway, gateway.client() as client:
         fake.queue(*[[response("500 Internal Server Error", b"{}")]] * 3)
-        for _ in range(3):
-            client.post("/v1/chat/completions", json={"messages": []})
+        for caller in ("192.0.2.1", "192.0.2.2", "192.0.2.1"):
+            client.post("/v1/chat/completions", json={"messages": []}, headers={"x-forwarded-for": caller})
         failing = client.get("/v1/health_check")
         client.post("/v1/chat/completions", json={"messages": []})
         back = client.get("/v1/health_check")
