@@ -23,7 +23,7 @@ from gateway.wire.body_edit import edited
 from gateway.wire.errors import BadRequest, ForeignMedia, GatewayError, NoneReady, Rejected
 from gateway.wire.heads import AnswerHead
 from gateway.wire.key_marks import KeyMarks
-from gateway.wire.routes import BodyKind
+from gateway.wire.routes import BodyKind, Route
 
 
 class TranslatedStream(Protocol):
@@ -73,6 +73,9 @@ class Models(Protocol):
     @property
     def chat_model(self) -> str | None:
         """The first that can chat, as far as that is known."""
+
+    def models_of(self, route: str) -> list[str]:
+        """Those whose servers are known to take this route."""
 
     def context(self, model: str) -> float: ...
 
@@ -253,6 +256,12 @@ class BodyReader:
         if model is None:
             raise NoneReady("No model server has answered yet: it may still be loading. Try again soon.")
         return model
+
+    def model_of(self, route: Route) -> str | None:
+        """The model that a call in vLLM's own form is for that names none: of those that take it the same each time."""
+        able = self.models.models_of(route.asked_for_as) or self.models.models
+        configured = self.resolve("chat", self.model)
+        return configured if configured in able else next(iter(able), None)
 
     def uses_erag_errors(self, kind: BodyKind, form: str) -> bool:
         """Whether an error is told in the release's words: that of a chat call that is not known to be OpenAI's."""

@@ -126,6 +126,7 @@ class BufferedCall(Exchange):
         ):
             self.fail(refusal)
             return
+        self.model = self.model or self._unnamed_model()
         self._prefix = None if self._path.pool.prefixes is None else self._prefix_key(came, salt)
         if self.route.method == "POST":
             self._framing = f"content-length: {len(content)}\r\n"
@@ -133,6 +134,11 @@ class BufferedCall(Exchange):
                 self._framing += "content-type: application/json\r\n"
         if not self._try_start(now):
             self._enqueue(now)
+
+    def _unnamed_model(self) -> str | None:
+        """The model of a call that names none, where that decides which upstream takes it; to a key it names none."""
+        several = len(self._path.pool) > 1 and self.route.body != "none"
+        return self._path.reader.model_of(self.route) if several else None
 
     def _prefix_key(self, came: bytes, salt: Any) -> int | None:
         """What the upstream is found by, of the body as it came."""

@@ -94,7 +94,7 @@ class KeyedRecord(TimedRecord):
 
     def _not_served(self) -> NotServed:
         """What the upstream says in two words: its model is of another kind."""
-        able = self._path.pool.models_of(self.route.name)
+        able = self._path.pool.models_of(self.route.asked_for_as)
         others = f"; those that do: {', '.join(able)}." if able else "."
         model = f"The model {self.model[:200]!r}" if self.model else "The model server's model"
         return NotServed(f"{model} does not take {self.route.path}{others}")

@@ -35,6 +35,11 @@ class Route:
         return self.name in ("chat", "completions", "embeddings", "rerank", "score", "pooling", "classify")
 
     @property
+    def asked_for_as(self) -> str:
+        """The name of a route that a server has where it has this one: vLLM has all that is like a chat, or none."""
+        return "chat" if self.name in ("responses", "messages") else self.name
+
+    @property
     def takes_tokens(self) -> bool:
         """Whether it brings a prompt for a model: not where it asks for counts alone, or for nothing new."""
         return self.body != "none" and self.name != "tokenize" and self.path != _COUNT_TOKENS

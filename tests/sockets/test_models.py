@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -174,3 +176,66 @@ def test_what_is_served_is_told_by_the_names_that_a_client_may_use(fake: FakeVll
             refused = client.post(CHAT, json=CALLS["openai"])
     said = "The model `adapter` does not exist. Those that are served: demo, two, fast."
     assert refused.json()["error"]["message"] == said
+
+
+NOT_THERE = response("404 Not Found", b'{"detail":"Not Found"}')
+THERE = response("405 Method Not Allowed", b'{"detail":"Method Not Allowed"}')
+TURNS: list[dict[str, str]] = [{"role": "user", "content": "Hi."}]
+# By what takes them: calls that name no model.
+UNNAMED: list[tuple[str, str, dict[str, Any]]] = [
+    ("chat", CHAT, {"messages": TURNS}),
+    ("chat", CHAT, {"messages": TURNS, "model": None}),
+    ("chat", CHAT, {"messages": TURNS, "model": ""}),
+    ("chat", CHAT, {"messages": TURNS, "stream": True}),
+    ("chat", "/v1/completions", {"prompt": "Hi."}),
+    ("chat", "/v1/responses", {"input": "Hi."}),
+    ("embed", "/v1/embeddings", {"input": "Hi."}),
+]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("settings", "tokenizes"), [({}, "embed"), ({"model": "chat"}, "chat"), ({"model": "x"}, "embed")]
+)
+def test_a_call_that_names_no_model_is_for_one_that_takes_it(settings: dict[str, str], tokenizes: str) -> None:
+    with FakeVllm(models=("embed",)) as embed, FakeVllm(models=("chat",)) as chat, FakeVllm(models=("other",)) as other:
+        embed.probe_answers |= {CHAT: NOT_THERE, "/v1/completions": NOT_THERE, "/v1/embeddings": THERE}
+        with running(embed.url, chat.url, other.url, **settings) as gateway, gateway.client() as client:
+            for takes, path, call in [*UNNAMED, (tokenizes, "/tokenize", {"prompt": "Hi."})]:
+                before = {server: len(server.received) for server in (embed, chat, other)}
+                assert {client.post(path, json=call).status_code for _ in range(4)} == {200}
+                got = {server for server in before if len(server.received) > before[server]}
+                assert got == {embed if takes == "embed" else chat}, path
+            assert orjson.loads(chat.received[0].body) == UNNAMED[0][2]  # it goes on as it came
+
+
+@pytest.mark.usefixtures("way")
+def test_a_call_that_names_no_model_goes_to_all_who_have_that_of_the_setting(fake: FakeVllm) -> None:
+    with FakeVllm() as other, FakeVllm(models=("first",)) as first:
+        with running(first.url, fake.url, other.url, model="demo") as gateway, gateway.client() as client:
+            for _ in range(4):
+                assert client.post(CHAT, json={"messages": TURNS}).status_code == 200
+        assert (len(first.received), len(fake.received), len(other.received)) == (0, 2, 2)
+
+
+@pytest.mark.usefixtures("way")
+def test_the_404_of_what_none_takes_is_the_same_each_time(fake: FakeVllm) -> None:
+    with FakeVllm(models=("two",)) as other, running(fake.url, other.url) as gateway, gateway.client() as client:
+        fake.queue(*[[NOT_THERE]] * 4)
+        said = {client.post("/v1/embeddings", json={"input": "Hi."}).text for _ in range(4)}
+        assert len(fake.received) == 4
+    assert [json for json in said if "The model 'demo' does not take /v1/embeddings" in json]
+
+
+@pytest.mark.usefixtures("way")
+def test_a_key_for_some_models_has_to_say_of_which_it_asks(fake: FakeVllm, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"one {hashlib.sha256(SECRET.encode()).hexdigest()} models=demo\n")
+    headers = {"authorization": f"Bearer {SECRET}"}
+    with (
+        FakeVllm(models=("two",)) as other,
+        running(fake.url, other.url, api_keys_file=file, model="demo") as gateway,
+        gateway.client(headers=headers) as client,
+    ):
+        refused = client.post(CHAT, json={"messages": TURNS})
+    assert (refused.status_code, fake.received, other.received) == (404, [], [])
