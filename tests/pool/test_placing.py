@@ -192,4 +192,5 @@ def test_with_a_key_the_chosen_one_is_as_good_as_any_and_has_room(
     if chosen is not None and other is not None:
         assert chosen.in_flight < most
         assert (chosen.state == "serving") is (other.state == "serving")
-        assert chosen.failing(1) is other.failing(1)
+        if chosen.state == "serving":  # of the others no rank is better
+            assert chosen.failing(1) is other.failing(1)
