@@ -263,7 +263,7 @@ class Both:
             with gateway.connect() as connection:
                 got = talk(connection, script)
             sent = repr([(one.method, one.target, one.headers, one.body) for one in fake.received])
-            seen.append((got, without_dates(sent.replace(str(fake.port), "PORT").encode())))
+            seen.append((got, without_dates(sent.replace(f":{fake.port}", ":PORT").encode())))
         assert seen[0] == seen[1]
         return seen[0]
 
