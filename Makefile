@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -114,3 +114,6 @@ bench: $(VENV)/.installed  ## The benchmark against peers; needs nginx and wrk (
 
 bench-quick: $(VENV)/.installed  ## Two of the benchmark's arms; needs nginx and wrk (2 min)
 	@$(BIN)/python -m bench --quick
+
+bench-routing: $(VENV)/.installed  ## Routing over eight simulated servers, against peers'; ROUTING=--quick for a look (4 min)
+	@$(BIN)/python -m bench.routing $(ROUTING)

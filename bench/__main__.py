@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import arms as arms_
-from bench import report
+from bench import machine, report
 from bench.arms import Arm, Missing
 from bench.cells import Cell, Cells, Failed, Outcomes, prompt_67k
 from bench.processes import rss_kb, signal_all
@@ -182,26 +182,24 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
 
 def _write(samples: report.Samples, arms: list[str], failures: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    cpu, commit = machine.cpu(), machine.commit()
     interpreter = arms_.python()
     python = subprocess.run([interpreter, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    machine = {
+    measured_on = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python of the gateway": python,
         "load before": os.getloadavg()[2],
-        "commit": commit.strip(),
+        "commit": commit,
         "versions": {name: version(name) for name in ("uvicorn", "uvloop", "httptools", "starlette", "httpx", "orjson")}
         | {"vllm-router": "0.1.17", "litellm": "1.106.2", "nginx": _nginx_version()},
     }
     (RESULTS / "results.json").write_text(
-        json.dumps({"machine": machine, "failures": failures, "samples": samples}, indent=1) + "\n"
+        json.dumps({"machine": measured_on, "failures": failures, "samples": samples}, indent=1) + "\n"
     )
     line = f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, {python}, nginx {_nginx_version()}"
-    text = f"# Results\n\n{line}; commit {commit.strip()}. Medians, and (the quartiles) of all turns.\n\n"
+    text = f"# Results\n\n{line}; commit {commit}. Medians, and (the quartiles) of all turns.\n\n"
     text += "".join(f"Failed: {failure}\n\n" for failure in failures)
     text += report.table(samples, arms) + "\n" + report.bars_as_text(samples) + "\n![chart](chart.svg)\n"
     (RESULTS / "README.md").write_text(text)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from statistics import mean, median, quantiles
+
+from bench import svg
 
 # cell -> arm -> figure -> one value a turn; 0 where the machine stood still for all of it
 Samples = dict[str, dict[str, dict[str, list[float]]]]
@@ -51,7 +52,7 @@ def table(samples: Samples, arms: list[str]) -> str:
         found = [samples.get(cell, {}).get(arm, {}).get(figure) for arm in arms]
         if not any(found):
             continue
-        shown = [f"{_short(median(turns))}{_spread(turns)}" if turns else "-" for turns in found]
+        shown = [f"{svg.short(median(turns))}{_spread(turns)}" if turns else "-" for turns in found]
         lines.append(f"| {text}, {unit} | " + " | ".join(shown) + " |")
         direct = value(samples, cell, "direct", figure)
         if unit == "ms" and direct is not None and not cell.startswith("leave"):
@@ -124,10 +125,6 @@ def bars_as_text(samples: Samples) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
 _CHARTED = {
     ("json-64", "cpu_us_per_request"),
     ("prompt-67k", "cpu_us_per_request"),
@@ -139,37 +136,14 @@ _COLOURS = {"gateway": "#0b7a4b", "nginx": "#6b7280", "vllm-router": "#b45309"}
 
 
 def chart(samples: Samples, arms: list[str], title: str) -> str:
-    """An SVG: a group a figure, a bar an arm; shorter is better. A bar too long for its space is cut and says so."""
-    width, left, room, line = 900, 190, 560, 20
-    y, parts = 64, []
-
-    def text(x: float, at: float, what: str, more: str = "") -> str:
-        return f'<text x="{x}" y="{at}" {more}>{escape(what)}</text>'
-
+    """An SVG: a group a figure, a bar an arm; shorter is better."""
+    groups = []
     for cell, figure, name, unit in FIGURES:
         if (cell, figure) not in _CHARTED:
             continue
         found = {arm: value(samples, cell, arm, figure) for arm in arms if arm != "direct"}
         known = {arm: one for arm, one in found.items() if one is not None}
-        if "gateway" not in known:
-            continue
-        parts.append(text(16, y, f"{name} ({unit})", 'font-weight="bold"'))
-        y += 8
-        most = min(max(known.values()), 5 * sorted(known.values())[len(known) // 2])
-        for arm, one in known.items():
-            long = room * min(one, most) / most
-            colour = _COLOURS.get(arm, "#9ca3af")
-            parts.append(text(left - 8, y + 14, arm, 'text-anchor="end"'))
-            parts.append(
-                f'<rect x="{left}" y="{y + 3}" width="{max(long, 2):.1f}" height="14" rx="2" fill="{colour}"/>'
-            )
-            label = _short(one) + (" (cut)" if one > most else "")
-            parts.append(text(left + max(long, 2) + 6, y + 14, label))
-            y += line
-        y += 26
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" '
-        'font-family="system-ui, sans-serif" font-size="13">'
-        "<style>text{fill:#111}@media(prefers-color-scheme:dark){text{fill:#eee}}</style>"
-    )
-    return "\n".join([head, text(16, 28, title, 'font-size="16" font-weight="bold"'), *parts, "</svg>\n"])
+        if "gateway" in known:
+            most = min(max(known.values()), 5 * sorted(known.values())[len(known) // 2])
+            groups.append(svg.Group(f"{name} ({unit})", known, most))
+    return svg.chart(title, groups, _COLOURS)
