@@ -75,7 +75,7 @@ class Settings(EnvironmentSettings):
     routing: Literal["prefix", "least"] = Field(
         "prefix",
         description="Which of several upstreams takes a prompt: `prefix`, the one that has had its beginning before, "
-        "unless that is much busier than others; `least`, the one with the fewest calls in flight.",
+        "unless that is much busier than others; `least`, the least busy one.",
     )
     upstream_api_key: SecretStr | None = Field(
         None,

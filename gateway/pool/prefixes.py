@@ -16,7 +16,8 @@ from zlib import crc32
 _MARKS = tuple(pairwise((0, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)))
 _FIRST_MARK = _MARKS[0][1]
 # What a prompt is called, looked for in so many bytes of a body: what stands before it, as a model, is none of it.
-_NAMES = (b'"messages"', b'"prompt"', b'"input"')
+_MESSAGES = b'"messages"'
+_OTHER_NAMES = (b'"prompt"', b'"input"')
 _LOOKED_AT = 4096
 # A beginning is too popular above so many of the last ten to twenty thousand calls, or so many where what it begins
 # with is too popular itself, lest each mark of what all calls share has to be learned at length; and above such a part
@@ -27,8 +28,10 @@ _GENERATION = 10_000
 # A prime number of orders, and so many places of each are told.
 _SLOTS = 8191
 _PLACES = 8
-# The key of a prompt of which every beginning is too popular.
+# The key of a prompt of which every beginning is too popular, and what is added to one that was never seen, which
+# leaves its order as it is.
 HOT = -1
+NEW = 2**32 * _SLOTS
 
 
 class PrefixCounts:
@@ -47,7 +50,8 @@ class PrefixCounts:
     def key_of(self, model: str, salt: str | None, body: bytes, upstreams: int) -> int | None:
         """The key of a body as it came, for a model that so many upstreams serve; None where its prompt is short.
 
-        HOT where all of it is too popular. `salt` is the `cache_salt` that goes upstream.
+        HOT where all of it is too popular, and NEW more where it was never seen. `salt` is the `cache_salt` that goes
+        upstream.
         """
         young, old = self._young, self._old
         self._calls += 1
@@ -60,24 +64,35 @@ class PrefixCounts:
         part = (count + old.get(value, 0)) / (_PART * upstreams)
         if salt is not None:
             value = crc32(salt.encode("utf-8", "surrogatepass"), value)
-        start = 0
-        for name in _NAMES:
-            if (found := body.find(name, 0, _LOOKED_AT)) >= 0:
-                start = found
-                break
+        start = body.find(_MESSAGES, 0, _LOOKED_AT)
+        if start < 0:
+            start = _start_of_other(body)
         length = len(body) - start
         if length < _FIRST_MARK:
             return None
-        popular = max(_FEW, part)
+        popular, behind = max(_FEW, int(part)), max(_FEW_MORE, int(part))
         for begin, end in _MARKS:
             if end > length:
                 break
             value = crc32(body[start + begin : start + end], value)
-            count = young[value] = young.get(value, 0) + 1
-            if count + old.get(value, 0) <= popular:
+            count = young.get(value, 0) + old.get(value, 0)
+            if not count:
+                # What all share is learned mark by mark, each of which would take as long as the one before.
+                young[value] = max(1, int(part) - _FEW)
+                return value + NEW
+            young[value] = young.get(value, 0) + 1
+            if count < popular:
                 return value
-            popular = max(_FEW_MORE, part)
+            popular = behind
         return HOT
+
+
+def _start_of_other(body: bytes) -> int:
+    """Where the prompt of a body begins that has no messages."""
+    for name in _OTHER_NAMES:
+        if (found := body.find(name, 0, _LOOKED_AT)) >= 0:
+            return found
+    return 0
 
 
 class Places:

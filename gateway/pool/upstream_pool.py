@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from gateway.pool.owners import Owner
-from gateway.pool.prefixes import HOT, Places, PrefixCounts
+from gateway.pool.prefixes import HOT, NEW, Places, PrefixCounts
 
 _log = logging.getLogger(__name__)
 
@@ -23,9 +23,11 @@ TRIAL_AFTER = 15.0
 # twice the calls would make it worse.
 _RETRIES = 100.0
 _RETRIED_PART = 0.25
-# What a place down in its key's order costs a call, and a streamed call that awaits its first byte, as it is in its
-# prefill, costs an upstream: as much as so many calls in flight (docs/routing.md).
+# What a place down in its key's order costs a call, and one whose key was never seen, which has little to find there;
+# and what a streamed call that awaits its first byte, as it is in its prefill, costs an upstream: as much as so many
+# calls in flight (docs/routing.md).
 _PLACE_DOWN = 32.0
+_NEW_PLACE_DOWN = 8.0
 _AWAITED = 7
 # How an upstream was found: by its key's first place, by a later one as that was busy, by load as all of the prompt is
 # popular or as it has no key, or in the place of one that did not take the call.
@@ -168,6 +170,7 @@ class UpstreamPool:
         # By model; several models of the same upstreams share their places.
         self._groups: dict[str, _Group] = {}
         self._by_upstreams: dict[tuple[Upstream, ...], _Group] = {}
+        self._is_grouped = False
         self._max_in_flight = max_in_flight
         self._max_in_flight_per_upstream = min(max_in_flight, max_in_flight_per_upstream)
         self._turn = 0
@@ -177,7 +180,7 @@ class UpstreamPool:
     def replace(self, upstreams: tuple[Upstream, ...]) -> None:
         """These are all from now on."""
         self._upstreams = upstreams
-        self._groups.clear()
+        self._is_grouped = False
         self._by_upstreams.clear()
         if self._by_prefix and self.prefixes is None and len(upstreams) > 1:
             self.prefixes = PrefixCounts()
@@ -286,11 +289,13 @@ class UpstreamPool:
 
     def _group(self, model: str | None) -> _Group | None:
         """Those that serve this model; None where none does."""
-        if not self._groups:
+        if not self._is_grouped:
             self._regroup()
         return self._groups.get(model) if model is not None else None
 
     def _regroup(self) -> None:
+        self._is_grouped = True
+        self._groups.clear()
         by_model: dict[str, list[Upstream]] = {}
         for upstream in self._upstreams:
             for model in upstream.models:
@@ -305,7 +310,7 @@ class UpstreamPool:
         """What this upstream serves now."""
         if upstream.models != models:
             upstream.models = models
-            self._groups.clear()
+            self._is_grouped = False
 
     def _placed(
         self, group: _Group, key: int, now: float, instead_of: Upstream | None = None
@@ -315,6 +320,7 @@ class UpstreamPool:
         least, price = math.inf, 0.0
         most, upstreams, order = self._max_in_flight_per_upstream, group.upstreams, group.places.of(key)
         how: How = "first"
+        down = _NEW_PLACE_DOWN if key >= NEW else _PLACE_DOWN
         for number in order:
             if price >= least:
                 break
@@ -330,7 +336,7 @@ class UpstreamPool:
             if load < least:
                 best, least = upstream, load
                 how = "first" if number == order[0] else "spilled"
-            price += _PLACE_DOWN
+            price += down
         if best is not None:
             self._take(best, now)
         return best, how
@@ -338,7 +344,11 @@ class UpstreamPool:
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         if not able:
             return None  # none is known yet
-        best = min(able, key=lambda one: (_rank(one, now), one.in_flight, one.chosen_at))
+        best, least = able[0], (3, 0.0, 0)
+        for one in able:
+            load = (one.in_flight + _AWAITED * one.awaited) / one.weight
+            if (mark := (_rank(one, now), load, one.chosen_at)) < least:
+                best, least = one, mark
         if best.in_flight >= self._max_in_flight_per_upstream:
             return None
         self._take(best, now)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.prefixes import HOT
+from gateway.pool.prefixes import HOT, NEW
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from tests.pool.test_upstream_pool import STATES, broken, upstream
 
@@ -43,6 +43,19 @@ def test_a_stream_that_awaits_its_first_byte_is_eight_calls() -> None:
     assert pool.select("m", 0, key=KEY) is order[0]
     order[0].in_flight = order[0].awaited = 5
     assert pool.select("m", 0, key=KEY) is order[1]
+
+
+def test_a_prompt_that_was_never_seen_gives_way_sooner() -> None:
+    pool, order = placed()
+    order[0].in_flight = 8
+    assert pool.select("m", 0, key=KEY + NEW) is order[0]
+    order[0].in_flight = 9
+    assert pool.select("m", 0, key=KEY + NEW) is order[1]
+    assert pool.select("m", 0, key=KEY) is order[0]
+    body = b'"messages"' + b"x" * 500
+    keys = [pool.key_of("m", None, body) for _ in range(2)]
+    assert keys[0] is not None
+    assert keys[1] == keys[0] - NEW >= 0
 
 
 def test_a_heavy_one_takes_more_before_others_do() -> None:
