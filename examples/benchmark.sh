@@ -4,8 +4,8 @@
 #   pip install vllm
 #   bash examples/benchmark.sh
 #
-# What is written behind goes to `vllm bench serve`, such as --num-prompts 1000. It takes the words from the model's
-# tokenizer, at the place that the server names; where that is a folder of another machine: --tokenizer NAME-OR-FOLDER.
+# What is written behind goes to `vllm bench serve`, such as --num-prompts 1000. It takes the words from the tokenizer of
+# the model that the server names; where that is none of the hub's, as it is a folder: --tokenizer NAME-OR-FOLDER.
 set -euo pipefail
 
 exec vllm bench serve --base-url "${BASE_URL:-http://localhost:9000}" \

@@ -102,8 +102,11 @@ def test_vllms_own_benchmark_gets_every_answer(clients: Clients, stack: Stack, t
     command.write_text(COMMAND.format(python=ensure_environment(os.environ)))
     command.chmod(0o755)
 
+    with stack.vllm() as vllm:
+        folder = vllm.get("/v1/models").json()["data"][0]["root"]
+
     printed = clients.run(
-        *("bash", EXAMPLES / "benchmark.sh", "--disable-tqdm"),
+        *("bash", EXAMPLES / "benchmark.sh", "--disable-tqdm", "--tokenizer", folder),
         BASE_URL=stack.gateway_url,
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         HF_HUB_OFFLINE="1",
