@@ -22,8 +22,10 @@ _GARBAGE = 20_000
 # glibc's; others give back by themselves.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # malloc.h's M_…
-_LARGE = 128 * 1024
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h's M_…
+# From so many bytes on a buffer goes back as it is freed; what many calls have in turn is to be smaller, as memory that
+# is new to the process costs more than what is written to it.
+_LARGE = 1024 * 1024
 
 
 def share_heap() -> None:
@@ -34,6 +36,7 @@ def share_heap() -> None:
     if _mallopt is not None:
         _mallopt(_ARENA_MAX, 1)
         _mallopt(_MMAP_THRESHOLD, _LARGE)
+        _mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def settle() -> None:
