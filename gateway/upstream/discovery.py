@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from urllib.parse import urlsplit
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.upstream.resolver import Lookup, text_of
+from gateway.upstream.resolver import Lookup
 
 _log = logging.getLogger(__name__)
 
@@ -100,12 +100,11 @@ class Discovery:
         """In an order of their own, as that of an answer changes; or why there are none."""
         assert self._lookup is not None
         try:
-            answer = await self._lookup.getaddrinfo(host, family=family, type=socket.SOCK_STREAM)
+            found = set(await self._lookup.find(host, family))
         except OSError as error:
             return [], str(error)
         except Exception as error:
             return [], str(error.args[-1]).lower()
-        found = {text_of(node.addr[0]) for node in answer.nodes}
         return sorted(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).packed), "no address"
 
     def _update(self) -> None:

@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,13 @@ class NameNotFound(OSError):
 
 
 class Lookup(Protocol):
-    """What asks: aiodns's resolver, of which this is used."""
+    """What asks for addresses."""
 
-    def getaddrinfo(self, host: str, *, family: Any, type: Any) -> Awaitable[Any]: ...  # noqa: A002 - its own name
+    async def find(self, host: str, family: int) -> list[str]:
+        """A host's addresses of this family, of any for AF_UNSPEC; raises what says why there are none."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Give up all lookups."""
 
 
 @dataclass(slots=True)
@@ -96,8 +98,8 @@ class Resolver:
         try:
             assert self._lookup is not None, f"{host!r} is no address"
             async with asyncio.timeout(_PATIENCE):
-                found = await self._lookup.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
-            self._found(host, name, [text_of(node.addr[0]) for node in found.nodes])
+                found = await self._lookup.find(host, socket.AF_UNSPEC)
+            self._found(host, name, found)
             rest = _FRESH
         except TimeoutError:
             rest = name.rest = min(max(_RESTS[0], 2 * name.rest), _RESTS[1])
@@ -155,15 +157,17 @@ class SystemLookup:
 
         self._make = partial(aiodns.DNSResolver, timeout=_PATIENCE / 2, tries=2)
         self._made_of = _version_of(_RESOLV_CONF)
-        self._resolver: Lookup = self._make()
+        self._resolver = self._make()
 
-    async def getaddrinfo(self, host: str, *, family: Any, type: Any) -> Any:  # noqa: A002 - its own name
-        """As c-ares has it."""
+    async def find(self, host: str, family: int) -> list[str]:
+        """As c-ares has them: by getaddrinfo, which reads the hosts file, `search` and `ndots`."""
         version = _version_of(_RESOLV_CONF)
         if version != self._made_of:
             old, self._made_of, self._resolver = self._resolver, version, self._make()
             await old.close()
-        return await self._resolver.getaddrinfo(host, family=family, type=type)
+        answer = await self._resolver.getaddrinfo(host, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
+        # From the hosts file they are text.
+        return [one.decode() if isinstance(one := node.addr[0], bytes) else one for node in answer.nodes]
 
     async def close(self) -> None:
         """Give up all lookups."""
@@ -197,8 +201,3 @@ def _address(address: str, port: int) -> Address:
     plain, _, scope = address.partition("%")
     index = socket.if_nametoindex(scope) if scope else 0
     return (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (plain, port, 0, index))
-
-
-def text_of(address: bytes | str) -> str:
-    """An address as c-ares gives it, in an answer of its own or of the hosts file."""
-    return address.decode() if isinstance(address, bytes) else address

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
@@ -33,10 +31,10 @@ class Pods:
         self.url = f"dns+http://pods:{first.port}"
         self.named: list[FakeVllm] = []
 
-    async def getaddrinfo(self, host: str, *, family: int, type: int) -> Any:  # noqa: A002 - aiodns's own name
+    async def find(self, host: str, family: int) -> list[str]:
         if not self.named:
             raise OSError("no such name")
-        return SimpleNamespace(nodes=[SimpleNamespace(addr=(one.host.encode(), 0)) for one in self.named])
+        return [one.host for one in self.named]
 
     async def close(self) -> None: ...
 

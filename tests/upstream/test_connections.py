@@ -11,7 +11,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, cast
 
 import aiodns
@@ -166,10 +165,10 @@ class Names:
     def __init__(self, **addresses: list[str]) -> None:
         self.addresses = {name.replace("_", "-"): found for name, found in addresses.items()}
 
-    async def getaddrinfo(self, host: str, *, family: int, type: int) -> Any:  # noqa: A002 - aiodns's own name
+    async def find(self, host: str, family: int) -> list[str]:
         if (found := self.addresses.get(host)) is None:
             raise aiodns.error.DNSError(aiodns.error.ARES_ENOTFOUND, "Domain name not found")
-        return SimpleNamespace(nodes=[SimpleNamespace(addr=(address.encode(), 0)) for address in found])
+        return found
 
     async def close(self) -> None: ...
 

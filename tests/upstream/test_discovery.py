@@ -7,17 +7,15 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
-import aiodns
 import pytest
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.upstream import discovery as module
 from gateway.upstream.discovery import Discovery
 from tests.upstream.test_connections import Run, run
-from tests.upstream.test_resolver import NOT_FOUND, name_server
+from tests.upstream.test_resolver import NOT_FOUND, asking, name_server
 
 __all__ = ["run"]  # a fixture
 
@@ -31,13 +29,13 @@ class Names:
         self.answers: dict[int, Any] = {}
         self.closed = False
 
-    async def getaddrinfo(self, host: str, *, family: int, type: int) -> Any:  # noqa: A002 - aiodns's own name
+    async def find(self, host: str, family: int) -> list[str]:
         answer = self.answers.get(family, NOT_FOUND)
         if answer is None:
             await asyncio.Event().wait()
         if isinstance(answer, Exception):
             raise answer
-        return SimpleNamespace(nodes=[SimpleNamespace(addr=(one.encode(), 0)) for one in answer])
+        return list(answer)
 
     async def close(self) -> None:
         self.closed = True
@@ -180,10 +178,10 @@ def test_a_thousand_addresses_are_a_thousand_upstreams(run: Run) -> None:
     run(work())
 
 
-def test_c_ares_tells_of_all_addresses(run: Run) -> None:
+def test_c_ares_tells_of_all_addresses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with name_server({b"pods.example": "127.0.0.5"}) as port:
-            asks = aiodns.DNSResolver(nameservers=[f"127.0.0.1:{port}"], timeout=5, tries=1)
+            asks = asking(port, monkeypatch)
             pool = UpstreamPool(())
             found = Discovery(("dns+http://pods.example:1",), pool, asks, 60, lambda came, gone: None)
             async with found.discovering():

@@ -7,8 +7,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import aiodns
@@ -41,13 +41,13 @@ class Lookup:
         self.answer: list[str] | Exception | None = ["192.0.2.1"]
         self.closed = False
 
-    async def getaddrinfo(self, host: str, *, family: int, type: int) -> Any:  # noqa: A002 - aiodns's own name
+    async def find(self, host: str, family: int) -> list[str]:
         self.asked.append(host)
         if self.answer is None:
             await asyncio.Event().wait()
         if isinstance(self.answer, Exception):
             raise self.answer
-        return SimpleNamespace(nodes=[SimpleNamespace(addr=(one.encode(), 0)) for one in self.answer or ()])
+        return self.answer or []
 
     async def close(self) -> None:
         self.closed = True
@@ -216,6 +216,12 @@ async def name_server(addresses: dict[bytes, str]) -> AsyncIterator[int]:
         transport.close()
 
 
+def asking(port: int, monkeypatch: pytest.MonkeyPatch) -> SystemLookup:
+    """c-ares, of the name server at this port."""
+    monkeypatch.setattr(aiodns, "DNSResolver", partial(aiodns.DNSResolver, nameservers=[f"127.0.0.1:{port}"]))
+    return SystemLookup()
+
+
 def test_c_ares_asks_as_is_expected_and_a_name_that_hangs_holds_up_no_other(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +229,7 @@ def test_c_ares_asks_as_is_expected_and_a_name_that_hangs_holds_up_no_other(
 
     async def work() -> None:
         async with name_server({b"vllm.example": "127.0.0.5"}) as port:
-            asks = aiodns.DNSResolver(nameservers=[f"127.0.0.1:{port}"], timeout=10, tries=1)
+            asks = asking(port, monkeypatch)
             names = Resolver(asks)
             hanging = [asyncio.create_task(names.addresses(f"hangs-{number}.example", 80)) for number in range(20)]
             try:
@@ -260,7 +266,7 @@ def test_a_changed_resolv_conf_is_read_again(run: Run, monkeypatch: pytest.Monke
         for text in ("nameserver 192.0.2.1\n", None, "nameserver 192.0.2.2\n"):
             if text:
                 file.write_text(text)
-            await lookup.getaddrinfo("127.0.0.1", family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
+            await lookup.find("127.0.0.1", socket.AF_UNSPEC)
             seen.append(lookup._resolver)
         assert seen[0] is seen[1]
         assert seen[1] is not seen[2]
