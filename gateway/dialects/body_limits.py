@@ -206,8 +206,11 @@ class BodyLimits:
 
     def _check_inputs(self, body: dict[str, Any]) -> None:
         data = body.get("data")
-        documents = data.get("reranked_docs") if type(data) is dict else None
-        for name, value in (*((name, body.get(name)) for name in _INPUTS), ("data.reranked_docs", documents)):
+        # What is there alone, as most calls have none of these, and each look would be a call of a function.
+        inputs = [(name, body[name]) for name in _INPUTS if name in body]
+        if type(data) is dict:
+            inputs.append(("data.reranked_docs", data.get("reranked_docs")))
+        for name, value in inputs:
             count = _count(value)
             if count > self._max_inputs:
                 raise Rejected(
