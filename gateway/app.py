@@ -18,6 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
+from gateway.admission.keys import Keys
+from gateway.admission.owners import Owners
+from gateway.admission.work_in_steps import WorkInSteps
 from gateway.config.load import asks_for_traces
 from gateway.config.memory_limit import default_max_buffered_bytes
 from gateway.config.secrets import Secrets
@@ -31,13 +37,7 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.page.document import Document
 from gateway.page.sampler import Sampler
-from gateway.pool.admission_queue import AdmissionQueue
-from gateway.pool.arrivals import Arrivals
-from gateway.pool.buffers import Buffers
-from gateway.pool.keys import Keys
-from gateway.pool.owners import Owners
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.data_path import CallLimits, DataPath, Drain
 from gateway.relay.interfaces import Call
 from gateway.relay.keyed_record import LIMIT_HEADERS, TOKEN_HEADERS

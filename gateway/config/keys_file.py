@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from gateway.admission.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.config.environment import SettingsError
 from gateway.config.settings import Settings
-from gateway.pool.keys import BadKeys, Key, from_lines, from_secrets
 
 # Seconds between two reads of a file, and that one must stand still whose last line has no end.
 _BETWEEN = 0.2

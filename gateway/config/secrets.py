@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from gateway.admission.keys import Key
 from gateway.config.environment import SettingsError
 from gateway.config.keys_file import client_keys
 from gateway.config.settings import Settings, names_of
 from gateway.config.tls import own_tls, upstream_tls
 from gateway.config.urls import is_loopback
-from gateway.pool.keys import Key
 from gateway.upstream.credentials import TokenClient
 
 _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secret")

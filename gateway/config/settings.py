@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.admission.keys import from_secrets
 from gateway.config.environment import EnvironmentSettings
 from gateway.config.urls import authority, token_url, upstream_url
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
 from gateway.dialects.streams import Style
-from gateway.pool.keys import from_secrets
 from gateway.wire.client_address import Network
 from gateway.wire.heads import NOT_TO_UPSTREAM
 from gateway.wire.routes import NAMES

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.pool.admission_queue import AdmissionQueue
-from gateway.pool.arrivals import Arrivals
-from gateway.pool.buffers import Buffers
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.relay.interfaces import Call
 from gateway.relay.record import Record

@@ -1,1 +1,1 @@
-"""Which upstream, when, and for whom: the pool, the queue and the keys; pure."""
+"""Which upstream takes a call: the pool of them, where prompts go, and models by their names. Pure."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.pool.prefixes import HOT, NEW, Places, PrefixCounts
 
 _log = logging.getLogger(__name__)

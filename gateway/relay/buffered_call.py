@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
+from gateway.admission.arrivals import no_room
 from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
 from gateway.dialects.reader import Reading, Translation
-from gateway.pool.arrivals import no_room
 from gateway.relay.exchange import ANSWERING, READING, RECEIVING, RENEWING, WAITING, Exchange
 from gateway.relay.usage import ITEM, prompt_size, prompt_size_in_steps
 from gateway.wire.body_edit import edited

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
+from gateway.admission.keys import Keys
+from gateway.admission.owners import Owners
+from gateway.admission.work_in_steps import WorkInSteps
 from gateway.dialects.reader import BodyReader
-from gateway.pool.admission_queue import AdmissionQueue
-from gateway.pool.arrivals import Arrivals
-from gateway.pool.buffers import Buffers
-from gateway.pool.keys import Keys
-from gateway.pool.owners import Owners
 from gateway.pool.upstream_pool import UpstreamPool
-from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.interfaces import Call, Credentials, Transport
 from gateway.relay.record import Record
 from gateway.wire.client_address import Network

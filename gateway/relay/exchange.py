@@ -14,9 +14,9 @@ import logging
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from gateway.admission.arrivals import no_room
 from gateway.dialects.reader import TranslatedStream, Translation
 from gateway.dialects.streams import ChunkStream
-from gateway.pool.arrivals import no_room
 from gateway.pool.model_list import without_paths
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath

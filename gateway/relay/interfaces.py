@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.pool.upstream_pool import Upstream
 from gateway.wire.errors import GatewayError
 from gateway.wire.heads import AnswerHead

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gateway.pool.keys import Key, Keys
-from gateway.pool.owners import Owner
+from gateway.admission.keys import Key, Keys
+from gateway.admission.owners import Owner
 from gateway.relay.time_limits import TimedRecord
 from gateway.relay.usage import TOKEN
 from gateway.wire.errors import GatewayError, NoSuchResponse, NotServed, RateLimited, Unauthorized, naming_served

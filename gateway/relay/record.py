@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.pool.keys import Key
+from gateway.admission.keys import Key
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.usage import TOKEN, usage_in
 from gateway.wire.heads import RequestHead, new_request_id

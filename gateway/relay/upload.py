@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.pool.arrivals import no_room
+from gateway.admission.arrivals import no_room
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
 from gateway.relay.exchange import RECEIVING, RENEWING, Exchange

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED, Exchange
 from gateway.relay.upload import Upload

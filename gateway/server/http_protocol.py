@@ -23,10 +23,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.pool.arrivals import no_room
-from gateway.pool.buffers import SHARE
-from gateway.pool.owners import Owner
-from gateway.pool.turns import BULK, BulkReads, FewAtATime
+from gateway.admission.arrivals import no_room
+from gateway.admission.buffers import SHARE
+from gateway.admission.owners import Owner
+from gateway.admission.turns import BULK, BulkReads, FewAtATime
 from gateway.relay.data_path import DataPath
 from gateway.server.context import Parts, state_of
 from gateway.server.listener import WATCHERS

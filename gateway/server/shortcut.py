@@ -12,7 +12,7 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.exchange import FAILED
 from gateway.server.context import Parts

@@ -16,7 +16,7 @@ from typing import cast
 import httptools
 from aiohappyeyeballs import start_connection
 
-from gateway.pool.turns import BulkReads
+from gateway.admission.turns import BulkReads
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Caller
 from gateway.upstream.connect_errors import describe_error

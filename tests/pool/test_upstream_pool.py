@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
 
 STATES: list[State] = ["serving", "loading", "down"]

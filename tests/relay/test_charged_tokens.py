@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.pool.keys import Key, Keys
-from gateway.pool.token_budget import TokenBudget
+from gateway.admission.keys import Key, Keys
+from gateway.admission.token_budget import TokenBudget
 from gateway.wire.heads import answer_head
 from gateway.wire.routes import ROUTES, Route
 from tests.relay.test_exchange import JSON, OPENAI_STREAM, OPENAI_WHOLE, SSE

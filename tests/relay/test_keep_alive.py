@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.keys import Keys, from_lines
+from gateway.admission.keys import Keys, from_lines
 from gateway.wire.heads import Header, answer_head
 from gateway.wire.routes import ROUTES, Route
 from tests.relay.test_exchange import (

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.pool.turns import FewAtATime
+from gateway.admission.turns import FewAtATime
 from gateway.server.http_protocol import HttpProtocol, SharedState, missing_names
 from gateway.server.shortcut import Shortcut
 from gateway.wire.heads import answer_head

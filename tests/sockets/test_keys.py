@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission.keys import BadKeys, Key, Keys, from_lines, from_secrets
 from gateway.config.environment import SettingsError
 from gateway.config.load import load
-from gateway.pool.keys import BadKeys, Key, Keys, from_lines, from_secrets
 from tests.sockets.test_routes import OLDER
 from tests.support.fake_vllm import FakeVllm, Hold, Step, completion, response
 from tests.support.gateway_process import Gateway, running

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 from gateway.relay.upload import HELD
 from gateway.server.asgi import _AsgiClient
 from gateway.upstream.credentials import FixedKey

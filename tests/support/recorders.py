@@ -9,14 +9,14 @@ from typing import Any
 
 import orjson
 
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
+from gateway.admission.owners import Owner, Owners
+from gateway.admission.work_in_steps import WorkInSteps
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader
-from gateway.pool.admission_queue import AdmissionQueue
-from gateway.pool.arrivals import Arrivals
-from gateway.pool.buffers import Buffers
-from gateway.pool.owners import Owner, Owners
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
-from gateway.pool.work_in_steps import WorkInSteps
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.data_path import CallLimits, DataPath, Drain
 from gateway.relay.exchange import HELD_EVENT, Exchange

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.arrivals import Arrivals
-from gateway.pool.buffers import Buffers
-from gateway.pool.owners import Owner
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
+from gateway.admission.owners import Owner
 from gateway.wire.errors import GatewayError
 
 

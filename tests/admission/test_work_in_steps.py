@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gateway.pool.owners import Owner
-from gateway.pool.work_in_steps import WorkInSteps
+from gateway.admission.owners import Owner
+from gateway.admission.work_in_steps import WorkInSteps
 from tests.support.recorders import FakeClock
 
 STEP = 0.25

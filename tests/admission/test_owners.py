@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from gateway.pool.owners import Owners
+from gateway.admission.owners import Owners
 
 
 def test_neighbours_are_one_owner_and_others_are_not() -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.buffers import SHARE, Buffers
-from gateway.pool.owners import Owner
+from gateway.admission.buffers import SHARE, Buffers
+from gateway.admission.owners import Owner
 
 
 def test_one_alone_has_seven_eighths_and_another_what_it_needs() -> None:

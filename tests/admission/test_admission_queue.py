@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pool.admission_queue import AdmissionQueue
-from gateway.pool.keys import Key
-from gateway.pool.owners import Owner
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.keys import Key
+from gateway.admission.owners import Owner
 
 A, B, C = Key("a"), Key("b"), Key("c")
 

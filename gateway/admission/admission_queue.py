@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 
 
 class WaitingCall(Protocol):

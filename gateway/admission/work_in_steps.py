@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from gateway.pool.token_budget import TokenBudget
+from gateway.admission.token_budget import TokenBudget
 
 
 def test_a_call_reserves_what_it_asks_for_and_gives_back_what_it_did_not_take() -> None:

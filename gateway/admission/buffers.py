@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.pool.owners import Owner
+from gateway.admission.owners import Owner
 
 # An owner may hold so many times what is free. One alone gets seven eighths, and something is always free; as calls
 # end, those who hold much get no more until the others have as much: the dynamic thresholds of Choudhury and Hahne

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from gateway.pool.buffers import Buffers
-from gateway.pool.owners import Owner
+from gateway.admission.buffers import Buffers
+from gateway.admission.owners import Owner
 from gateway.wire.errors import GatewayError, Shortage
 
 # Past a bound so large a part of it is made free at a time: to look for the slowest is dear.

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gateway.pool.owners import Owner
-from gateway.pool.token_budget import TokenBudget
+from gateway.admission.owners import Owner
+from gateway.admission.token_budget import TokenBudget
 
 _MINUTE = 60.0
 # What a key may look like at the least, where we see it: shorter ones, and those of few letters, are guessed.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.pool.turns import _SEEN_TO, BulkReads, FewAtATime
+from gateway.admission.turns import _SEEN_TO, BulkReads, FewAtATime
 
 
 class Reader:
