@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING
 
 import httpx
@@ -37,10 +37,12 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.page.document import Document
 from gateway.page.sampler import Sampler
+from gateway.pool.aliases import Alias
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.data_path import CallLimits, DataPath, Drain
 from gateway.relay.interfaces import Call
-from gateway.relay.keyed_record import LIMIT_HEADERS, TOKEN_HEADERS
+from gateway.relay.keyed_record import LIMIT_HEADERS, ROUTE_HEADERS, TOKEN_HEADERS
+from gateway.reloading import Reloading
 from gateway.server import endpoints
 from gateway.server.asgi import Relay
 from gateway.server.context import Parts, State
@@ -83,19 +85,22 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         connections = create_connections(settings, secrets)
         transport = UpstreamTransport(connections)
         credentials = create_credentials(settings, secrets, transport)
-        prober = create_prober(settings, pool, credentials, transport)
-        discovery = create_discovery(settings, pool, prober, connections)
+        aliases: dict[str, Alias] = {}
+        prober = create_prober(settings, pool, credentials, transport, aliases)
+        discovery = create_discovery(settings, secrets, pool, prober, connections)
         in_flight: set[Call] = set()
         queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
         buffers = Buffers(settings.max_buffered_bytes or default_max_buffered_bytes())
         arrivals: Arrivals[Call] = Arrivals(settings.max_in_flight + settings.max_queue, buffers, time.monotonic)
         metrics = Metrics(
-            pool, in_flight, queue, arrivals, buffers, time.monotonic, lambda: 0 if log is None else log.lost
+            pool, in_flight, queue, arrivals, buffers, time.monotonic, lambda: 0 if log is None else log.lost, aliases
         )
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
         page_figures = PageFigures() if settings.page else None
         recent = RecentRequests(page_figures)
+        keys = None if secrets.client_keys is None else Keys(secrets.client_keys)
+        reloading = Reloading(settings, secrets, keys, discovery, aliases)
         finished = FinishedRequests(metrics, recent, request_log, tracer)
         data_path = DataPath(
             routes={
@@ -104,7 +109,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                 if "{" not in one.path and one.body != "upload"
             },
             pool=pool,
-            reader=create_reader(settings, pool, keyed=secrets.client_keys is not None),
+            reader=create_reader(settings, pool, aliases, keyed=keys is not None),
             transport=connections,
             # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
             time=time.monotonic,
@@ -132,18 +137,19 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                 heartbeat_interval=settings.heartbeat_interval,
             ),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_headers, settings.max_url_bytes),
-            keys=None if secrets.client_keys is None else Keys(secrets.client_keys),
+            keys=keys,
             credentials=credentials,
             forwarded_headers=frozenset(name.encode() for name in settings.forwarded_headers),
             cors_origins=frozenset(map(str.encode, settings.cors_origins)),
             allows_host=host_check(settings.allowed_hosts) if checks_hosts else None,
             traced=None if tracer is None else tracer.to_upstream,
+            tells_route=settings.route_headers,
         )
         sampler = None if page_figures is None else Sampler(data_path, prober, page_figures)
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
-        async with credentials.renewing(), discovery.discovering(), prober.probing():
+        async with credentials.renewing(), discovery.discovering(), prober.probing(), reloading.watching():
             yield {
                 "parts": Parts(
                     data_path=data_path,
@@ -156,6 +162,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
                     flush=finished.flush,
                     sampler=sampler,
                     near_paths=near_paths,
+                    reread=reloading.reread,
                 )
             }
         looking.cancel()
@@ -212,7 +219,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     return app
 
 
-def create_reader(settings: Settings, models: Models, *, keyed: bool) -> BodyReader:
+def create_reader(settings: Settings, models: Models, aliases: Mapping[str, Alias], *, keyed: bool) -> BodyReader:
     """What reads requests' bodies as these settings say, in front of these models; `keyed` where keys are asked for."""
     return BodyReader(
         models=models,
@@ -234,7 +241,7 @@ def create_reader(settings: Settings, models: Models, *, keyed: bool) -> BodyRea
         connector=settings.connector,
         compat=settings.compat,
         forward_sampling=settings.forward_sampling,
-        model_aliases=settings.model_aliases,
+        model_aliases=aliases,
         counts_tokens=settings.count_tokens != "off",
         counts_all=settings.count_tokens == "on" or (settings.count_tokens == "auto" and keyed),
     )
@@ -272,22 +279,26 @@ def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
         keepalive=settings.tcp_keepalive,
     )
     tokens = [secrets.token_client.url] if secrets.token_client else []
-    named = [url for url in settings.upstreams if not url.startswith(BY_NAME)]
+    named = [one.url for one in secrets.upstreams.sources if not one.url.startswith(BY_NAME)]
     hosts = [Upstream.from_url(url).host for url in (*named, *tokens)]
-    return ConnectionPool(limits, Resolver(system_lookup(hosts)), secrets.upstream_tls)
+    # A file may come to hold a name.
+    lookup = SystemLookup() if secrets.upstreams.files else system_lookup(hosts)
+    return ConnectionPool(limits, Resolver(lookup), secrets.upstream_tls)
 
 
-def create_discovery(settings: Settings, pool: UpstreamPool, prober: Prober, connections: ConnectionPool) -> Discovery:
+def create_discovery(
+    settings: Settings, secrets: Secrets, pool: UpstreamPool, prober: Prober, connections: ConnectionPool
+) -> Discovery:
     """What has the pool hold the upstreams that the settings lead to, as they come and go."""
 
-    def changed(came: list[Upstream], gone: list[Upstream]) -> None:
+    def changed(came: list[Upstream], gone: list[Upstream], doubted: list[Upstream]) -> None:
         prober.follow(came, gone)
-        for upstream in gone:
+        for upstream in (*gone, *doubted):
             connections.leave(upstream)
+        connections.forget_hosts({one.at for one in gone} - {one.at for one in pool})
 
-    by_name = any(url.startswith(BY_NAME) for url in settings.upstreams)
-    lookup = SystemLookup() if by_name else None
-    return Discovery(settings.upstreams, pool, lookup, settings.probe_interval, changed)
+    # Not SystemLookup itself, which tests stand in for.
+    return Discovery(secrets.upstreams.sources, pool, lambda: SystemLookup(), settings.probe_interval, changed)
 
 
 def create_prober(
@@ -295,6 +306,7 @@ def create_prober(
     pool: UpstreamPool,
     credentials: FixedKey | ClientCredentials,
     transport: httpx.AsyncBaseTransport,
+    aliases: Mapping[str, Alias],
 ) -> Prober:
     """What probes the upstreams as these settings say."""
     several = settings.may_have_several
@@ -302,7 +314,7 @@ def create_prober(
         pool,
         probe_interval=settings.probe_interval,
         model=settings.model,
-        model_aliases=settings.model_aliases,
+        model_aliases=aliases,
         system_role=settings.system_role,
         reads_template="chat" in settings.routes and settings.connector == "generic",
         transport=transport,
@@ -329,7 +341,7 @@ def _cors(settings: Settings) -> list[Middleware]:
                 "x-request-id",
                 "x-should-retry",
                 "retry-after",
-                *map(bytes.decode, (*LIMIT_HEADERS, *TOKEN_HEADERS)),
+                *map(bytes.decode, (*LIMIT_HEADERS, *TOKEN_HEADERS, *ROUTE_HEADERS)),
             ],
         )
     ]

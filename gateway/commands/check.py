@@ -15,6 +15,7 @@ from gateway.app import create_connections, create_credentials, create_discovery
 from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings, names_of
 from gateway.config.urls import is_loopback
+from gateway.pool.aliases import Alias, as_words
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.upstream.httpx_transport import UpstreamTransport
 
@@ -53,7 +54,9 @@ def shown(settings: Settings) -> Iterable[tuple[str, str]]:
         if isinstance(value, SecretStr) or (value and field == "api_keys"):
             value = "(set, hidden)"
         elif isinstance(value, tuple):
-            value = ",".join(value)
+            value = ",".join(map(str, value))
+        elif field == "model_aliases":
+            value = as_words(value)
         yield names_of(field)[0], "(not set)" if value in (None, "") else str(value)
 
 
@@ -62,8 +65,9 @@ async def _probed(settings: Settings, secrets: Secrets) -> list[dict[str, Any]]:
     connections = create_connections(settings, secrets)
     transport = UpstreamTransport(connections)
     credentials = create_credentials(settings, secrets, transport)
-    prober = create_prober(settings, pool, credentials, transport)
-    discovery = create_discovery(settings, pool, prober, connections)
+    aliases = {name: Alias(name, weights) for name, weights in secrets.upstreams.aliases.items()}
+    prober = create_prober(settings, pool, credentials, transport, aliases)
+    discovery = create_discovery(settings, secrets, pool, prober, connections)
     try:
         async with credentials.renewing(), discovery.discovering(), prober.probing():
             await prober.probe_all()

@@ -1,4 +1,4 @@
-"""The keys, tokens and certificates that the settings name, read once a start."""
+"""The upstreams, keys, tokens and certificates that the settings name, read once a start."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gateway.config.environment import SettingsError
 from gateway.config.keys_file import client_keys
 from gateway.config.settings import Settings, names_of
 from gateway.config.tls import own_tls, upstream_tls
+from gateway.config.upstreams_file import Upstreams, read_upstreams
 from gateway.config.urls import is_loopback
 from gateway.upstream.credentials import TokenClient
 
@@ -20,12 +21,14 @@ _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secre
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """Whom we let in, who we are to the token server, whom we trust, and our own certificate; None where there is none.
+    """Who is asked, whom we let in, who we are to the token server, whom we trust, and our own certificate.
 
+    None is where there is none.
     `client_keys` are those that clients must bring, by their SHA-256. `upstream_tls` is for calls, probes and the
     fetching of tokens.
     """
 
+    upstreams: Upstreams
     client_keys: dict[bytes, Key] | None
     token_client: TokenClient | None
     upstream_tls: ssl.SSLContext | None
@@ -36,7 +39,11 @@ def read_secrets(settings: Settings) -> Secrets:
     """All that these settings name. Raises SettingsError for what is missing, cannot be read or is wrong."""
     tokens = token_client(settings)
     return Secrets(
-        client_keys(settings), tokens, upstream_tls(settings, None if tokens is None else tokens.url), own_tls(settings)
+        read_upstreams(settings),
+        client_keys(settings),
+        tokens,
+        upstream_tls(settings, None if tokens is None else tokens.url),
+        own_tls(settings),
     )
 
 

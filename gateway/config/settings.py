@@ -17,12 +17,15 @@ from gateway.config.urls import authority, token_url, upstream_url
 from gateway.dialects.body_limits import DEEPEST
 from gateway.dialects.erag import STYLES, Release
 from gateway.dialects.streams import Style
+from gateway.pool.aliases import Weights, from_words
 from gateway.wire.client_address import Network
 from gateway.wire.heads import NOT_TO_UPSTREAM
 from gateway.wire.routes import NAMES
 
 # Where the command `chat` finds the key that it sends.
 CLIENT_KEY = "GATEWAY_CHAT_KEY"
+# What the name of a file of upstreams stands behind.
+IN_FILE = "@"
 # Seconds that what is cut at the drain's end gets to write why.
 CLOSING_TIME = 3
 
@@ -70,7 +73,7 @@ class Settings(EnvironmentSettings):
         ("http://localhost:8008",),
         validation_alias=AliasChoices("GATEWAY_UPSTREAMS", "LLM_MODEL_SERVER_ENDPOINT"),
         description="URLs of the vLLM servers, separated by commas; `dns+http://NAME:PORT`: each address of the name "
-        "is one, as they come and go.",
+        "is one, as they come and go; `@FILE`: a file of them, read again when it changes.",
     )
     routing: Literal["prefix", "least"] = Field(
         "prefix",
@@ -128,9 +131,15 @@ class Settings(EnvironmentSettings):
         validation_alias=AliasChoices("GATEWAY_MODEL", "LLM_MODEL_NAME"),
         description="Model of a simplified request that names none; unset: the first that is served and can chat.",
     )
-    model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
+    model_aliases: Annotated[Mapping[str, Weights], NoDecode] = Field(
         {},
-        description="Other names of models, `NAME=MODEL`, separated by commas; `*=MODEL`: what is not served.",
+        description="Other names of models, `NAME=MODEL`, separated by commas; `*=MODEL`: what is not served; "
+        "`NAME=MODEL:9,OTHER:1`: nine calls of ten for one, the tenth for the other.",
+    )
+    route_headers: bool = Field(
+        False,
+        description="Answers say who gave them: `x-gateway-upstream`, which is a short hash of its URL, and "
+        "`x-gateway-model`, with the other name by which it was asked for.",
     )
     stream_style: Style = Field(
         "openai", description="How simplified streams look; a request may say its own `stream_style`."
@@ -295,7 +304,7 @@ class Settings(EnvironmentSettings):
     @property
     def may_have_several(self) -> bool:
         """Whether there are, or may come to be, several upstreams."""
-        return len(self.upstreams) > 1 or self.upstreams[0].startswith("dns+")
+        return len(self.upstreams) > 1 or self.upstreams[0].startswith(("dns+", IN_FILE))
 
     @field_validator(
         "upstreams",
@@ -325,7 +334,7 @@ class Settings(EnvironmentSettings):
     @field_validator("upstreams")
     @classmethod
     def _check_upstreams(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        urls = tuple(upstream_url(url) for url in value)
+        urls = tuple(word if re.match(f"{IN_FILE}.", word) else upstream_url(word) for word in value)
         if len(set(urls)) != len(urls):
             raise ValueError("each URL once")
         return urls
@@ -389,10 +398,7 @@ class Settings(EnvironmentSettings):
     def _check_aliases(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        pairs = [pair.partition("=") for pair in re.split(r"[,\s]+", value.strip(", \t\n"))]
-        if not all(name and model for name, _, model in pairs) or len({name for name, *_ in pairs}) != len(pairs):
-            raise ValueError("pairs as NAME=MODEL, each name once, separated by commas")
-        return {name: model for name, _, model in pairs}
+        return from_words(re.split(r"[,\s]+", value.strip(", \t\n")))
 
     @model_validator(mode="after")
     def _as_released(self) -> Self:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
 from gateway.config.environment import SettingsError
-from gateway.config.settings import Settings
+from gateway.config.settings import IN_FILE, Settings
 
 
 def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | None:
     """Whom calls, probes and the fetching of tokens trust.
 
-    None where nothing that is called has TLS, as to read all certificates takes 1.5 MB.
+    None where nothing that is called can have TLS, as to read all certificates takes 1.5 MB.
 
     Raises SettingsError for a file that cannot be read or holds none.
     """
     called = settings.upstreams if token_url is None else (*settings.upstreams, token_url)
-    if not any(url.removeprefix("dns+").startswith("https:") for url in called):
+    if not any(url.removeprefix("dns+").startswith(("https:", IN_FILE)) for url in called):
         return None
     file = settings.upstream_ca_file
     try:
-        context = ssl.create_default_context(cafile=file)
+        return trusting(file, skip_verify=settings.tls_skip_verify)
     except (OSError, ssl.SSLError) as error:
         why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise SettingsError(
             f"GATEWAY_UPSTREAM_CA_FILE {str(file)!r} cannot be used ({why}): name a file of certificates in PEM."
         ) from None
-    if settings.tls_skip_verify:
+
+
+def trusting(file: Path | None, *, skip_verify: bool) -> ssl.SSLContext:
+    """What takes the certificates that those in the file have signed, the system's where there is none. Raises OSError.
+
+    `skip_verify`: any certificate.
+    """
+    context = ssl.create_default_context(cafile=file)
+    if skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context

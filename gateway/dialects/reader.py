@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -80,15 +80,29 @@ class Models(Protocol):
     def context(self, model: str) -> float: ...
 
 
+class Alias(Protocol):
+    """What calls under another name of a model are for."""
+
+    splits: bool
+
+    def choose(self, served: Container[str]) -> str:
+        """The model of the next call."""
+
+    def first(self, served: Container[str]) -> str:
+        """One of them, where that is not for a call."""
+
+    def is_served(self, served: Container[str]) -> bool: ...
+
+
 # How a body says how long its answer may be.
 # More than any call can have: of larger numbers a budget would lose the small ones.
 _MOST_TOKENS = 1_000_000_000
 _ANSWER = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 # The body that goes upstream, unless there is a translation; form, model, streaming, translation, whether the upstream
-# is asked for a stream's tokens, which the client is not told, and the `cache_salt` that goes upstream. A plain tuple,
-# as a class of its own would cost each request one call more.
-Reading = tuple[bytes, str, str | None, bool, Translation | None, bool, Any]
+# is asked for a stream's tokens, which the client is not told, the `cache_salt` that goes upstream, and by which other
+# name the model was asked for. A plain tuple, as a class of its own would cost each request one call more.
+Reading = tuple[bytes, str, str | None, bool, Translation | None, bool, Any, str | None]
 Steps = Generator[None, None, Reading]
 
 
@@ -110,7 +124,7 @@ class BodyReader:
     connector: Literal["generic", "langchain"]
     compat: erag.Release | None
     forward_sampling: bool
-    model_aliases: Mapping[str, str]
+    model_aliases: Mapping[str, Alias]
     counts_tokens: bool
     counts_all: bool
 
@@ -121,7 +135,7 @@ class BodyReader:
         there is a translation; empty where there is no body.
         """
         if kind == "none":
-            return b"", "", None, False, None, False, None
+            return b"", "", None, False, None, False, None, None
         if len(content) >= LONG_BODY:
             return _result(self.read_in_steps(kind, content, marks))
         if content[:2] != b'{"':
@@ -133,12 +147,12 @@ class BodyReader:
         self._check(kind, body, content)
         if translates:
             form, translation = self._translate(kind, body)
-            return b"", form, None, translation.streaming, translation, False, body.get("cache_salt")
+            return b"", form, None, translation.streaming, translation, False, body.get("cache_salt"), None
         if marks is not None or self.model_aliases or self.counts_all or self.body_limits.max_new_tokens < math.inf:
             return self._edited(kind, content, body, marks)
         model = body.get("model")
         model = model if isinstance(model, str) else None
-        return content, "openai", model, body.get("stream") is True, None, False, body.get("cache_salt")
+        return content, "openai", model, body.get("stream") is True, None, False, body.get("cache_salt"), None
 
     def read_in_steps(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Steps:
         """As `read`, of a long body that is there: step by step, each of which takes a small part of a second."""
@@ -165,7 +179,7 @@ class BodyReader:
             yield from self._check_in_steps(kind, body, content)
             if translates:
                 form, translation = self._translate(kind, body)
-                return b"", form, None, translation.streaming, translation, False, body.get("cache_salt")
+                return b"", form, None, translation.streaming, translation, False, body.get("cache_salt"), None
         return self._edited(kind, content, body, marks)
 
     def _read_released(
@@ -187,7 +201,16 @@ class BodyReader:
                 yield from self._check_in_steps("chat", body, content)
                 if not is_openai:
                     _, translation = self._translate("chat", body)
-                    return b"", "simplified", None, translation.streaming, translation, False, body.get("cache_salt")
+                    return (
+                        b"",
+                        "simplified",
+                        None,
+                        translation.streaming,
+                        translation,
+                        False,
+                        body.get("cache_salt"),
+                        None,
+                    )
         except (Rejected, erag.Unprocessable):
             raise
         except BadRequest as error:
@@ -200,8 +223,9 @@ class BodyReader:
         model = model if isinstance(model, str) else None
         known = self.resolve(kind, model) if self.model_aliases or self.compat else model
         changes: dict[str, Any] = {}
+        alias = None
         if known != model:
-            changes["model"] = model = known
+            changes["model"], alias, model = known, model, known
         asks = streaming and self.counts_all and kind in ("chat", "completion")
         if asks and (options := simplified.usage_options(body.get("stream_options"))):
             changes["stream_options"] = options
@@ -213,7 +237,7 @@ class BodyReader:
         if changes:
             content = edited(content, body, **changes)
         salt = changes.get("cache_salt", body.get("cache_salt"))
-        return content, "openai", model, streaming, None, "stream_options" in changes, salt
+        return content, "openai", model, streaming, None, "stream_options" in changes, salt, alias
 
     def asked_tokens(self, content: bytes) -> int | None:
         """How many tokens a body asks for that goes upstream; None where it does not say."""
@@ -231,10 +255,13 @@ class BodyReader:
 
         A release knew but its own; a name that is in no list else is for the upstream to judge, which may load it.
         """
-        if not model or model in (served := self.models.models):
+        if not model:
             return model
-        if meant := self.model_aliases.get(model) or self.model_aliases.get("*"):
-            return meant
+        served, alias = self.models.models, self.model_aliases.get(model)
+        if model in served and (alias is None or not alias.splits):
+            return model
+        if alias := alias or self.model_aliases.get("*"):
+            return alias.choose(served)
         if self.compat is not None and kind == "chat" and served:
             return self.model or self.models.chat_model
         return model
@@ -243,7 +270,8 @@ class BodyReader:
     def named_models(self) -> tuple[str, ...]:
         """All names that a call may give its model: those that are served, and the other names of these."""
         served = self.models.models
-        return (*served, *(name for name, model in self.model_aliases.items() if model in served and name != "*"))
+        others = [name for name, alias in self.model_aliases.items() if name != "*" and alias.is_served(served)]
+        return tuple(dict.fromkeys((*served, *others)))
 
     @property
     def default_model(self) -> str | None:

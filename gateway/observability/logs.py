@@ -188,6 +188,10 @@ class RequestLog:
             "bytes": record.bytes_out,
             "outcome": record.outcome,
         }
+        if record.cached_tokens:
+            fields["cached_tokens"] = record.cached_tokens
+        if record.alias is not None:
+            fields["alias"] = record.alias[:200]
         if trace is not None:
             fields["trace_id"], fields["span_id"] = trace.trace_id, trace.span_id
         return self._line(fields)

@@ -6,8 +6,9 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from itertools import accumulate
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,7 +17,7 @@ from prometheus_client.registry import Collector
 from gateway.admission.admission_queue import AdmissionQueue
 from gateway.admission.arrivals import Arrivals
 from gateway.admission.buffers import Buffers
-from gateway.pool.upstream_pool import UpstreamPool
+from gateway.pool.upstream_pool import State, UpstreamPool
 from gateway.relay.interfaces import Call
 from gateway.relay.record import Record
 
@@ -40,8 +41,16 @@ class Metrics(Collector):
         buffers: Buffers,
         time: Callable[[], float],
         lost_lines: Callable[[], int],
+        aliases: Container[str],
     ) -> None:
-        """Most of them the data path's; `lost_lines` tells how many lines of the log were lost."""
+        """Most of them the data path's; `lost_lines` tells how many lines of the log were lost.
+
+        `aliases` are models' other names.
+        """
+        self._aliases = aliases
+        # By another name and the model that was meant.
+        self._renamed: Counter[tuple[str, str]] = Counter()
+        self._cached = 0
         self._lost_lines = lost_lines
         self._queue = queue
         self._arrivals = arrivals
@@ -82,6 +91,8 @@ class Metrics(Collector):
             model = record.model
             model = sys.intern(model) if model and model in models else "unknown"
             requests.append((path, record.form or "none", model, status, outcome))
+            if record.alias is not None:
+                self._renamed[record.alias if record.alias in self._aliases else "*", model] += 1
             total.append(ended - started)
             if record.received_at is not None and record.sent_at is not None:
                 tail = ended - record.upstream_ended_at if record.upstream_ended_at is not None else 0
@@ -94,6 +105,7 @@ class Metrics(Collector):
                 prompt, completion, estimated = found
                 tokens[estimated] += prompt
                 tokens[2 + estimated] += completion
+                self._cached += record.cached_tokens
         self._requests.update(requests)
         self._total.observe(total)
         self._added.observe(added)
@@ -138,6 +150,18 @@ class Metrics(Collector):
         for number, kind in enumerate(("prompt", "completion")):
             for estimated, source in enumerate(("reported", "estimated")):
                 tokens.add_metric((kind, source), self._tokens[2 * number + estimated])
+        cached = CounterMetricFamily(
+            "gateway_cached_tokens",
+            "Prompts' tokens that vLLM had in its prefix cache, as far as it tells (--enable-prompt-tokens-details).",
+            value=self._cached,
+        )
+        renamed = CounterMetricFamily(
+            "gateway_alias_requests",
+            "Requests for a model by another name, and the model that took them; *: a name that is not served.",
+            labels=("alias", "model"),
+        )
+        for names, count in self._renamed.items():
+            renamed.add_metric(names, count)
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
         waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._queue))
         arriving = GaugeMetricFamily(
@@ -164,6 +188,8 @@ class Metrics(Collector):
             buffered,
             most,
             tokens,
+            cached,
+            renamed,
             lost,
             *(one.family() for one in histograms),
             *self._upstreams(),
@@ -182,18 +208,25 @@ class Metrics(Collector):
             labels=("upstream",),
         )
         now = self._time()
-        for upstream in self._pool:
+        hits = GaugeMetricFamily(
+            "gateway_upstream_prefix_hit_ratio",
+            "Part of its prompts' tokens that an upstream had in its prefix cache of late, by its own metrics.",
+            labels=("upstream",),
+        )
+        for upstream in (*self._pool, *[one for one in self._pool.leaving if one.in_flight]):
             status, _ = upstream.status(now)
-            for name in ("serving", "loading", "down"):
+            for name in get_args(State):
                 state.add_metric((upstream.url, name), float(status == name))
             in_flight.add_metric((upstream.url,), upstream.in_flight)
             left.add_metric((upstream.url,), upstream.failovers)
+            if upstream.prefix_hits is not None:
+                hits.add_metric((upstream.url,), upstream.prefix_hits)
         routed = CounterMetricFamily(
             "gateway_routed", "Calls by how their upstream was found among several.", labels=("how",)
         )
         for how, calls in self._pool.routed.items():
             routed.add_metric((how,), calls)
-        return [state, in_flight, left, routed]
+        return [state, in_flight, left, hits, routed]
 
 
 class _Histogram:

@@ -13,11 +13,11 @@ import orjson
 
 from gateway.observability.recent_requests import PageFigures
 from gateway.observability.ring import Ring
-from gateway.page import vllm_metrics
-from gateway.page.vllm_metrics import VllmLoad
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
+from gateway.upstream import vllm_metrics
 from gateway.upstream.prober import Prober
+from gateway.upstream.vllm_metrics import VllmLoad
 from gateway.wire import sse
 
 _log = logging.getLogger(__name__)
@@ -219,7 +219,8 @@ class Sampler:
     def _report(self) -> dict[str, Any]:
         now = self._path.time()
         upstreams = self._prober.report(now)
-        self._samples = {one: self._samples.get(one) or _UpstreamSample() for one in self._path.pool}
+        known = [one for one in (*self._path.pool, *self._path.pool.leaving) if one.in_flight or not one.gone]
+        self._samples = {one: self._samples.get(one) or _UpstreamSample() for one in known}
         for upstream, sample in zip(upstreams, self._samples.values(), strict=True):
             upstream |= sample.figures(now) if upstream["state"] == "serving" else _UpstreamSample().figures(now)
         serving = any(upstream["state"] == "serving" for upstream in upstreams)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import orjson
+
+from gateway.dialects.reader import Alias
 
 # A hub's NAME or ORG/NAME, with what vLLM takes behind it for a quantized file: any other root is where a server has
 # its model.
@@ -23,14 +25,19 @@ def without_paths(content: bytes) -> bytes:
     return orjson.dumps(found) if any(changed) else content
 
 
-def union(lists: Iterable[bytes], aliases: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The entries of these lists by their ids, each once and without paths, and those of `aliases` of them."""
+def union(lists: Iterable[tuple[bytes, Container[str]]], aliases: Mapping[str, Alias]) -> dict[str, dict[str, Any]]:
+    """The entries of these lists by their ids, each once and without paths, and those of `aliases` of them.
+
+    With each list comes what counts of it.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for content in lists:
+    for content, counted in lists:
         for entry in orjson.loads(without_paths(content))["data"]:
-            found.setdefault(entry["id"], entry)
-    meant = {name: model for name, model in aliases.items() if name != "*" and model in found and name not in found}
-    return found | {name: {**found[model], "id": name, "root": model} for name, model in meant.items()}
+            if entry["id"] in counted:
+                found.setdefault(entry["id"], entry)
+    served = [(name, alias) for name, alias in aliases.items() if name != "*" and alias.is_served(found)]
+    others = {name: alias.first(found) for name, alias in served if name not in found}
+    return found | {name: {**found[model], "id": name, "root": model} for name, model in others.items()}
 
 
 def _hide_path(entry: dict[str, Any]) -> bool:

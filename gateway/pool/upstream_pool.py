@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from gateway.pool.prefixes import HOT, NEW, Places, PrefixCounts
 
 _log = logging.getLogger(__name__)
 
-State = Literal["serving", "loading", "down"]
+State = Literal["serving", "loading", "down", "draining"]
 
 # An upstream is failing after so many broken calls in a row, and gets one call for a trial each so many seconds.
 BROKEN_IN_A_ROW = 3
@@ -38,14 +39,19 @@ How = Literal["first", "spilled", "hot", "least", "retried"]
 class Upstream:
     """One vLLM server: where it is, how it is, and what it is doing for us.
 
-    `model_list` is its model list as it was read, `models` the ids in it, both empty until then, and `contexts` the
-    most tokens of a prompt and its answer that each of them takes, where the list has that. `supports_audio` says
-    whether it takes speech, where that was asked, `routes` what it takes at all, by the routes' names (None: not
-    known), `why` why it does not serve. `fingerprint` is its answers' `system_fingerprint`, with its quotes, once one
-    was seen. `awaited` are those of its calls in flight that are streamed and have no byte of an answer yet.
-    `failovers` counts the calls that it did not take and that another was asked for instead. `probed_at` is when its
-    last probe ended, `on_failure` is told of each broken call. `broken_by` is whose calls it answered with an error,
-    where that is all that broke, and all were one owner's. `gone` says that discovery leads to it no longer.
+    `model_list` is its model list as it was read, `listed` the ids in it and `models` those of them that it is asked
+    for, all empty until then, and `contexts` the most tokens of a prompt and its answer that each of them takes, where
+    the list has that. `supports_audio` says whether it takes speech, where that was asked, `routes` what it takes at
+    all, by the routes' names (None: not known), `why` why it does not serve. `fingerprint` is its answers'
+    `system_fingerprint`, with its quotes, once one was seen, `prefix_hits` the part of its prompts' tokens that it had
+    in its prefix cache of late, where it tells. `awaited` are those of its calls in flight that are streamed and have
+    no byte of an answer yet. `failovers` counts the calls that it did not take and that another was asked for instead.
+    `probed_at` is when its last probe ended, `on_failure` is told of each broken call. `broken_by` is whose calls it
+    answered with an error, where that is all that broke, and all were one owner's. `gone` says that discovery leads to
+    it no longer.
+
+    `source` is what led to it. `only` are the models that it may be asked for, None for all, `authorization` is what it
+    is shown, None for what all are, and `trust` says whose certificates its connections take, None likewise.
 
     `url` is what it is known by, here and in every other gateway. Its name may lead to many: `at` is its own address
     then, and in the URL, while its `host` and `authority` keep the name, for TLS and for the Host header.
@@ -61,11 +67,13 @@ class Upstream:
     state: State = "loading"
     why: str = "not probed yet"
     model_list: bytes = field(default=b"", repr=False)
+    listed: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     contexts: dict[str, int] = field(default_factory=dict)
     supports_audio: bool = False
     routes: frozenset[str] | None = None
     fingerprint: bytes | None = None
+    prefix_hits: float | None = None
     in_flight: int = 0
     awaited: int = 0
     weight: float = 1.0
@@ -77,6 +85,10 @@ class Upstream:
     on_failure: Callable[[Upstream], None] | None = field(default=None, repr=False)
     failovers: int = field(default=0, repr=False)
     gone: bool = field(default=False, repr=False)
+    source: str = ""
+    only: frozenset[str] | None = None
+    authorization: str | None = field(default=None, repr=False)
+    trust: object | None = field(default=None, repr=False)
 
     @classmethod
     def from_url(cls, url: str, at: str | None = None) -> Upstream:
@@ -93,6 +105,11 @@ class Upstream:
     def origin(self) -> str:
         """Its URL with its name."""
         return f"http{'s' if self.tls else ''}://{self.authority}{self.prefix}"
+
+    @property
+    def short_name(self) -> str:
+        """What it is called before clients: the same in every gateway, and no address."""
+        return blake2b(self.url.encode(), digest_size=4).hexdigest()
 
     def record_success(self) -> None:
         """A real call came through."""
@@ -127,6 +144,8 @@ class Upstream:
 
         Not on one caller's word alone, who may ask for what no server can answer.
         """
+        if self.gone:
+            return "draining", "it takes no new calls, and those that run there end"
         if self.state == "serving" and self.failing(now):
             if self.broken_by is not None:
                 return "serving", f"one caller's last calls broke, {self.broken_in_a_row} in a row"
@@ -175,10 +194,15 @@ class UpstreamPool:
         self._max_in_flight_per_upstream = min(max_in_flight, max_in_flight_per_upstream)
         self._turn = 0
         self._retries = _RETRIES
+        self._upstreams: tuple[Upstream, ...] = ()
+        # Those that are gone, as far as they had calls then.
+        self.leaving: list[Upstream] = []
         self.replace(upstreams)
 
     def replace(self, upstreams: tuple[Upstream, ...]) -> None:
-        """These are all from now on."""
+        """These are all from now on; of others the calls that run there end in their time."""
+        left = dict.fromkeys([*self._upstreams, *self.leaving])
+        self.leaving = [one for one in left if one.in_flight and one not in upstreams]
         self._upstreams = upstreams
         self._is_grouped = False
         self._by_upstreams.clear()
@@ -190,6 +214,11 @@ class UpstreamPool:
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams)
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether some upstream is shown a key of its own."""
+        return any(one.authorization is not None for one in self._upstreams)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -306,8 +335,11 @@ class UpstreamPool:
                 group = self._by_upstreams[together] = _Group(together)
             self._groups[model] = group
 
-    def set_models(self, upstream: Upstream, models: tuple[str, ...]) -> None:
+    def set_models(self, upstream: Upstream, listed: tuple[str, ...]) -> None:
         """What this upstream serves now."""
+        upstream.listed = listed
+        only = upstream.only
+        models = listed if only is None else tuple([model for model in listed if model in only])
         if upstream.models != models:
             upstream.models = models
             self._is_grouped = False

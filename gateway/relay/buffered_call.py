@@ -105,7 +105,9 @@ class BufferedCall(Exchange):
             if reading is None:
                 reading = reader.read(self.route.body, content, None if self.key is None else self._marks())
                 self.prompt_bytes = len(content) if len(content) <= ITEM else prompt_size(content)
-            content, self.form, self.model, self.streaming, self._translation, self._hides_usage, salt = reading
+            content, self.form, self.model, self.streaming, self._translation, self._hides_usage, salt, self.alias = (
+                reading
+            )
             if self._translation is not None:
                 content, salt = self._translated(self._translation, salt)
             rewritten = self._translation is not None or self._hides_usage or self.route.name == "models"
@@ -150,6 +152,8 @@ class BufferedCall(Exchange):
         """The body that goes upstream in the place of one in another form, and its `cache_salt`, by its key's marks."""
         self.target = translation.target
         self.model = self._path.reader.select_model(translation)
+        if translation.model and translation.model != self.model:
+            self.alias = translation.model
         content = translation.to_call(self.model)
         self.prompt_bytes = prompt_size(content)
         marks = None if self.key is None else self._marks()

@@ -61,7 +61,7 @@ class DataPath:
     `cors_origins` are those whose pages may call, which the application sees to. `allows_host` says whether a Host is
     one to call us by, None where any is. `forwarded_headers` are those of clients that go upstream though vLLM obeys
     them. `traced` puts what names a call's trace among the lines of the head that goes upstream, None where nothing is
-    traced.
+    traced. `tells_route` has answers name the upstream and the model that they are of.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -88,6 +88,7 @@ class DataPath:
     allows_host: Callable[[bytes], object] | None
     forwarded_headers: frozenset[bytes]
     traced: Callable[[Record, bytes], bytes] | None
+    tells_route: bool = False
 
     def overdue(self) -> list[Call]:
         """The calls of which a time limit may have passed.

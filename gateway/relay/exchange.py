@@ -182,7 +182,7 @@ class Exchange(StreamedAnswer, ABC):
             length > HELD_EVENT and not path.buffers.has_room(self.owner, length)
         ):
             self.fail(no_room(path.buffers))
-        elif path.credentials.value is None:
+        elif path.credentials.value is None and not path.pool.has_own_keys:
             self.fail(NoneReady(NO_TOKEN))
 
     @abstractmethod
@@ -283,7 +283,10 @@ class Exchange(StreamedAnswer, ABC):
         if self._state is not CONNECTING:
             connection.release()
             return
-        self._authorization = self._path.credentials.value
+        upstream = self.upstream
+        assert upstream is not None
+        own = upstream.authorization
+        self._authorization = self._path.credentials.value if own is None else own
         if self._authorization is None:  # it has run out since this began
             connection.release()
             self.fail(NoneReady(NO_TOKEN))
@@ -352,7 +355,8 @@ class Exchange(StreamedAnswer, ABC):
         self._state = RENEWING
         self._refused = True
         connection, self._connection = self._connection, None
-        if not self._path.credentials.renew(self._authorization, self.credentials_renewed):
+        own = self.upstream is not None and self.upstream.authorization is not None
+        if own or not self._path.credentials.renew(self._authorization, self.credentials_renewed):
             self._state, self._connection = WAITING, connection
             return False
         if connection is not None:
@@ -462,8 +466,8 @@ class Exchange(StreamedAnswer, ABC):
         self._started = True
         head, self._head = self._head, None  # not kept for as long as a stream lasts
         assert head is not None
-        if self.key is not None:
-            head = self._with_limits(head, self.key)
+        if self.key is not None or self._path.tells_route:
+            head = self._with_own(head)
         self._client.start(head, self._length, self.request_id)
         self._write_chunk = self._chunk_writer()
 
@@ -599,8 +603,8 @@ class Exchange(StreamedAnswer, ABC):
         elif self.route.name == "models" and head.status == 200:
             content = without_paths(content)
         self.bytes_out = len(content)
-        if self.key is not None:
-            head = self._with_limits(head, self.key)
+        if self.key is not None or self._path.tells_route:
+            head = self._with_own(head)
         self._answered(failed=head.status >= 500)
         self._client.whole(head, content, self.request_id)
 
@@ -724,8 +728,8 @@ class Exchange(StreamedAnswer, ABC):
             self.bytes_out = len(content)
             self._finish(error.outcome)
             head = AnswerHead(error.status, [JSON, *error.answer_headers])
-            if self.key is not None:
-                head = self._with_limits(head, self.key)
+            if self.key is not None or self._path.tells_route:
+                head = self._with_own(head)
             client.whole(head, content, self.request_id)
         elif events is not None and not events.is_cut:
             tail = self._before_last + self._last

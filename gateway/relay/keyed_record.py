@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from urllib.parse import quote
 
 from gateway.admission.keys import Key, Keys
 from gateway.admission.owners import Owner
@@ -14,6 +15,10 @@ from gateway.wire.key_marks import KeyMarks, check_owner
 
 LIMIT_HEADERS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
 TOKEN_HEADERS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+ROUTE_HEADERS = (b"x-gateway-upstream", b"x-gateway-model")
+# What stands in these as it is; else it is percent-encoded (RFC 3986, 2.1).
+_PLAIN = "/:@+"
+_LONGEST_NAME = 200
 JSON = (b"content-type", b"application/json")
 # An upstream's answer for a path that it has not.
 NO_SUCH_PATH = b'{"detail":"Not Found"}'
@@ -99,14 +104,23 @@ class KeyedRecord(TimedRecord):
         model = f"The model {self.model[:200]!r}" if self.model else "The model server's model"
         return NotServed(f"{model} does not take {self.route.path}{others}")
 
-    def _with_limits(self, head: AnswerHead, key: Key) -> AnswerHead:
-        """The head, with what is left of the key's requests and tokens, in the headers that OpenAI's clients know."""
-        limits: list[Header] = []
-        if key.a_minute is not None:
-            limits += _limit_headers(LIMIT_HEADERS, key.a_minute, *key.left(self._path.time()))
-        if key.tokens is not None:
-            limits += _limit_headers(TOKEN_HEADERS, key.tokens.a_minute, *key.tokens.left(self._path.time()))
-        return AnswerHead(head.status, head.headers + limits, streams=head.streams) if limits else head
+    def _with_own(self, head: AnswerHead) -> AnswerHead:
+        """The head, with what is left of the key's requests and tokens, in the headers that OpenAI's clients know.
+
+        And, where a setting asks for that, with who answers: the upstream, and the model with its other name.
+        """
+        own: list[Header] = []
+        key, upstream = self.key, self.upstream
+        if key is not None and key.a_minute is not None:
+            own += _limit_headers(LIMIT_HEADERS, key.a_minute, *key.left(self._path.time()))
+        if key is not None and key.tokens is not None:
+            own += _limit_headers(TOKEN_HEADERS, key.tokens.a_minute, *key.tokens.left(self._path.time()))
+        if upstream is not None and self._path.tells_route:
+            own.append((ROUTE_HEADERS[0], upstream.short_name.encode()))
+            if self.model:
+                alias = f"; alias={_plain(self.alias)}" if self.alias else ""
+                own.append((ROUTE_HEADERS[1], f"{_plain(self.model)}{alias}".encode()))
+        return AnswerHead(head.status, head.headers + own, streams=head.streams) if own else head
 
     def _settle(self, reserved: float) -> None:
         """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""
@@ -131,6 +145,10 @@ class KeyedRecord(TimedRecord):
         if self.outcome == "done" and self.route.body != "response":
             return prompt + self.bytes_out // TOKEN
         return max(prompt, round(reserved)) if self._asked is None else prompt + self._asked
+
+
+def _plain(name: str) -> str:
+    return quote(name[:_LONGEST_NAME], _PLAIN, errors="replace")
 
 
 def _limit_headers(names: tuple[bytes, bytes, bytes], most: int, left: int, reset: float) -> list[Header]:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from gateway.admission.keys import Key
 from gateway.pool.upstream_pool import Upstream
-from gateway.relay.usage import TOKEN, usage_in
+from gateway.relay.usage import TOKEN, cached_in, usage_in
 from gateway.wire.heads import RequestHead, new_request_id
 from gateway.wire.routes import Route
 
@@ -27,9 +27,11 @@ class Record:
     `ask`; empty where it is not known. `target` is what the upstream is asked for, `status` what the client got.
     `trace` is there once something traces it. `outcome` is `done`, `client_left`, `refused`, `upstream_error`,
     `drained`, `shortage` (of memory, for what nobody read) or `timeout:<which>`, and empty until the end. `address` is
-    the client's, as far as it is known. `request_id` is what the client calls it, if anything, and `upstream_id` what
-    the upstream is told, of which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the
-    request's body, `prompt_bytes` those of them that count as text, `bytes_out` and `events` those of the answer.
+    the client's, as far as it is known. `alias` is the other name by which the model was asked for, None where it was
+    its own. `request_id` is what the client calls it, if anything, and `upstream_id` what the upstream is told, of
+    which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the request's body, `prompt_bytes`
+    those of them that count as text, `bytes_out` and `events` those of the answer. `cached_tokens` are those of the
+    prompt's that vLLM had in its prefix cache, as far as it tells.
     """
 
     __slots__ = (
@@ -39,8 +41,10 @@ class Record:
         "_usage",
         "_usage_text",
         "address",
+        "alias",
         "bytes_in",
         "bytes_out",
+        "cached_tokens",
         "ended_at",
         "events",
         "first_byte_at",
@@ -73,6 +77,7 @@ class Record:
         self.address = ""
         self.key: Key | None = None
         self.model: str | None = None
+        self.alias: str | None = None
         self.upstream: Upstream | None = None
         self.status = 0
         self.streaming = False
@@ -81,6 +86,7 @@ class Record:
         self.bytes_in = 0
         self.prompt_bytes = 0
         self.bytes_out = 0
+        self.cached_tokens = 0
         self.started_at = started_at
         self.received_at: float | None = None
         self.sent_at: float | None = None
@@ -100,9 +106,11 @@ class Record:
 
     @property
     def usage(self) -> tuple[int, int] | None:
-        """Prompt and completion tokens, where vLLM has reported them."""
+        """Prompt and completion tokens, where vLLM has reported them; `cached_tokens` are known from then on."""
         if self._usage_text:
             self._usage = usage_in(self._usage_text)
+            if b'"cache' in self._usage_text:
+                self.cached_tokens = cached_in(self._usage_text)
             self._usage_text = b""
         return self._usage
 

@@ -12,6 +12,8 @@ _PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
 # What Messages leave out of theirs.
 _CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens":\s*(\d{1,18})\b')
+# Those of them that it had, in the details of a prompt's.
+_FOUND_TOKENS = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)":\s*(\d{1,18})\b')
 # An object and those in it, up to its end or its first that holds others.
 _OBJECT = re.compile(rb'"usage":\s*\{(?:[^{}]++|\{[^{}]*+\})*+')
 # Enough for an object whose details are of each turn of a long conversation.
@@ -72,6 +74,13 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
     completion = _COMPLETION.search(told[0])
     cached = sum(map(int, _CACHED.findall(told[0]))) if b'"cache_' in told[0] else 0
     return int(prompt[1]) + cached, int(completion[1]) if completion else 0
+
+
+def cached_in(text: bytes) -> int:
+    """How many of the prompt's tokens vLLM had in its prefix cache, of what `usage_text` has found; 0: none is told."""
+    told = _OBJECT.match(text)
+    found = None if told is None else _FOUND_TOKENS.search(told[0])
+    return 0 if found is None else int(found[1])
 
 
 def _told(text: bytes) -> int:

@@ -23,7 +23,8 @@ from gateway.wire.near_paths import NearPaths
 class Parts:
     """One gateway's parts. `flush` has the finished requests counted, traced and logged; `sampler` is the page's.
 
-    `near_paths` tells which of the paths that are served was meant.
+    `near_paths` tells which of the paths that are served was meant. `reread` has the files that the settings name read
+    anew.
     """
 
     data_path: DataPath
@@ -36,6 +37,7 @@ class Parts:
     flush: Callable[[], None]
     sampler: Sampler | None
     near_paths: NearPaths
+    reread: Callable[[], None]
 
 
 class State(TypedDict):

@@ -79,7 +79,7 @@ def how_all_is(parts: Parts, head: RequestHead, asked: str | None = None) -> Ans
     allows_host = parts.data_path.allows_host
     if not _is_known(parts, head) or (allows_host is not None and not allows_host(head.hosts or b"")):
         for upstream in upstreams:
-            del upstream["url"]
+            del upstream["url"], upstream["source"]
     draining = parts.data_path.drain.began
     answered_by = [one for one in upstreams if model is None or model in one["models"]]
     serving = not draining and any(upstream["state"] == "serving" for upstream in answered_by)
@@ -126,7 +126,7 @@ async def ping(request: Request) -> Response:
 def _models(request: Request) -> dict[str, dict[str, Any]]:
     """What the probes have read of the upstreams that are not down, by id, with the other names; raises NoneReady."""
     path, now = _parts(request).data_path, time.monotonic()
-    lists = [one.model_list for one in path.pool if one.model_list and one.status(now)[0] != "down"]
+    lists = [(one.model_list, one.models) for one in path.pool if one.model_list and one.status(now)[0] != "down"]
     if not lists:
         raise NoneReady("No model server is up: try again soon.")
     return union(lists, path.reader.model_aliases)

@@ -17,11 +17,8 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.config.environment import SettingsError
-from gateway.config.keys_file import reread_client_keys
 from gateway.config.secrets import Secrets
 from gateway.config.settings import CLOSING_TIME, Settings
-from gateway.config.tls import load_certificate, own_tls
 from gateway.relay.data_path import Drain
 from gateway.server.context import Parts
 from gateway.server.http_protocol import DRAIN_GRACE, HttpProtocol, SharedState, missing_names
@@ -75,7 +72,7 @@ _ACCEPTS = 4
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with an end in three steps: say so, accept no more, end what still runs. At SIGHUP it reads files."""
+    """uvicorn's, with an end in three steps: say so, accept no more, end what runs. At SIGHUP it has files read."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
@@ -85,7 +82,6 @@ class Server(uvicorn.Server):
         self._drain_timeout = settings.drain_timeout
         self._signalled_at: float | None = None
         self._hung_up = False
-        self._rereading: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one is not to be argued with."""
@@ -96,47 +92,14 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
-        """The file of keys, or the certificate, has changed."""
+        """A file has changed that the settings name."""
         self._hung_up = True
-
-    async def _reread(self) -> None:
-        """Not within a tick, as a file of keys is looked at for a while, and calls go on."""
-        try:
-            self._reread_certificate()
-            await self._reread_keys()
-        except Exception:
-            # A bug of ours, which must not go unseen.
-            _log.exception("the files were not read again")
-
-    def _reread_certificate(self) -> None:
-        if self.config.ssl is None:
-            return
-        try:
-            own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
-            load_certificate(self.config.ssl, self._settings)
-        except SettingsError as error:
-            _log.error("the certificate stays as it is: %s", error)
-        else:
-            _log.info("certificate read again")
-
-    async def _reread_keys(self) -> None:
-        keys = self._parts.data_path.keys
-        try:
-            found = await reread_client_keys(self._settings)
-        except SettingsError as error:
-            _log.error("the keys stay as they are: %s", error)
-            return
-        if keys is None or found is None:
-            _log.info("there is no file of keys to read again (GATEWAY_API_KEYS_FILE)")
-        else:
-            keys.replace(found)
-            _log.info("keys read again: %d", len(found))
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        if self._hung_up and (self._rereading is None or self._rereading.done()):
+        if self._hung_up:
             self._hung_up = False
-            self._rereading = asyncio.create_task(self._reread())
+            self._parts.reread()
         self._check_connections(counter)
         if self._signalled_at is not None:
             self._drain.began = True

@@ -8,10 +8,10 @@ import random
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import httptools
 from aiohappyeyeballs import start_connection
@@ -432,7 +432,8 @@ class ConnectionPool:
                 round(spread * limits.max_requests),
             ),
             sock=connected,
-            ssl=(self._tls or True) if upstream.tls else None,  # True trusts the system's certificates
+            # True trusts the system's certificates.
+            ssl=cast(Any, upstream.trust or self._tls or True) if upstream.tls else None,
             server_hostname=upstream.host if upstream.tls else None,
         )
         return connection
@@ -480,6 +481,11 @@ class ConnectionPool:
         """Close the idle connections to one that is gone; those in use close as they become idle."""
         for connection in self._idle.pop(upstream, ()):
             connection.discard()
+
+    def forget_hosts(self, hosts: Iterable[str]) -> None:
+        """No upstream is at these any more."""
+        for host in hosts:
+            self._resolver.forget(host)
 
     def _drop_gone(self) -> None:
         """Close the idle connections to where their host no longer is."""

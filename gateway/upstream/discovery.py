@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
@@ -22,56 +23,94 @@ _PATIENCE = 5.0
 _EAGER = 1.0
 
 
-class Discovery:
-    """Keeps the pool's upstreams those that the URLs lead to; one that begins with `dns+` to each of its addresses.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What leads to an upstream, or, where its URL begins with `dns+`, to one at each address, and how they are called.
 
-    `changed` is called with those that came and those that are gone: calls that run there end, and no new ones begin.
+    `named_by` is what has the source, as a setting or a file. `weight` is its part of calls beside others', `models`
+    are those that it may be asked for, None for all. `authorization` is what it is shown, None for what all are;
+    `trust` says whose certificates it may show, None likewise. `drains`: it gets no new calls.
+    """
+
+    url: str
+    named_by: str = ""
+    weight: float = 1.0
+    models: frozenset[str] | None = None
+    authorization: str | None = field(default=None, repr=False)
+    trust: object | None = field(default=None, repr=False)
+    drains: bool = False
+
+
+class Discovery:
+    """Keeps the pool's upstreams those that its sources lead to, one for each address.
+
+    `changed` is called with those that came, those that are gone, where calls that run end and no new ones begin, and
+    those of which another certificate is to be asked for.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        sources: Sequence[Source],
         pool: UpstreamPool,
-        lookup: Lookup | None,
+        lookup: Callable[[], Lookup],
         interval: float,
-        changed: Callable[[list[Upstream], list[Upstream]], None],
+        changed: Callable[[list[Upstream], list[Upstream], list[Upstream]], None],
     ) -> None:
-        """`lookup` asks for names, anew after so many seconds; None where no URL is of a name's addresses."""
+        """`lookup` makes what asks for names, anew after so many seconds, once there is one to ask for."""
         self._pool = pool
-        self._lookup = lookup
+        self._make_lookup = lookup
+        self._lookup: Lookup | None = None
         self._interval = interval
         self._changed = changed
-        self._found: dict[str, list[str]] = {url: [] if url.startswith(BY_NAME) else [url] for url in urls}
+        self._sources = sources
+        self._found: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
         self._known: dict[str, Upstream] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._asked: dict[str, asyncio.Event] = {}
 
     @contextlib.asynccontextmanager
     async def discovering(self) -> AsyncIterator[None]:
         """For as long as the context lasts; it begins when all names were asked for once, or a second has passed."""
-        self._update()
-        names = [url for url in self._found if url.startswith(BY_NAME)]
-        watches = [asyncio.create_task(self._watch(url)) for url in names]
         try:
-            if names:
-                firsts = [asyncio.create_task(self._ask(url)) for url in names]
-                watches += firsts
-                await asyncio.wait(firsts, timeout=_EAGER)
+            self.follow(self._sources)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EAGER):
+                    for asked in [*self._asked.values()]:
+                        await asked.wait()
             yield
         finally:
+            watches = [*self._watches.values()]
             for watch in watches:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
             if self._lookup is not None:
                 await self._lookup.close()
 
-    async def _watch(self, url: str) -> None:
+    def follow(self, sources: Sequence[Source]) -> None:
+        """These lead to all upstreams from now on. One that stays is the same, with what its source says of it now."""
+        self._sources = sources
+        names = {source.url for source in sources if source.url.startswith(BY_NAME)}
+        for url in self._watches.keys() - names:
+            self._watches.pop(url).cancel()
+            for known in (self._asked, self._found, self._why):
+                known.pop(url, None)
+        for url in names - self._watches.keys():
+            if self._lookup is None:
+                self._lookup = self._make_lookup()
+            self._asked[url] = asyncio.Event()
+            self._watches[url] = asyncio.create_task(self._watch(url, self._asked[url]))
+        self._update()
+
+    async def _watch(self, url: str, asked: asyncio.Event) -> None:
         while True:
-            await asyncio.sleep(self._interval)
             try:
                 await self._ask(url)
             except Exception:
                 # A bug of ours, which must not be the end of all lookups.
                 _log.exception("the addresses of %s could not be asked for", url)
+            asked.set()
+            await asyncio.sleep(self._interval)
 
     async def _ask(self, url: str) -> None:
         """Ask once; the last answer stays where there is none, or an empty one."""
@@ -86,13 +125,13 @@ class Discovery:
             found, why = [], f"no answer within {_PATIENCE:g} s"
         if not found:
             if why != self._why.get(url):
-                kept = "; its last addresses are kept" if self._found[url] else ""
+                kept = "; its last addresses are kept" if self._found.get(url) else ""
                 _log.warning("%s leads to no upstream: %s%s", url, why, kept)
             self._why[url] = why
             return
         if self._why.pop(url, None) is not None:
             _log.info("%s leads to upstreams again", url)
-        if found != self._found[url]:
+        if found != self._found.get(url):
             self._found[url] = found
             self._update()
 
@@ -108,17 +147,33 @@ class Discovery:
         return sorted(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).packed), "no address"
 
     def _update(self) -> None:
-        """The pool's upstreams are those that are known now; an address that two URLs lead to is one."""
+        """The pool's upstreams are those that are known now; an address that two sources lead to is one."""
+        before = self._known | {one.url: one for one in self._pool.leaving}
         wanted: dict[str, Upstream] = {}
-        for url, found in self._found.items():
-            for one in found:
-                made = Upstream.from_url(url.removeprefix(BY_NAME), at=one if url.startswith(BY_NAME) else None)
-                wanted.setdefault(made.url, self._known.get(made.url, made))
+        doubted = []
+        for source in self._sources:
+            plain = source.url.removeprefix(BY_NAME)
+            for at in [None] if plain == source.url else self._found.get(source.url, []):
+                made = Upstream.from_url(plain, at=at)
+                if made.url in wanted or source.drains:
+                    continue
+                upstream = wanted[made.url] = before.get(made.url, made)
+                if upstream.trust is not source.trust:
+                    doubted.append(upstream)
+                self._describe(upstream, source)
         came = [upstream for url, upstream in wanted.items() if url not in self._known]
         gone = [upstream for url, upstream in self._known.items() if url not in wanted]
         self._known = wanted
         for upstream in gone:
             upstream.gone = True
         self._pool.replace(tuple(wanted.values()))
-        if came or gone:
-            self._changed(came, gone)
+        if came or gone or doubted:
+            self._changed(came, gone, doubted)
+
+    def _describe(self, upstream: Upstream, source: Source) -> None:
+        upstream.gone = False
+        upstream.source = source.named_by if source.named_by and source.url == upstream.url else source.url
+        upstream.weight, upstream.authorization, upstream.trust = source.weight, source.authorization, source.trust
+        if upstream.only != source.models:
+            upstream.only = source.models
+            self._pool.set_models(upstream, upstream.listed)

@@ -15,9 +15,12 @@ from typing import Any, Literal
 import httpx
 import orjson
 
+from gateway.pool.aliases import Alias
 from gateway.pool.upstream_pool import State, Upstream, UpstreamPool
+from gateway.upstream import vllm_metrics
 from gateway.upstream.connect_errors import REFUSED
 from gateway.upstream.credentials import ClientCredentials, FixedKey
+from gateway.upstream.vllm_metrics import VllmLoad
 from gateway.wire.errors import REDIRECT_ADVICE, is_shortage
 from gateway.wire.heads import REDIRECTS
 
@@ -31,8 +34,11 @@ _FEW = 8
 _A_SECOND = 20
 # Between two probes for broken calls, in seconds.
 _SUSPECTED_AFTER = 0.1
-# The model list is read with each so many probes of an upstream that serves.
+# The model list is read with each so many probes of an upstream that serves, and where there are several, how much of
+# its prompts it had.
 _LIST_EVERY = 5
+_HITS_EVERY = 15
+_HITS_PATIENCE = 1.0
 
 
 class _UpstreamAuth(httpx.Auth):
@@ -42,12 +48,13 @@ class _UpstreamAuth(httpx.Auth):
         self._credentials = credentials
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        shown = self._credentials.value
+        own: str | None = request.extensions["upstream"].authorization
+        shown = self._credentials.value if own is None else own
         if shown:
             request.headers["authorization"] = shown
         answer = yield request
         renewed = asyncio.Event()
-        if answer.status_code == 401 and self._credentials.renew(shown, lambda _: renewed.set()):
+        if own is None and answer.status_code == 401 and self._credentials.renew(shown, lambda _: renewed.set()):
             await renewed.wait()
             if self._credentials.value not in (None, shown):
                 request.headers["authorization"] = self._credentials.value
@@ -69,7 +76,7 @@ class Prober:
         reads_template: bool = True,
         probe_audio: bool = False,
         route_paths: Mapping[str, str] = MappingProxyType({}),
-        model_aliases: Mapping[str, str] = MappingProxyType({}),
+        model_aliases: Mapping[str, Alias] = MappingProxyType({}),
     ) -> None:
         """`model` is the configured one, which may be one of `model_aliases`, `probe_interval` the seconds between two
         probes of an upstream.
@@ -94,6 +101,7 @@ class Prober:
             auth=_UpstreamAuth(credentials),
         )
         self._probes: Counter[Upstream] = Counter()
+        self._loads: dict[Upstream, VllmLoad] = {}
         # Those of which a call broke, until they are asked.
         self._suspected: dict[Upstream, asyncio.TimerHandle] = {}
         self._running: dict[Upstream, asyncio.Task[None]] = {}
@@ -134,6 +142,7 @@ class Prober:
                 self._suspected.pop(upstream).cancel()
             self._known.discard(upstream)
             del self._probes[upstream]
+            self._loads.pop(upstream, None)
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -187,7 +196,9 @@ class Prober:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":
             self._known.discard(upstream)
-            upstream.fingerprint = None  # it may come back as another
+            # It may come back as another.
+            upstream.fingerprint = upstream.prefix_hits = None
+            self._loads.pop(upstream, None)
         if (state, why) != (upstream.state, upstream.why):
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
@@ -196,33 +207,45 @@ class Prober:
         upstream.state, upstream.why, upstream.probed_at = state, why, time.monotonic()
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
-        if self._credentials.value is None:
+        if self._credentials.value is None and upstream.authorization is None:
             return "down", f"there is no token for it: {self._credentials.why}"
         health = await self._get(upstream, "/health")
         if health.status_code != 200:
             return self._unhealthy(upstream, health.status_code)
         self._probes[upstream] += 1
+        if len(self._pool) > 1 and not self._probes[upstream] % _HITS_EVERY:
+            await self._read_hits(upstream)
         if upstream in self._known and self._probes[upstream] % _LIST_EVERY:
             return "serving", ""
-        models = await self._get(upstream, "/v1/models")
-        if models.status_code in (401, 403):
-            return "down", f"its /v1/models answers {models.status_code}: {self._credentials.advice}"
-        if models.status_code in REDIRECTS:
-            return "down", f"its /v1/models answers {models.status_code}, {REDIRECT_ADVICE}"
-        served, upstream.contexts = _models(models)
-        if not served:
-            return "down", f"its /v1/models answers {models.status_code} and no model list"
-        self._pool.set_models(upstream, served)
-        upstream.model_list = models.content
-        model = self._model_among(served)
-        if model is not None and model not in served and not self._route_paths:
-            which = "GATEWAY_MODEL" if model == self._model else f"which GATEWAY_MODEL {self._model!r} stands for"
-            return "down", f"it does not serve {model!r} ({which}); it serves {', '.join(served)}"
+        if why := await self._read_models(upstream):
+            return "down", why
         if upstream not in self._known:
             if why := await self._learn(upstream):
                 return "down", why
             self._known.add(upstream)
         return "serving", ""
+
+    async def _read_models(self, upstream: Upstream) -> str:
+        """Read its model list; why it would not take calls, empty where it would."""
+        models = await self._get(upstream, "/v1/models")
+        if models.status_code in (401, 403):
+            return f"its /v1/models answers {models.status_code}: {self._advice(upstream)}"
+        if models.status_code in REDIRECTS:
+            return f"its /v1/models answers {models.status_code}, {REDIRECT_ADVICE}"
+        listed, upstream.contexts = _models(models)
+        if not listed:
+            return f"its /v1/models answers {models.status_code} and no model list"
+        self._pool.set_models(upstream, listed)
+        upstream.model_list = models.content
+        served = upstream.models
+        if not served:
+            only = ",".join(sorted(upstream.only or ()))
+            return f"it serves {', '.join(listed)}, and none of models={only}, which is all that it may be asked for"
+        model = self._model_among(served)
+        if model is not None and model not in served and not self._route_paths:
+            which = "GATEWAY_MODEL" if model == self._model else f"which GATEWAY_MODEL {self._model!r} stands for"
+            return f"it does not serve {model!r} ({which}); it serves {', '.join(served)}"
+        return ""
 
     async def _learn(self, upstream: Upstream) -> str:
         """Ask what does not change while it runs; why it would refuse chats, empty where it would not."""
@@ -242,17 +265,22 @@ class Prober:
         """The configured model, or the one that it is another name of where it is not served under its own."""
         if self._model is None or self._model in served:
             return self._model
-        return self._model_aliases.get(self._model) or self._model_aliases.get("*") or self._model
+        alias = self._model_aliases.get(self._model) or self._model_aliases.get("*")
+        return self._model if alias is None else alias.first(served)
 
     def _unhealthy(self, upstream: Upstream, status: int) -> tuple[State, str]:
         said = f"its /health answers {status}"
         if status in (401, 403):
-            return "down", f"{said}: {self._credentials.advice}"
+            return "down", f"{said}: {self._advice(upstream)}"
         if status in REDIRECTS:
             return "down", f"{said}, {REDIRECT_ADVICE}"
         # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
         loading = status == 204 or (status == 503 and not upstream.ever_served)
         return "loading" if loading else "down", said
+
+    def _advice(self, upstream: Upstream) -> str:
+        own = upstream.authorization is not None
+        return "its key-file is to hold a key that it takes" if own else self._credentials.advice
 
     async def _has(self, upstream: Upstream, path: str) -> bool:
         """Whether a path that is posted to is there: vLLM has those that its model can answer."""
@@ -281,9 +309,22 @@ class Prober:
             "or give vLLM a --chat-template that takes one"
         )
 
+    async def _read_hits(self, upstream: Upstream) -> None:
+        """Which part of its prompts' tokens it had in its prefix cache since this was read last; no word is no news."""
+        try:
+            async with asyncio.timeout(_HITS_PATIENCE):
+                answer = await self._get(upstream, "/metrics")
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError):
+            return
+        if (load := vllm_metrics.read(answer.text)) is not None:
+            before, self._loads[upstream] = self._loads.get(upstream), load
+            looked_for = load.looked_for - (before.looked_for if before else 0)
+            if looked_for > 0:
+                upstream.prefix_hits = round((load.found - (before.found if before else 0)) / looked_for, 4)
+
     async def metrics(self, upstream: Upstream) -> str:
         """What its own `/metrics` says; empty where it says nothing, and where it is gone it is probed at once."""
-        if self._credentials.value is None:
+        if self._credentials.value is None and upstream.authorization is None:
             return ""
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -294,17 +335,20 @@ class Prober:
         return answer.text if answer.status_code == 200 else ""
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """How each upstream is."""
+        """How each upstream is, and of those that are gone each at which calls still run."""
         return [
             {
                 "url": upstream.url,
+                "source": upstream.source,
                 "state": status[0],
                 "why": status[1],
                 "models": upstream.models,
                 "in_flight": upstream.in_flight,
+                "prefix_hits": upstream.prefix_hits,
                 "age": None if upstream.probed_at is None else round(now - upstream.probed_at, 1),
             }
-            for upstream in self._pool
+            for upstream in (*self._pool, *self._pool.leaving)
+            if upstream.in_flight or not upstream.gone
             for status in [upstream.status(now)]
         ]
 

@@ -48,7 +48,7 @@ class Lookup(Protocol):
 
 @dataclass(slots=True)
 class _Name:
-    """What is known of a name. `seen` is when each address was last in an answer."""
+    """What is known of a name. `seen` is when each address was last in an answer; it is asked for while `wanted`."""
 
     addresses: list[str] = field(default_factory=list)
     answered_at: float = -math.inf
@@ -57,6 +57,7 @@ class _Name:
     rest: float = 0.0
     lookup: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
+    wanted: bool = True
 
 
 class Resolver:
@@ -81,11 +82,26 @@ class Resolver:
         if name is None:
             name = self._names[host] = _Name()
             self._ask(host, name)
+        name.wanted = True
         if name.lookup is not None and not self._is_known(name):
             await asyncio.shield(name.lookup)  # which others wait for, too
         if not self._is_known(name):
             raise NameNotFound(name.why)
         return [_address(address, port) for address in name.addresses]
+
+    def forget(self, host: str) -> None:
+        """Ask for this one no more, until somebody does again."""
+        if (name := self._names.get(host)) is None:
+            return
+        name.wanted = False
+        if name.lookup is None:  # else it is dropped when that ends
+            self._drop(host, name)
+
+    def _drop(self, host: str, name: _Name) -> None:
+        if name.timer is not None:
+            name.timer.cancel()
+        del self._names[host]
+        self.gone -= {one for one in self.gone if one[0] == host}
 
     def _is_known(self, name: _Name) -> bool:
         return self._loop.time() - name.answered_at < _KEPT
@@ -107,8 +123,11 @@ class Resolver:
         except Exception as error:
             self._failed(host, name, f"its name leads to no address ({str(error.args[-1]).lower()})")
         finally:
-            name.lookup = None
-            name.timer = self._loop.call_later(rest, self._ask, host, name)
+            name.lookup = name.timer = None
+            if name.wanted:
+                name.timer = self._loop.call_later(rest, self._ask, host, name)
+            else:
+                self._drop(host, name)
 
     def _failed(self, host: str, name: _Name, why: str) -> None:
         if why != name.why:

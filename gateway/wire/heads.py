@@ -83,6 +83,9 @@ NOT_TO_CLIENT = HOP_BY_HOP | {
     b"x-forwarded-server",
     b"x-served-by",
     b"x-upstream-addr",
+    # Our own, of a gateway behind this one.
+    b"x-gateway-model",
+    b"x-gateway-upstream",
 }
 
 # Asks for an answer that can be read: where nothing is said of it, any coding would do (RFC 9110, 12.5.3).

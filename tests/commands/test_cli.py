@@ -114,7 +114,7 @@ def test_a_hangup_before_it_can_be_served_is_ignored(fake: FakeVllm) -> None:
         process.send_signal(signal.SIGHUP)
         url = address(process)
         assert process.stdout is not None
-        assert any("there is no file of keys to read again" in line for line in process.stdout)
+        assert any("there is no file to read again" in line for line in process.stdout)
         assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=10)

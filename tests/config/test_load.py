@@ -47,7 +47,12 @@ VALUES: list[tuple[str, str, Any]] = [
     ("openai_format_streaming", "True", True),
     ("forward_sampling", "True", True),
     ("count_tokens", "off", "off"),
-    ("model_aliases", "fast=org/name, *=other", {"fast": "org/name", "*": "other"}),
+    (
+        "model_aliases",
+        "fast=org/name, *=other:9,new:0.5",
+        {"fast": {"org/name": 1.0}, "*": {"other": 9.0, "new": 0.5}},
+    ),
+    ("route_headers", "on", True),
     ("upstream_ca_file", str(AUTHORITY), AUTHORITY),
     ("tls_skip_verify", "True", True),
     ("api_keys", f"{KEY}, {KEY[::-1]}", (KEY, KEY[::-1])),

@@ -19,7 +19,7 @@ ORIGINS = "origins as https://app.example.com, without a path, separated by comm
 OWN_HOSTS = "hosts as gateway.example.com, without a port, separated by commas"
 TOKENS = ["GATEWAY_UPSTREAM_TOKEN_URL", "GATEWAY_UPSTREAM_CLIENT_ID", "GATEWAY_UPSTREAM_CLIENT_SECRET"]
 TOKEN_URL = "a URL like https://login.example.com/token"
-ALIASES = "pairs as NAME=MODEL, each name once, separated by commas"
+ALIASES = "NAME=MODEL[:WEIGHT], a name's further models behind commas, each name once"
 URLS = "URLs like http://host:8008, separated by commas"
 
 
@@ -97,6 +97,8 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
         ("GATEWAY_MODEL_ALIASES", "fast", ALIASES),
         ("GATEWAY_MODEL_ALIASES", "fast=", ALIASES),
         ("GATEWAY_MODEL_ALIASES", "a=b,a=c", ALIASES),
+        ("GATEWAY_MODEL_ALIASES", "a=b,b", ALIASES),
+        ("GATEWAY_MODEL_ALIASES", "a=b:0", f"{ALIASES}, and weights above 0"),
         ("LLM_MODEL_SERVER_ENDPOINT", ",", URLS),
         ("GATEWAY_UPSTREAMS", "http://a,http://a/v1", "each URL once"),
         ("GATEWAY_UPSTREAMS", "http://a\x7fb", "URLs of plain ASCII characters"),

@@ -32,7 +32,7 @@ MORE: list[dict[str, Any]] = [
 def said(reader: BodyReader, content: bytes) -> tuple[object, ...]:
     """What a chat call's body is taken for, or how it is refused."""
     try:
-        sent, form, model, streaming, translation, hides_usage, _ = reader.read("chat", content)
+        sent, form, model, streaming, translation, hides_usage, *_ = reader.read("chat", content)
     except GatewayError as error:
         return type(error), error.status, error.message, error.param
     call = orjson.loads(sent if translation is None else translation.to_call(reader.select_model(translation)))

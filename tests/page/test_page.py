@@ -137,6 +137,8 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
             "why": "",
             "models": ["demo"],
             "in_flight": 0,
+            "source": fake.url,
+            "prefix_hits": None,
             "running": 2,
             "waiting": 1,
             "kv_cache": 0.25,

@@ -5,24 +5,30 @@ from __future__ import annotations
 import pytest
 
 from gateway.page.sampler import _Rate
-from gateway.page.vllm_metrics import VllmLoad, read
+from gateway.upstream.vllm_metrics import VllmLoad, read
 from tests.support.fake_vllm import METRICS
 
 TWO_ENGINES = METRICS + METRICS.replace(b'engine="0"', b'engine="1"').replace(b"0.25", b"0.5")
+
+HITS = (
+    b'vllm:prefix_cache_queries_total{engine="0",model_name="demo"} 400.0\n'
+    b'vllm:prefix_cache_hits_total{engine="0",model_name="demo"} 300.0\n'
+)
 
 
 @pytest.mark.parametrize(
     ("text", "load"),
     [
-        (METRICS, VllmLoad(2, 1, 0.25, 202)),
-        (TWO_ENGINES, VllmLoad(4, 2, 0.5, 404)),
+        (METRICS, VllmLoad(2, 1, 0.25, 202, 0, 0)),
+        (TWO_ENGINES, VllmLoad(4, 2, 0.5, 404, 0, 0)),
+        (METRICS + HITS, VllmLoad(2, 1, 0.25, 202, 400, 300)),
         (b"", None),
         (b"<html>", None),
-        (METRICS.replace(b'"demo"', b'"my demo"'), VllmLoad(2, 1, 0.25, 202)),
-        (METRICS.replace(b'"demo"', b'"{a} 7, b=\\"c\\" \\\\"'), VllmLoad(2, 1, 0.25, 202)),
-        (METRICS.replace(b'{engine="0",model_name="demo"}', b"{}"), VllmLoad(2, 1, 0.25, 202)),
-        (METRICS.replace(b" 0.25", b"\t2.5e-1  1795215799000"), VllmLoad(2, 1, 0.25, 202)),
-        (METRICS.replace(b"\n", b"\r\n"), VllmLoad(2, 1, 0.25, 202)),
+        (METRICS.replace(b'"demo"', b'"my demo"'), VllmLoad(2, 1, 0.25, 202, 0, 0)),
+        (METRICS.replace(b'"demo"', b'"{a} 7, b=\\"c\\" \\\\"'), VllmLoad(2, 1, 0.25, 202, 0, 0)),
+        (METRICS.replace(b'{engine="0",model_name="demo"}', b"{}"), VllmLoad(2, 1, 0.25, 202, 0, 0)),
+        (METRICS.replace(b" 0.25", b"\t2.5e-1  1795215799000"), VllmLoad(2, 1, 0.25, 202, 0, 0)),
+        (METRICS.replace(b"\n", b"\r\n"), VllmLoad(2, 1, 0.25, 202, 0, 0)),
         (METRICS.replace(b"vllm:kv_cache_usage_perc", b"vllm:other"), None),
         (METRICS.replace(b" 2.0", b" many"), None),
         (METRICS.replace(b" 0.25", b" NaN"), None),

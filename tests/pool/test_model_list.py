@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from gateway.pool.model_list import union, without_paths
+from tests.support.recorders import aliases_of
 
 # As vLLM 0.32 writes it.
 VLLMS = (
@@ -50,7 +51,7 @@ def test_what_is_no_list_stays(content: bytes) -> None:
 def test_several_are_one_in_their_order_each_model_once() -> None:
     first = listed({"id": "a", "root": "/a", "created": 1}, {"id": "b"})
     second = listed({"id": "b", "created": 2}, {"id": "c", "created": 3})
-    assert list(union([first, second], {}).values()) == [
+    assert list(union([(first, "ab"), (second, "bc")], {}).values()) == [
         {"id": "a", "root": "a", "created": 1},
         {"id": "b"},
         {"id": "c", "created": 3},
@@ -58,10 +59,11 @@ def test_several_are_one_in_their_order_each_model_once() -> None:
 
 
 def test_another_name_is_a_model_whose_root_is_the_one_that_it_means() -> None:
-    aliases = {"fast": "a", "*": "a", "b": "a", "gone": "x"}
-    found = union([listed({"id": "a", "root": "/a", "max_model_len": 5}, {"id": "b"})], aliases)
+    aliases = aliases_of({"fast": "a", "*": "a", "b": "a", "gone": "x", "some": "x,b"})
+    found = union([(listed({"id": "a", "root": "/a", "max_model_len": 5}, {"id": "b"}, {"id": "c"}), "ab")], aliases)
     assert found == {
         "a": {"id": "a", "root": "a", "max_model_len": 5},
         "b": {"id": "b"},
         "fast": {"id": "fast", "root": "a", "max_model_len": 5},
+        "some": {"id": "some", "root": "b"},
     }

@@ -141,6 +141,22 @@ def test_an_item_is_found_wherever_a_step_ends() -> None:
         assert usage.prompt_size(content) == len(content) - len(PICTURE) - len(";base64,") + 4000
 
 
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [
+        (b"", 0),
+        (b',"prompt_tokens_details":null', 0),
+        (b',"prompt_tokens_details":{"cached_tokens":24}', 24),
+        (b',"input_tokens_details":{"cached_tokens":16,"cached_tokens_per_turn":[1]}', 16),
+        (b',"cache_read_input_tokens":9', 9),
+        (b',"prompt_tokens_details":{"cached_tokens":null}', 0),
+    ],
+)
+def test_what_the_prefix_cache_had_is_found(details: bytes, cached: int) -> None:
+    tail = b'{"usage":{"prompt_tokens":31,"completion_tokens":22' + details + b"}}"
+    assert usage.cached_in(usage.usage_text(tail)) == cached
+
+
 def test_a_number_of_absurd_length_does_not_raise() -> None:
     # Python refuses to read an integer of more than 4,300 digits.
     for name, found in ((b"prompt", None), (b"total", (31, 0))):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import pytest
@@ -47,12 +48,18 @@ def pods(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pods]:
         yield made
 
 
+def told(client: httpx.Client) -> list[dict[str, Any]]:
+    """How the gateway says that its upstreams are."""
+    found: list[dict[str, Any]] = client.get("/v1/status").json()["upstreams"]
+    return found
+
+
 def serving(gateway: Gateway, pods: list[FakeVllm]) -> None:
     """Wait until these are all that serve."""
     wanted = [(one.url, "serving") for one in pods]
     until = time.monotonic() + 20
     with gateway.client() as client:
-        while [(one["url"], one["state"]) for one in client.get("/v1/status").json()["upstreams"]] != wanted:
+        while [(one["url"], one["state"]) for one in told(client) if one["state"] != "draining"] != wanted:
             assert time.monotonic() < until
             time.sleep(0.01)
 
@@ -93,10 +100,16 @@ def test_one_that_is_gone_gets_no_call_and_ends_what_it_has(pods: Pods) -> None:
             assert ask(client) == 200  # which leaves an idle connection
             pods.named = pods.all[1:2]
             serving(gateway, pods.named)
+            (leaving,) = [one for one in told(client) if one["state"] == "draining"]
+            assert (leaving["url"], leaving["in_flight"]) == (pods.all[0].url, 1)
+            assert f'gateway_upstream_state{{state="draining",upstream="{pods.all[0].url}"}} 1.0' in (
+                client.get("/metrics").text
+            )
             pods.all[0].wait(lambda: len(pods.all[0].open) == 1)
             assert [ask(client, number) for number in range(6)] == [200] * 6
             hold.release()
             assert stream.read() == b"".join(EVENTS)
+        assert [one["state"] for one in told(client)] == ["serving"]
         pods.all[0].wait(lambda: not pods.all[0].open)
     assert (len(pods.all[0].received), len(pods.all[1].received)) == (2, 6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -16,6 +16,7 @@ from gateway.admission.owners import Owner, Owners
 from gateway.admission.work_in_steps import WorkInSteps
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader
+from gateway.pool.aliases import Alias, from_words
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.relay.buffered_call import BufferedCall
 from gateway.relay.data_path import CallLimits, DataPath, Drain
@@ -278,6 +279,12 @@ class CredentialsRecorder:
             told(error)
 
 
+def aliases_of(meant: Mapping[str, str]) -> dict[str, Alias]:
+    """Other names of models, each with what stands behind its `=`."""
+    words = (f"{name}={models}".split(",") for name, models in meant.items())
+    return {name: Alias(name, weights) for one in words for name, weights in from_words(one).items()}
+
+
 def body_limits(**limits: Any) -> BodyLimits:
     """The settings' defaults, but for these."""
     defaults: dict[str, Any] = {
@@ -349,6 +356,7 @@ class Conversation:
             "counts_all": False,
         }
         reading |= {name: settings.pop(name) for name in reading if name in settings}
+        reading["model_aliases"] = aliases_of(reading["model_aliases"])
         pool = UpstreamPool(
             tuple(self.upstreams), max_in_flight=max_in_flight, max_in_flight_per_upstream=max_in_flight_per_upstream
         )

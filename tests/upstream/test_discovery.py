@@ -13,7 +13,7 @@ import pytest
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.upstream import discovery as module
-from gateway.upstream.discovery import Discovery
+from gateway.upstream.discovery import Discovery, Source
 from tests.upstream.test_connections import Run, run
 from tests.upstream.test_resolver import NOT_FOUND, asking, name_server
 
@@ -48,9 +48,11 @@ class Found:
         self.names = Names()
         self.pool = UpstreamPool(())
         self.told: list[tuple[list[str], list[str]]] = []
-        self.discovery = Discovery(urls or (POD,), self.pool, self.names, 0.001, self._changed)
+        self.discovery = Discovery(
+            [Source(url) for url in urls or (POD,)], self.pool, lambda: self.names, 0.001, self._changed
+        )
 
-    def _changed(self, came: list[Upstream], gone: list[Upstream]) -> None:
+    def _changed(self, came: list[Upstream], gone: list[Upstream], _doubted: list[Upstream]) -> None:
         self.told.append(([one.url for one in came], [one.url for one in gone]))
         assert all(one.gone for one in gone)
 
@@ -183,7 +185,7 @@ def test_c_ares_tells_of_all_addresses(run: Run, monkeypatch: pytest.MonkeyPatch
         async with name_server({b"pods.example": "127.0.0.5"}) as port:
             asks = asking(port, monkeypatch)
             pool = UpstreamPool(())
-            found = Discovery(("dns+http://pods.example:1",), pool, asks, 60, lambda came, gone: None)
+            found = Discovery([Source("dns+http://pods.example:1")], pool, lambda: asks, 60, lambda *told: None)
             async with found.discovering():
                 assert [one.url for one in pool] == ["http://127.0.0.5:1"]
 

@@ -12,10 +12,12 @@ import httpx
 import pytest
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
+from gateway.upstream import prober
 from gateway.upstream.credentials import FixedKey
 from gateway.upstream.prober import Prober
-from tests.support.fake_vllm import FakeVllm, Hold, response
+from tests.support.fake_vllm import METRICS, FakeVllm, Hold, response
 from tests.support.gateway_process import running
+from tests.support.recorders import aliases_of
 
 URL = "http://vllm.test:8008"
 MODELS = {"data": [{"id": "demo"}, {"id": "lora"}]}
@@ -34,6 +36,7 @@ def probed(
         "system_role": "system",
         "credentials": FixedKey(),
         **options,
+        "model_aliases": aliases_of(options.get("model_aliases", {})),
     }
     healthy: dict[str, httpx.Response | Exception] = {
         "/health": httpx.Response(200),
@@ -151,7 +154,36 @@ def test_health_check_tells_what_it_is_and_how_its_upstreams_are(fake: FakeVllm)
     assert said["Service Description"]
     (upstream,) = said["upstreams"]
     assert 0 <= upstream.pop("age") < 10  # seconds since it was asked
-    assert upstream == {"url": fake.url, "state": "serving", "why": "", "models": ["demo"], "in_flight": 0}
+    assert upstream == {
+        "url": fake.url,
+        "state": "serving",
+        "why": "",
+        "models": ["demo"],
+        "in_flight": 0,
+        "source": fake.url,
+        "prefix_hits": None,
+    }
+
+
+def test_what_it_had_in_its_prefix_cache_is_told_where_there_are_several(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prober, "_HITS_EVERY", 2)
+
+    def counts(looked_for: int, found: int) -> bytes:
+        more = f"vllm:prefix_cache_queries_total{{}} {looked_for}\nvllm:prefix_cache_hits_total{{}} {found}\n"
+        return response("200 OK", METRICS + more.encode())
+
+    with FakeVllm(models=("other",)) as silent, running(fake.url, silent.url, probe_interval=0.02) as gateway:
+        for looked_for, found, part in ((100, 50, 0.5), (200, 125, 0.75)):
+            fake.probe_answers["/metrics"] = counts(looked_for, found)
+            until = time.monotonic() + 20
+            with gateway.client() as client:
+                while (told := client.get("/v1/health_check").json()["upstreams"])[0]["prefix_hits"] != part:
+                    assert time.monotonic() < until, told
+                assert told[1]["prefix_hits"] is None
+                line = f'gateway_upstream_prefix_hit_ratio{{upstream="{fake.url}"}} {part}'
+                assert line in client.get("/metrics").text
 
 
 def test_the_template_is_read_once_a_start(fake: FakeVllm) -> None:

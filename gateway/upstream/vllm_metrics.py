@@ -1,4 +1,4 @@
-"""How busy a vLLM is, by its own metrics."""
+"""How busy a vLLM is, and how much of its prompts it had, by its own metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _KV_CACHE = "vllm:kv_cache_usage_perc"
 _GENERATED = "vllm:generation_tokens_total"
-_NAMES = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
+# Tokens of prompts that were looked for in the prefix cache, and those that were there.
+_LOOKED_FOR = "vllm:prefix_cache_queries_total"
+_FOUND = "vllm:prefix_cache_hits_total"
+_NEEDED = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
+_NAMES = (*_NEEDED, _LOOKED_FOR, _FOUND)
 # With their brace, as other metrics' names begin with these.
 _STARTS = tuple(f"{name}{{" for name in _NAMES)
 
@@ -24,12 +28,17 @@ _LONGEST_LINE = 4096
 
 @dataclass(frozen=True, slots=True)
 class VllmLoad:
-    """Requests that run and wait in all its engines, the fullest one's KV cache (0 to 1), and tokens made so far."""
+    """Requests that run and wait in all its engines, the fullest one's KV cache (0 to 1), and tokens made so far.
+
+    `looked_for` are all tokens of prompts that were looked for in the prefix cache, `found` those that were there.
+    """
 
     running: float
     waiting: float
     kv_cache: float
     generated: float
+    looked_for: float
+    found: float
 
 
 def read(text: str) -> VllmLoad | None:
@@ -40,9 +49,12 @@ def read(text: str) -> VllmLoad | None:
             values[sample.name].append(float(sample.value))  # the parser makes an int of "2"
     except (ValueError, IndexError, OverflowError):  # the parser's errors, which it does not document
         return None
-    if not all(values.values()) or not all(map(math.isfinite, chain(*values.values()))):
+    if not all(values[name] for name in _NEEDED) or not all(map(math.isfinite, chain(*values.values()))):
         return None
-    return VllmLoad(sum(values[_RUNNING]), sum(values[_WAITING]), max(values[_KV_CACHE]), sum(values[_GENERATED]))
+    running, waiting, generated, looked_for, found = (
+        sum(values[name]) for name in (_RUNNING, _WAITING, _GENERATED, _LOOKED_FOR, _FOUND)
+    )
+    return VllmLoad(running, waiting, max(values[_KV_CACHE]), generated, looked_for, found)
 
 
 def _samples(text: str) -> Iterator[Sample]:

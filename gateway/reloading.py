@@ -1,0 +1,167 @@
+"""Reads the files that the settings name anew, at SIGHUP and when they have changed; what is wrong changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gateway.admission.keys import Keys
+from gateway.config.environment import SettingsError
+from gateway.config.keys_file import reread_client_keys
+from gateway.config.secrets import Secrets
+from gateway.config.settings import Settings
+from gateway.config.tls import load_certificate, own_tls
+from gateway.config.upstreams_file import Upstreams, read_upstreams
+from gateway.pool.aliases import Alias
+from gateway.upstream.discovery import Discovery
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two looks at the files; one that has changed is read when it was the same for two of them.
+_EVERY = 2.0
+
+# Device, inode, size and time of change of what a path leads to; None where it leads nowhere.
+_Seen = tuple[int, int, int, int] | None
+
+
+class WatchedFiles:
+    """Some files, each as it was when it was looked at last. To look may take long where a disk or a network hangs.
+
+    The system is asked of each: mounted files, and links that are swapped, as Kubernetes does it, send no events to who
+    watches them or their folder.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._read = self._seen = _look(files)
+
+    def look(self, files: Iterable[Path]) -> bool:
+        """Whether these are others than they were when `read` was called last, and have stood still for one look."""
+        before, self._seen = self._seen, _look(files)
+        return self._seen == before and self._seen != self._read
+
+    def read(self) -> None:
+        """They are read, as they were at the last look."""
+        self._read = self._seen
+
+
+def _look(files: Iterable[Path]) -> dict[Path, _Seen]:
+    return {file: _seen(file) for file in files}
+
+
+def _seen(file: Path) -> _Seen:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Files that belong together: what they are, which, and what reads them, which raises SettingsError."""
+
+    what: str
+    files: Callable[[], list[Path]]
+    read: Callable[[], Awaitable[str]]
+    seen: WatchedFiles = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen = WatchedFiles(self.files())
+
+
+class Reloading:
+    """What the files say, put to use: keys, our certificate, upstreams with keys and certificates, aliases."""
+
+    def __init__(
+        self, settings: Settings, secrets: Secrets, keys: Keys | None, discovery: Discovery, aliases: dict[str, Alias]
+    ) -> None:
+        self._settings = settings
+        self._own_tls = secrets.own_tls
+        self._keys = keys
+        self._discovery = discovery
+        self._aliases = aliases
+        self._upstream_files = secrets.upstreams.files
+        self._use_aliases(secrets.upstreams)
+        self._asked = asyncio.Event()
+        certificate = [file for file in (settings.tls_cert_file, settings.tls_key_file) if file is not None]
+        key_file = [] if settings.api_keys_file is None else [settings.api_keys_file]
+        self._watched = [
+            _Watched("the certificate stays as it is", lambda: certificate, self._read_certificate),
+            _Watched("the keys stay as they are", lambda: key_file, self._read_keys),
+            _Watched("the upstreams stay as they are", lambda: self._upstream_files, self._read_upstreams),
+        ]
+        self._watched = [one for one in self._watched if one.files()]
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """For as long as the context lasts."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    def reread(self) -> None:
+        """Read all files soon, whether they have changed or not."""
+        self._asked.set()
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EVERY if self._watched else None):
+                    await self._asked.wait()
+            asked = self._asked.is_set()
+            self._asked.clear()
+            if asked and not self._watched:
+                _log.info("there is no file to read again (GATEWAY_API_KEYS_FILE, GATEWAY_TLS_CERT_FILE, an @FILE)")
+            for one in self._watched:
+                try:
+                    await self._read_if_changed(one, asked=asked)
+                except Exception:
+                    # A bug of ours, which must not be the end of all looks.
+                    _log.exception("the files were not read again")
+
+    async def _read_if_changed(self, one: _Watched, *, asked: bool) -> None:
+        # In a thread, as a disk that hangs is not to hold up calls.
+        changed = await asyncio.to_thread(one.seen.look, one.files())
+        if not changed and not asked:
+            return
+        one.seen.read()
+        try:
+            said = await one.read()
+        except SettingsError as error:
+            _log.error("%s: %s", one.what, error)
+        else:
+            _log.info("%s", said)
+
+    async def _read_certificate(self) -> str:
+        assert self._own_tls is not None
+        own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
+        load_certificate(self._own_tls, self._settings)
+        return "certificate read again"
+
+    async def _read_keys(self) -> str:
+        found = await reread_client_keys(self._settings)
+        assert self._keys is not None
+        assert found is not None
+        self._keys.replace(found)
+        return f"keys read again: {len(found)}"
+
+    async def _read_upstreams(self) -> str:
+        found = await asyncio.to_thread(read_upstreams, self._settings)
+        self._upstream_files = found.files
+        self._use_aliases(found)
+        self._discovery.follow(found.sources)
+        return f"upstreams read again: {len(found.sources)}"
+
+    def _use_aliases(self, upstreams: Upstreams) -> None:
+        # In place, as the data path holds it; without a moment in which there are none.
+        made = {name: Alias(name, weights) for name, weights in upstreams.aliases.items()}
+        for name in self._aliases.keys() - made.keys():
+            del self._aliases[name]
+        self._aliases.update(made)
