@@ -92,15 +92,31 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         queue: AdmissionQueue[Call] = AdmissionQueue(settings.max_queue)
         buffers = Buffers(settings.max_buffered_bytes or default_max_buffered_bytes())
         arrivals: Arrivals[Call] = Arrivals(settings.max_in_flight + settings.max_queue, buffers, time.monotonic)
-        metrics = Metrics(
-            pool, in_flight, queue, arrivals, buffers, time.monotonic, lambda: 0 if log is None else log.lost, aliases
-        )
         request_log = RequestLog(log if settings.log_level in ("DEBUG", "INFO") else None, settings.log_format)
         tracer = create_tracer(settings)
         page_figures = PageFigures() if settings.page else None
         recent = RecentRequests(page_figures)
         keys = None if secrets.client_keys is None else Keys(secrets.client_keys)
-        reloading = Reloading(settings, secrets, keys, discovery, aliases)
+        reloading = Reloading(
+            settings,
+            secrets,
+            keys=keys,
+            discovery=discovery,
+            aliases=aliases,
+            credentials=credentials,
+            connections=connections,
+        )
+        metrics = Metrics(
+            pool,
+            in_flight,
+            queue,
+            arrivals,
+            buffers,
+            time.monotonic,
+            lambda: 0 if log is None else log.lost,
+            aliases,
+            lambda: reloading.certificate_ends_at,
+        )
         finished = FinishedRequests(metrics, recent, request_log, tracer)
         data_path = DataPath(
             routes={

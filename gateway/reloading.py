@@ -7,16 +7,19 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gateway.admission.keys import Keys
 from gateway.config.environment import SettingsError
 from gateway.config.keys_file import reread_client_keys
-from gateway.config.secrets import Secrets
+from gateway.config.secrets import Secrets, token_client
 from gateway.config.settings import Settings
-from gateway.config.tls import load_certificate, own_tls
+from gateway.config.tls import ends_at, load_certificate, own_tls, upstream_tls
 from gateway.config.upstreams_file import Upstreams, read_upstreams
 from gateway.pool.aliases import Alias
+from gateway.upstream.connections import ConnectionPool
+from gateway.upstream.credentials import ClientCredentials, FixedKey
 from gateway.upstream.discovery import Discovery
 
 _log = logging.getLogger(__name__)
@@ -77,13 +80,25 @@ class Reloading:
     """What the files say, put to use: keys, our certificate, upstreams with keys and certificates, aliases."""
 
     def __init__(
-        self, settings: Settings, secrets: Secrets, keys: Keys | None, discovery: Discovery, aliases: dict[str, Alias]
+        self,
+        settings: Settings,
+        secrets: Secrets,
+        *,
+        keys: Keys | None,
+        discovery: Discovery,
+        aliases: dict[str, Alias],
+        credentials: FixedKey | ClientCredentials,
+        connections: ConnectionPool,
     ) -> None:
         self._settings = settings
+        self._again = secrets.again
         self._own_tls = secrets.own_tls
         self._keys = keys
         self._discovery = discovery
         self._aliases = aliases
+        self._credentials = credentials
+        self._connections = connections
+        self.certificate_ends_at = None if secrets.own_tls is None else ends_at(secrets.own_tls)
         self._upstream_files = secrets.upstreams.files
         self._use_aliases(secrets.upstreams)
         self._asked = asyncio.Event()
@@ -92,6 +107,7 @@ class Reloading:
         self._watched = [
             _Watched("the certificate stays as it is", lambda: certificate, self._read_certificate),
             _Watched("the keys stay as they are", lambda: key_file, self._read_keys),
+            _Watched("what upstreams are shown stays as it is", lambda: secrets.files, self._read_credentials),
             _Watched("the upstreams stay as they are", lambda: self._upstream_files, self._read_upstreams),
         ]
         self._watched = [one for one in self._watched if one.files()]
@@ -118,7 +134,7 @@ class Reloading:
             asked = self._asked.is_set()
             self._asked.clear()
             if asked and not self._watched:
-                _log.info("there is no file to read again (GATEWAY_API_KEYS_FILE, GATEWAY_TLS_CERT_FILE, an @FILE)")
+                _log.info("there is no file to read again")
             for one in self._watched:
                 try:
                     await self._read_if_changed(one, asked=asked)
@@ -143,14 +159,36 @@ class Reloading:
         assert self._own_tls is not None
         own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
         load_certificate(self._own_tls, self._settings)
-        return "certificate read again"
+        self.certificate_ends_at = ends = ends_at(self._own_tls)
+        until = "" if ends is None else f", good until {datetime.fromtimestamp(ends, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        return f"certificate read again{until}"
 
     async def _read_keys(self) -> str:
         found = await reread_client_keys(self._settings)
         assert self._keys is not None
         assert found is not None
+        before = self._keys.names
         self._keys.replace(found)
-        return f"keys read again: {len(found)}"
+        after = self._keys.names
+        changes = {
+            "new": after.keys() - before.keys(),
+            "gone": before.keys() - after.keys(),
+            "changed": {name for name in before.keys() & after.keys() if before[name] != after[name]},
+        }
+        told = [f"; {what}: {', '.join(sorted(names))}" for what, names in changes.items() if names]
+        return f"keys read again: {len(found)}{''.join(told)}"
+
+    async def _read_credentials(self) -> str:
+        settings = await asyncio.to_thread(self._again)
+        client = token_client(settings)
+        trusted = await asyncio.to_thread(upstream_tls, settings, None if client is None else client.url)
+        if isinstance(self._credentials, FixedKey):
+            key = settings.upstream_api_key
+            self._credentials.replace(None if key is None else key.get_secret_value())
+        elif client is not None:
+            self._credentials.replace(client)
+        self._connections.trust(trusted)
+        return "what upstreams are shown, and whom to trust, read again"
 
     async def _read_upstreams(self) -> str:
         found = await asyncio.to_thread(read_upstreams, self._settings)

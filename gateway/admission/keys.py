@@ -82,6 +82,11 @@ class Keys:
         """Whose key has this SHA-256."""
         return self._by_digest.get(digest)
 
+    @property
+    def names(self) -> dict[str, bytes]:
+        """Whose they are, each with its SHA-256."""
+        return {key.name: digest for digest, key in self._by_digest.items()}
+
     def replace(self, by_digest: Mapping[bytes, Key]) -> None:
         """Have these from now on; names that stay are counted on."""
         before = {key.name: key for key in self._by_digest.values()}

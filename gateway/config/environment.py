@@ -27,16 +27,20 @@ def _injected_by_kubernetes(name: str, value: str | None) -> bool:
     return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and bool(re.match(r"\w+://", value or "")))
 
 
+def unquoted(found: Mapping[str, str | None]) -> dict[str, str]:
+    """What has a value, without the quotes that `docker run --env-file` keeps."""
+    return {
+        name: re.sub(r"""^(["'])(.*)\1$""", r"\2", value, flags=re.DOTALL) for name, value in found.items() if value
+    }
+
+
 def usable(found: Mapping[str, str | None]) -> dict[str, str]:
     """What counts: values without the quotes that `docker run --env-file` keeps; an empty one is no value.
 
     Secrets that are given as files are read. Raises SettingsError where one cannot be.
     """
-    unquoted = {
-        name: re.sub(r"""^(["'])(.*)\1$""", r"\2", value, flags=re.DOTALL) for name, value in found.items() if value
-    }
     try:
-        given = with_files(unquoted)
+        given = with_files(unquoted(found))
     except BadSecretFile as error:
         raise SettingsError(str(error)) from None
     return {name: value for name, value in given.items() if value and not _injected_by_kubernetes(name, value)}

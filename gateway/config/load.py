@@ -13,8 +13,8 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from gateway.config.environment import EnvironmentSettings, SettingsError, usable
-from gateway.config.secret_files import NAMES
+from gateway.config.environment import EnvironmentSettings, SettingsError, unquoted, usable
+from gateway.config.secret_files import NAMES, paths
 from gateway.config.secrets import Secrets, doubts_about_tokens, read_secrets
 from gateway.config.settings import CLIENT_KEY, CLOSING_TIME, Settings, names_of
 
@@ -31,7 +31,8 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Se
     sources = _sources(env_file)
     _refuse_unknown({name for source in sources for name in source})
     settings = build(Settings, env_file, **given)
-    secrets = read_secrets(settings)
+    files = [path for source in _raw_sources(env_file) for path in paths(unquoted(source))]
+    secrets = read_secrets(settings, lambda: build(Settings, env_file, **given), files)
     if settings.metrics_port is not None and settings.metrics_port in (settings.port, settings.health_port):
         raise SettingsError(f"GATEWAY_METRICS_PORT is wrong: {settings.metrics_port}. Allowed: a port of its own.")
     if settings.cache_salt == "key" and secrets.client_keys is None:
@@ -96,13 +97,16 @@ def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
 
 
 def _sources(env_file: str | Path | None) -> _Sources:
-    """The environment, and the file; the earlier beats the later."""
-    environment = usable(os.environ)
+    """What is usable of the environment, and of the file; the earlier beats the later."""
+    return tuple(usable(source) for source in _raw_sources(env_file))
+
+
+def _raw_sources(env_file: str | Path | None) -> tuple[Mapping[str, str | None], ...]:
     if env_file is None:
-        return (environment,)
+        return (os.environ,)
     try:
         with open(env_file, encoding="utf-8") as file:
-            return environment, usable(dotenv_values(stream=file))
+            return os.environ, dotenv_values(stream=file)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise SettingsError(

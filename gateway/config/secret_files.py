@@ -34,6 +34,11 @@ def with_files(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def paths(environ: Mapping[str, str]) -> list[Path]:
+    """The files that it names."""
+    return [Path(path) for name in NAMES if (path := environ.get(f"{name}_FILE"))]
+
+
 def _read(name: str, path: str) -> str:
     try:
         secret = Path(path).read_text(encoding="utf-8").strip()

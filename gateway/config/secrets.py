@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from gateway.admission.keys import Key
@@ -23,9 +24,9 @@ _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secre
 class Secrets:
     """Who is asked, whom we let in, who we are to the token server, whom we trust, and our own certificate.
 
-    None is where there is none.
-    `client_keys` are those that clients must bring, by their SHA-256. `upstream_tls` is for calls, probes and the
-    fetching of tokens.
+    None is where there is none. `client_keys` are those that clients must bring, by their SHA-256. `upstream_tls` is
+    for calls, probes and the fetching of tokens. `files` hold what upstreams are shown and whom we trust, and `again`
+    makes the settings with what is in these now.
     """
 
     upstreams: Upstreams
@@ -33,17 +34,27 @@ class Secrets:
     token_client: TokenClient | None
     upstream_tls: ssl.SSLContext | None
     own_tls: ssl.SSLContext | None
+    files: list[Path]
+    again: Callable[[], Settings]
 
 
-def read_secrets(settings: Settings) -> Secrets:
-    """All that these settings name. Raises SettingsError for what is missing, cannot be read or is wrong."""
+def read_secrets(
+    settings: Settings, again: Callable[[], Settings] | None = None, files: Iterable[Path] = ()
+) -> Secrets:
+    """All that these settings name. Raises SettingsError for what is missing, cannot be read or is wrong.
+
+    `again` makes the settings anew, with what is now in the `files` that hold their secrets.
+    """
     tokens = token_client(settings)
+    trusted = [] if settings.upstream_ca_file is None else [settings.upstream_ca_file]
     return Secrets(
         read_upstreams(settings),
         client_keys(settings),
         tokens,
         upstream_tls(settings, None if tokens is None else tokens.url),
         own_tls(settings),
+        [*files, *trusted],
+        again or (lambda: settings),
     )
 
 

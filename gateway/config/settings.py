@@ -58,7 +58,7 @@ class Settings(EnvironmentSettings):
         None, ge=1, le=65535, description="A port for `/metrics` alone, which then asks for no key and is on no other."
     )
     tls_cert_file: Path | None = Field(
-        None, description="Certificate, as PEM, by which all ports speak TLS; read again on SIGHUP."
+        None, description="Certificate, as PEM, by which all ports speak TLS; read again when it changes."
     )
     tls_key_file: Path | None = Field(None, description="Its key; unset: the same file.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -114,7 +114,7 @@ class Settings(EnvironmentSettings):
         (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
     )
     api_keys_file: Path | None = Field(
-        None, description="The same as a file of names, hashes and what each key may ask for, read again on SIGHUP."
+        None, description="The same as a file of names, hashes and what each key may ask for, read again when it changes."
     )
     cache_salt: Literal["off", "key"] = Field(
         "off",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from pathlib import Path
 
 from gateway.config.environment import SettingsError
 from gateway.config.settings import IN_FILE, Settings
+
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which `ssl` does not name.
+_ANY_TIME = 0x200000
+# No handshake has each side speak more often.
+_FLIGHTS = 3
 
 
 def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | None:
@@ -68,6 +74,37 @@ def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
         raise SettingsError(
             f"{names} cannot be used ({_certificate_fault(error)}): name a certificate and its key in PEM."
         ) from None
+
+
+def ends_at(context: ssl.SSLContext) -> float | None:
+    """When the certificate that it shows ends, in seconds since 1970; None where that cannot be told.
+
+    What `ssl` tells of a certificate it tells of a peer's, so it is shown to ourselves; its end may have passed.
+    """
+    shown, seen = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(seen, shown, server_side=True)
+    curious = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    curious.check_hostname = False
+    curious.verify_mode = ssl.CERT_NONE
+    try:
+        leaf = _handshake(server, curious.wrap_bio(shown, seen)).getpeercert(binary_form=True)
+        assert leaf is not None
+        curious.load_verify_locations(cadata=leaf)
+        curious.verify_mode = ssl.CERT_REQUIRED
+        curious.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _ANY_TIME
+        server = context.wrap_bio(seen := ssl.MemoryBIO(), shown := ssl.MemoryBIO(), server_side=True)
+        told = _handshake(server, curious.wrap_bio(shown, seen)).getpeercert()
+    except ssl.SSLError:
+        return None
+    return None if not told else float(ssl.cert_time_to_seconds(str(told["notAfter"])))
+
+
+def _handshake(server: ssl.SSLObject, client: ssl.SSLObject) -> ssl.SSLObject:
+    """The client, once the two have shaken hands."""
+    for one in (client, server) * _FLIGHTS:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            one.do_handshake()
+    return client
 
 
 def _certificate_fault(error: OSError) -> str:

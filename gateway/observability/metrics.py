@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Container
+from importlib.metadata import version
 from itertools import accumulate
 from typing import get_args
 
@@ -42,11 +43,14 @@ class Metrics(Collector):
         time: Callable[[], float],
         lost_lines: Callable[[], int],
         aliases: Container[str],
+        certificate_ends_at: Callable[[], float | None],
     ) -> None:
         """Most of them the data path's; `lost_lines` tells how many lines of the log were lost.
 
-        `aliases` are models' other names.
+        `aliases` are models' other names, and `certificate_ends_at` tells when our own ends, in seconds since 1970.
         """
+        self._certificate_ends_at = certificate_ends_at
+        self._version = version("vllm-gateway")
         self._aliases = aliases
         # By another name and the model that was meant.
         self._renamed: Counter[tuple[str, str]] = Counter()
@@ -178,8 +182,17 @@ class Metrics(Collector):
             "Lines of the log that were dropped, or could not be written.",
             value=self._lost_lines(),
         )
+        info = GaugeMetricFamily("gateway_info", "1, for the version that runs.", labels=("version",))
+        info.add_metric((self._version,), 1)
+        certificate = GaugeMetricFamily(
+            "gateway_certificate_end_timestamp_seconds", "When the certificate that the ports show ends; Unix time."
+        )
+        if (ends := self._certificate_ends_at()) is not None:
+            certificate.add_metric((), ends)
         histograms = (self._first_token, self._per_event, self._total, self._added)
         return [
+            info,
+            certificate,
             requests,
             outcomes,
             in_flight,

@@ -482,6 +482,12 @@ class ConnectionPool:
         for connection in self._idle.pop(upstream, ()):
             connection.discard()
 
+    def trust(self, tls: ssl.SSLContext | None) -> None:
+        """These are whom to trust from now on, where an upstream has nobody of its own."""
+        self._tls = tls
+        for upstream in [*self._idle]:
+            self.leave(upstream)
+
     def forget_hosts(self, hosts: Iterable[str]) -> None:
         """No upstream is at these any more."""
         for host in hosts:

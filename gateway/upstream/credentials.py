@@ -43,13 +43,19 @@ class FixedKey:
     why = ""
     advice = "set GATEWAY_UPSTREAM_API_KEY to its key"
 
+    value: str | None
+
     def __init__(self, key: str | None = None) -> None:
-        self.value: str | None = f"Bearer {key}" if key else ""
+        self.replace(key)
 
     @contextlib.asynccontextmanager
     async def renewing(self) -> AsyncIterator[None]:
         """There is nothing to do."""
         yield
+
+    def replace(self, key: str | None) -> None:
+        """This is the key from now on."""
+        self.value = f"Bearer {key}" if key else ""
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
         """There is no other one: what the upstream says of it goes on."""
@@ -110,6 +116,12 @@ class ClientCredentials:
             await asyncio.gather(task, return_exceptions=True)
             if self._end is not None:
                 self._end.cancel()
+
+    def replace(self, client: TokenClient) -> None:
+        """This is who we are from now on; a token is fetched at once, and the old one stays until there is another."""
+        if client != self._as:
+            self._as = client
+            self._wanted.set()
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
         """An upstream refused this value: `told` is called, now or later, with nothing once there is another one.

@@ -21,7 +21,7 @@ import uvloop
 
 from gateway import housekeeping
 from gateway.app import create_app
-from gateway.config.secrets import read_secrets
+from gateway.config.secrets import Secrets, read_secrets
 from gateway.config.settings import Settings, names_of
 from gateway.observability import logs
 from gateway.observability.logs import LineWriter
@@ -119,14 +119,20 @@ def _wait_until_probed(server: Server, thread: threading.Thread) -> None:
 @contextlib.contextmanager
 def running(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     """A gateway in front of these upstreams; it is up when this returns, its upstreams have been probed once."""
-    trusts = ssl.create_default_context(cafile=AUTHORITY) if "tls_cert_file" in settings else None
-    read, write = os.pipe()
-    writer = LineWriter(write)
-    listeners = [listen("127.0.0.1", port) for port in (0, settings.get("metrics_port")) if port is not None]
     given = {"upstreams": upstreams, "port": 0, "drain_timeout": 2, "shortcut": SHORTCUT, **settings}
     chosen = Settings(**{names_of(field)[0]: value for field, value in given.items()})
-    secrets = read_secrets(chosen)
-    server = create_server(chosen, secrets, create_app(chosen, secrets, writer))
+    with running_as(chosen, read_secrets(chosen)) as gateway:
+        yield gateway
+
+
+@contextlib.contextmanager
+def running_as(settings: Settings, secrets: Secrets) -> Iterator[Gateway]:
+    """The same, with these settings and what they name."""
+    trusts = ssl.create_default_context(cafile=AUTHORITY) if settings.tls_cert_file is not None else None
+    read, write = os.pipe()
+    writer = LineWriter(write)
+    listeners = [listen("127.0.0.1", port) for port in (0, settings.metrics_port) if port is not None]
+    server = create_server(settings, secrets, create_app(settings, secrets, writer))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
