@@ -114,7 +114,8 @@ class Settings(EnvironmentSettings):
         (), description="Keys, separated by commas, one of which a call must bring; unset: anyone may call."
     )
     api_keys_file: Path | None = Field(
-        None, description="The same as a file of names, hashes and what each key may ask for, read again when it changes."
+        None,
+        description="The same as a file of names, hashes and what each key may ask for, read again when it changes.",
     )
     cache_salt: Literal["off", "key"] = Field(
         "off",

@@ -152,8 +152,8 @@ def test_the_gateway_may_do_no_more_than_it_must(device: str) -> None:
     assert ours["read_only"] is True
     assert ours["tmpfs"] == ["/tmp"]
     mounted = {volume["target"]: (volume["source"], volume["read_only"]) for volume in ours["volumes"]}
-    files = ("keys", "upstream-ca.pem", "tls-cert.pem", "tls-key.pem", "vllm-key", "upstream-key", "client-secret")
-    assert mounted == {f"/run/{file}": ("/dev/null", True) for file in files}
+    files = str(ROOT / "docker" / device / "files")
+    assert mounted == {"/run/vllm-key": ("/dev/null", True), "/run/files": (files, True)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -188,9 +188,6 @@ def test_a_model_server_on_the_cpu_writes_to_its_data_alone() -> None:
         ("HF_TOKEN_FILE", "/run/hub-token", {MODEL_SERVER, "quantize"}),
         ("HUGGING_FACE_HUB_TOKEN_FILE", "/run/hub-token", {MODEL_SERVER, "quantize"}),
         ("LLM_VLLM_API_KEY_FILE", "/run/vllm-key", {MODEL_SERVER, GATEWAY}),
-        ("GATEWAY_UPSTREAM_API_KEY_FILE", "/run/upstream-key", {GATEWAY}),
-        ("GATEWAY_UPSTREAM_CLIENT_SECRET_FILE", "/run/client-secret", {GATEWAY}),
-        ("LLM_VLLM_CLIENT_SECRET_FILE", "/run/client-secret", {GATEWAY}),
     ],
 )
 def test_a_secret_in_a_file_stands_in_no_environment(name: str, target: str, services: set[str]) -> None:
@@ -203,20 +200,24 @@ def test_a_secret_in_a_file_stands_in_no_environment(name: str, target: str, ser
 
 
 @pytest.mark.parametrize(
-    ("name", "target"),
+    "name",
     [
-        ("GATEWAY_API_KEYS_FILE", "/run/keys"),
-        ("GATEWAY_UPSTREAM_CA_FILE", "/run/upstream-ca.pem"),
-        ("GATEWAY_TLS_CERT_FILE", "/run/tls-cert.pem"),
-        ("GATEWAY_TLS_KEY_FILE", "/run/tls-key.pem"),
+        "GATEWAY_API_KEYS_FILE",
+        "GATEWAY_UPSTREAM_CA_FILE",
+        "GATEWAY_TLS_CERT_FILE",
+        "GATEWAY_TLS_KEY_FILE",
+        "GATEWAY_UPSTREAM_API_KEY_FILE",
+        "GATEWAY_UPSTREAM_CLIENT_SECRET_FILE",
+        "LLM_VLLM_CLIENT_SECRET_FILE",
     ],
 )
-def test_a_file_for_the_gateway_is_the_gateways_alone(name: str, target: str) -> None:
-    given = stack("cpu", **{name: "./file"})
-    mounted = {volume["target"]: volume["source"] for volume in given["services"][GATEWAY]["volumes"]}
-    assert mounted[target] == str(ROOT / "docker/cpu/file")
-    assert given["services"][GATEWAY]["environment"][name] == target
-    assert not [volume for volume in given["services"][MODEL_SERVER]["volumes"] if volume["target"] == target]
+def test_a_file_for_the_gateway_lies_in_a_folder_that_is_the_gateways_alone(name: str) -> None:
+    services = everything("cpu", LLM_USVC_FILES="/etc/letsencrypt", **{name: "live/file"})["services"]
+    mounted = {volume["target"]: volume["source"] for volume in services[GATEWAY]["volumes"]}
+    assert mounted["/run/files"] == "/etc/letsencrypt"
+    assert services[GATEWAY]["environment"][name] == "/run/files/live/file"
+    told = {one for one, service in services.items() if re.search("letsencrypt|live/file", json.dumps(service))}
+    assert told == {GATEWAY}
 
 
 @pytest.mark.parametrize("device", DEVICES)

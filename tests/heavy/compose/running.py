@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ import httpx
 import pytest
 
 from tests.heavy.compose.rendered import GATEWAY, MODEL_SERVER, environment
-from tests.support.paths import ROOT
+from tests.support.paths import AUTHORITY, ROOT
 
 CHAT = "http://127.0.0.1:9000/v1/chat/completions"
 UP = ["--env-file", "docker/cpu/.env", "up", "--detach"]
@@ -185,6 +188,64 @@ def log_once_it_answers() -> str:
     assert answer["text"].startswith("Deep learning is a branch of machine learning")
     done = subprocess.run(["docker", "logs", MODEL_SERVER], capture_output=True, text=True, check=True, timeout=60)
     return done.stdout + done.stderr
+
+
+def swap(files: Path, name: str, number: int) -> None:
+    """As Kubernetes does it: a file is a link into a folder that is a link, of which another takes the place."""
+    folder = files / f"..{number}"
+    folder.mkdir()
+    shutil.copy(AUTHORITY.parent / name, folder / "tls.pem")
+    (folder / "tls.pem").chmod(0o644)
+    (files / "..new").symlink_to(folder.name)
+    os.replace(files / "..new", files / "..data")
+
+
+def test_a_revoked_key_and_a_renewed_certificate_count_within_seconds(
+    stack: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    files = tmp_path_factory.mktemp("files")
+    files.chmod(0o755)
+    (files / "tls.pem").symlink_to("..data/tls.pem")
+    swap(files, "good.pem", 1)
+    keys = ["sk-4f7d0c9a2b6e81d35a", "sk-9e01b7c64f2a83d5c7"]
+
+    def write(name: str, key: str) -> None:
+        (files / "keys~").write_text(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+        os.replace(files / "keys~", files / "keys")
+
+    write("one", keys[0])
+    given = {"LLM_USVC_FILES": str(files), "GATEWAY_API_KEYS_FILE": "keys", "GATEWAY_TLS_CERT_FILE": "tls.pem"}
+    trusts = ssl.create_default_context(cafile=AUTHORITY)
+    with httpx.Client(base_url="https://127.0.0.1:9000", verify=trusts, trust_env=False, timeout=60) as client:
+
+        def status(key: str) -> int | None:
+            try:
+                return client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+            except httpx.HTTPError:
+                return None
+
+        def shown() -> str:
+            return ssl.get_server_certificate(("127.0.0.1", 9000))
+
+        try:
+            run("docker", "compose", *UP, GATEWAY, given=stack | given)
+            eventually(lambda: status(keys[0]) == 200, 60)
+            call = {"messages": {"user": "Hi"}, "max_new_tokens": 3000, "ignore_eos": True}
+            bearer = {"authorization": f"Bearer {keys[0]}"}
+            with client.stream("POST", "/v1/chat/completions", json=call, headers=bearer) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                first = shown()
+                write("two", keys[1])
+                swap(files, "other.pem", 2)
+                eventually(lambda: status(keys[0]) == 401 and status(keys[1]) == 200 and shown() != first, 10)
+                assert "data: [DONE]" in list(lines)
+            log = run("docker", "logs", GATEWAY)
+            assert "keys read again: 1; new: two; gone: one" in log
+            assert "certificate read again, good until 2120-01-01" in log
+        finally:
+            run("docker", "compose", *UP, GATEWAY, given=stack)
+    eventually(serves, 30)
 
 
 @pytest.fixture(scope="session")
