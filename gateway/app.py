@@ -115,6 +115,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             time.monotonic,
             lambda: 0 if log is None else log.lost,
             aliases,
+            lambda: () if keys is None else keys.names,
             lambda: reloading.certificate_ends_at,
         )
         finished = FinishedRequests(metrics, recent, request_log, tracer)

@@ -60,7 +60,7 @@ class FinishedRequests:
         if not self._waiting:
             return
         finished, self._waiting = self._waiting, []
-        self._metrics.finished(finished)
+        self._metrics.requests.finished(finished)
         self._recent.add(finished)
         if self._tracer is not None:
             self._tracer.finished(finished)  # before their lines, which name the traces

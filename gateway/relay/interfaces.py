@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from gateway.admission.keys import Key
 from gateway.admission.owners import Owner
 from gateway.pool.upstream_pool import Upstream
 from gateway.wire.errors import GatewayError
@@ -119,6 +120,7 @@ class Call(Protocol):
 
     request_id: str
     model: str | None
+    key: Key | None
     started_at: float
     deadline: float
 

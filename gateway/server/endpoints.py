@@ -166,7 +166,7 @@ async def statistics(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus's exposition format."""
     _parts(request).flush()
-    return Response(_parts(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(await _parts(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def page(document: Document) -> Handler:

@@ -705,7 +705,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[error.status] + lines(headers) + b"\r\n" + content)
         self.transport.close()
         parts: Parts = self.app_state["parts"]
-        parts.metrics.other("unknown", error.status)
+        parts.metrics.requests.other("unknown", error.status)
         parts.request_log.other(request_id, "-", "-", self.address, error.status, 0.0)
 
     def cut(self) -> None:

@@ -120,7 +120,7 @@ class RequestContext:
         route = context.route or scope["path"]
         if status == 404 or route not in self._paths:
             route = "unknown"
-        parts.metrics.other(route, status)
+        parts.metrics.requests.other(route, status)
         if route not in _QUIET or status >= 400:
             peer, head = scope["client"][0] if scope["client"] else "", context.head
             client = client_address(peer, head.forwarded_for, parts.data_path.proxies)

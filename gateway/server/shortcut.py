@@ -206,7 +206,7 @@ class Shortcut(HttpProtocol):
         headers += [(b"content-length", b"%d" % len(content)), (b"content-type", b"application/json")]
         self.transport.write(self._to_head(AnswerHead(status, headers), f"x-request-id: {request_id}\r\n") + content)
         name = self.url.decode()
-        parts.metrics.other(name, status)
+        parts.metrics.requests.other(name, status)
         if status >= 400:
             client = client_address(self.address, head.forwarded_for, path.proxies)
             parts.request_log.other(request_id, "GET", name, client, status, path.time() - began)

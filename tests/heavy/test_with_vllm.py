@@ -202,7 +202,8 @@ def test_tokens_of_every_kind_of_stream_are_counted(stack: Stack, call: tuple[st
 
     assert streamed.status_code == 200
     for kind, field in (("prompt", "input_tokens"), ("completion", "output_tokens")):
-        assert f'gateway_tokens_total{{kind="{kind}",source="reported"}} {2 * usage[field]:.1f}' in metrics
+        labels = f'kind="{kind}",model="{MODEL}",source="reported"'
+        assert f"gateway_tokens_total{{{labels}}} {2 * usage[field]:.1f}" in metrics
     assert 'gateway_outcomes_total{outcome="done"} 2.0' in metrics
 
 

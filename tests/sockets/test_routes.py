@@ -157,8 +157,8 @@ def test_a_stream_is_relayed_to_its_own_end(client: httpx.Client, fake: FakeVllm
 
     assert got.content == b"".join(STREAMS[path])
     metrics = client.get("/metrics").text
-    assert 'gateway_tokens_total{kind="prompt",source="reported"} 17.0' in metrics
-    assert 'gateway_tokens_total{kind="completion",source="reported"} 2.0' in metrics
+    assert 'gateway_tokens_total{kind="prompt",model="demo",source="reported"} 17.0' in metrics
+    assert 'gateway_tokens_total{kind="completion",model="demo",source="reported"} 2.0' in metrics
     assert 'gateway_outcomes_total{outcome="done"} 1.0' in metrics
 
 

@@ -306,10 +306,10 @@ def test_metrics_count_requests_by_route_form_model_and_status(fake: FakeVllm) -
         'gateway_requests_total{form="simplified",model="demo",route="/v1/chat/completions",status="200"} 1.0' in text
     )
     assert 'gateway_requests_total{form="none",model="none",route="unknown",status="404"} 1.0' in text
-    assert 'gateway_tokens_total{kind="completion",source="reported"} 4.0' in text
-    assert "gateway_first_token_seconds_count 1.0" in text
-    assert "gateway_output_event_seconds_count 1.0" in text
-    assert "gateway_added_seconds_count 2.0" in text
+    assert 'gateway_tokens_total{kind="completion",model="demo",source="reported"} 4.0' in text
+    assert 'gateway_first_token_seconds_count{model="demo"} 1.0' in text
+    assert 'gateway_output_event_seconds_count{model="demo"} 1.0' in text
+    assert 'gateway_added_seconds_count{model="unknown"} 1.0' in text
     assert "\nprocess_resident_memory_bytes " in text
     assert f'gateway_upstream_state{{state="serving",upstream="{fake.url}"}} 1.0' in text
     assert "vllm:" not in text
