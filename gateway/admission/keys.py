@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gateway.admission.owners import Owner
@@ -77,10 +77,8 @@ class Keys:
     def __init__(self, by_digest: Mapping[bytes, Key]) -> None:
         """By SHA-256."""
         self._by_digest = by_digest
-
-    def find(self, digest: bytes) -> Key | None:
-        """Whose key has this SHA-256."""
-        return self._by_digest.get(digest)
+        # Whose key has a SHA-256. Not a method, as each call of a key would cost one more.
+        self.find: Callable[[bytes], Key | None] = by_digest.get
 
     @property
     def names(self) -> dict[str, bytes]:
@@ -94,6 +92,7 @@ class Keys:
             if key.name in before:
                 before[key.name].become(key)  # which calls that run count on
         self._by_digest = {digest: before.get(key.name, key) for digest, key in by_digest.items()}
+        self.find = self._by_digest.get
 
 
 def from_secrets(secrets: Iterable[str], max_in_flight: int | None = None) -> dict[bytes, Key]:

@@ -28,27 +28,29 @@ class TokenBudget:
 
         What is returned is given back to `settle`.
         """
-        self._earn(now)
-        if self._balance <= 0:
+        balance = self._balance + (now - self._counted_at) * self.a_minute / _MINUTE
+        saved = self.a_minute * _SAVED
+        self._balance = balance = balance if balance < saved else saved
+        self._counted_at = now
+        if balance <= 0:
             return None
         reserved = self._mean if asked is None else float(asked)
-        self._balance -= reserved
+        self._balance = balance - reserved
         return reserved
 
     def settle(self, now: float, reserved: float, used: int, *, told: bool = True) -> None:
         """A call has ended, and took so many; no estimate, which was not `told`, goes into the mean."""
-        self._earn(now)
-        self._balance = min(self.a_minute * _SAVED, self._balance + reserved - used)
+        # As in `reserve`: a call of its own would cost each call of a key three more.
+        balance = self._balance + (now - self._counted_at) * self.a_minute / _MINUTE
+        saved = self.a_minute * _SAVED
+        balance = (balance if balance < saved else saved) + reserved - used
+        self._balance = balance if balance < saved else saved
+        self._counted_at = now
         if used and told:
             self._mean += (used - self._mean) * (_LAST if self._mean else 1)
 
     def left(self, now: float) -> tuple[int, float]:
         """How many there are, and the seconds until there is one."""
-        self._earn(now)
-        wait = max(0.0, -self._balance) * _MINUTE / self.a_minute
-        return max(0, int(self._balance)), wait
-
-    def _earn(self, now: float) -> None:
         earned = (now - self._counted_at) * self.a_minute / _MINUTE
-        self._balance = min(self.a_minute * _SAVED, self._balance + earned)
-        self._counted_at = now
+        balance = min(self.a_minute * _SAVED, self._balance + earned)
+        return max(0, int(balance)), max(0.0, -balance) * _MINUTE / self.a_minute

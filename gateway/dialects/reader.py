@@ -7,6 +7,8 @@ from collections.abc import Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+from orjson import JSONDecodeError, loads
+
 from gateway.dialects import erag, media_urls, prompts, simplified
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.json_body import (
@@ -239,16 +241,22 @@ class BodyReader:
         salt = changes.get("cache_salt", body.get("cache_salt"))
         return content, "openai", model, streaming, None, "stream_options" in changes, salt, alias
 
-    def asked_tokens(self, content: bytes) -> int | None:
+    def asked_tokens(self, kind: BodyKind, content: bytes) -> int | None:
         """How many tokens a body asks for that goes upstream; None where it does not say."""
         try:
-            body = to_object(without_long_strings(content) if len(content) >= LONG_BODY else content)
-        except BadRequest:  # it is not the one that came, where another string ends there
+            body = loads(without_long_strings(content) if len(content) >= LONG_BODY else content)
+        except JSONDecodeError:  # it is not the one that came, where another string ends there
             body = to_object(content)
-        asked = max([value for name in _ANSWER if type(value := body.get(name)) is int], default=0)
-        if asked <= 0:
+        asked = 0
+        for name in _ANSWER:
+            value = body.get(name)
+            if type(value) is int and value > asked:
+                asked = value
+        if not asked:
             return None  # or vLLM refuses it
-        return min(_MOST_TOKENS, asked * self.body_limits.answers(body))
+        # Of a chat it is one answer, but for `n`; of others it depends.
+        answers = 1 if kind == "chat" and "n" not in body else self.body_limits.answers(body)
+        return min(_MOST_TOKENS, asked * answers)
 
     def resolve(self, kind: BodyKind, model: str | None) -> str | None:
         """The model that is asked for where this one is named: an alias's own, or the one for all that are not served.

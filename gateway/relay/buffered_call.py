@@ -103,7 +103,9 @@ class BufferedCall(Exchange):
         reader, request, came = self._path.reader, self._request, content
         try:
             if reading is None:
-                reading = reader.read(self.route.body, content, None if self.key is None else self._marks())
+                # Asked here, as it is a call more for each call of a key.
+                marked = self.key is not None and (self._path.salts_caches or self.route.body == "response")
+                reading = reader.read(self.route.body, content, self._marks() if marked else None)
                 self.prompt_bytes = len(content) if len(content) <= ITEM else prompt_size(content)
             content, self.form, self.model, self.streaming, self._translation, self._hides_usage, salt, self.alias = (
                 reading

@@ -227,7 +227,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def _try_start(self, now: float) -> bool:
         path, owner = self._path, self.owner
-        if owner.max_in_flight is not None and owner.is_full:
+        if owner.max_in_flight is not None and owner.in_flight >= owner.max_in_flight:
             return False
         upstream = path.pool.select(self.model, now, audio=self._needs_audio, key=self._prefix)
         if upstream is None:

@@ -73,7 +73,7 @@ class KeyedRecord(TimedRecord):
             return NotServed(f"The key {key.name} is not for {asked}; it is for {', '.join(sorted(key.models))}.")
         if key.tokens is not None and self.route.takes_tokens:
             now = self._path.time()
-            self._asked = self._path.reader.asked_tokens(content) if content else None
+            self._asked = self._path.reader.asked_tokens(self.route.body, content) if content else None
             self._reserved = key.tokens.reserve(now, self._asked)
             if self._reserved is None:
                 _, wait = key.tokens.left(now)
@@ -111,28 +111,32 @@ class KeyedRecord(TimedRecord):
         """
         own: list[Header] = []
         key, upstream = self.key, self.upstream
-        if key is not None and key.a_minute is not None:
-            own += _limit_headers(LIMIT_HEADERS, key.a_minute, *key.left(self._path.time()))
-        if key is not None and key.tokens is not None:
-            own += _limit_headers(TOKEN_HEADERS, key.tokens.a_minute, *key.tokens.left(self._path.time()))
+        if key is not None:
+            now = self._path.time()
+            limits = [] if key.a_minute is None else [(LIMIT_HEADERS, key.a_minute, key.left(now))]
+            if key.tokens is not None:
+                limits.append((TOKEN_HEADERS, key.tokens.a_minute, key.tokens.left(now)))
+            for (limit, remaining, until), most, (left, reset) in limits:
+                own += [(limit, b"%d" % most), (remaining, b"%d" % left), (until, b"%.3fs" % reset)]
         if upstream is not None and self._path.tells_route:
             own.append((ROUTE_HEADERS[0], upstream.short_name.encode()))
             if self.model:
                 alias = f"; alias={_plain(self.alias)}" if self.alias else ""
                 own.append((ROUTE_HEADERS[1], f"{_plain(self.model)}{alias}".encode()))
-        return AnswerHead(head.status, head.headers + own, streams=head.streams) if own else head
+        return head.with_more(own) if own else head
 
     def _settle(self, reserved: float) -> None:
         """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""
         assert self.key is not None
-        used = 0
-        if (found := self.tokens) is not None:
+        used, usage = 0, self.usage
+        if usage is not None:
+            used = usage[0] + usage[1]
+        elif (found := self.tokens) is not None:
             used = found[0] + found[1]
         elif self._took_tokens:
             used = self._estimated_whole(reserved)
         if self.key.tokens is not None:  # else the file of keys was read again
-            told = found is not None and not found[2]
-            self.key.tokens.settle(self.ended_at or self.started_at, reserved, used, told=told)
+            self.key.tokens.settle(self.ended_at or self.started_at, reserved, used, told=usage is not None)
 
     def _estimated_whole(self, reserved: float) -> int:
         """What a call took that was to be answered whole, and whose usage is not told.
@@ -149,8 +153,3 @@ class KeyedRecord(TimedRecord):
 
 def _plain(name: str) -> str:
     return quote(name[:_LONGEST_NAME], _PLAIN, errors="replace")
-
-
-def _limit_headers(names: tuple[bytes, bytes, bytes], most: int, left: int, reset: float) -> list[Header]:
-    limit, remaining, until = names
-    return [(limit, b"%d" % most), (remaining, b"%d" % left), (until, b"%.3fs" % reset)]

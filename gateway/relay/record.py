@@ -120,7 +120,7 @@ class Record:
 
         That is a quarter of its text's bytes, and of the answer's no fewer than the events that may bring text.
         """
-        usage = self.usage
+        usage = self.usage if self._usage_text else self._usage
         if usage is not None:
             return *usage, False
         if not self.streaming or not self._took_tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
 
@@ -106,9 +107,13 @@ _VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
+# Of C, as a comprehension is a call more.
+_AS_LINE: Callable[[Header], bytes] = b"%b: %b\r\n".__mod__
+
+
 def lines(headers: list[Header]) -> bytes:
     """Each header as a line."""
-    return b"".join([b"%b: %b\r\n" % header for header in headers])
+    return b"".join(map(_AS_LINE, headers))
 
 
 class RequestHead:
@@ -241,6 +246,14 @@ class AnswerHead:
         self.streams = streams
         self.encoding = encoding
         self.closes = (b"connection", b"close") in headers
+
+    def with_more(self, more: list[Header]) -> AnswerHead:
+        """The same with these as well, of which none says how the body is, or that the connection ends."""
+        head = AnswerHead.__new__(AnswerHead)
+        head.status, head.streams, head.encoding, head.closes = self.status, self.streams, self.encoding, self.closes
+        head.headers = self.headers + more
+        head.lines = self.lines + b"".join(map(_AS_LINE, more))
+        return head
 
 
 def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes | None]:

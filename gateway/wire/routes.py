@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gateway.wire.sse import Ends
+
+_COUNT_TOKENS = "/v1/messages/count_tokens"
 
 BodyKind = Literal["chat", "batch", "completion", "response", "json", "none", "generate", "ask", "upload"]
 
@@ -28,6 +30,16 @@ class Route:
     body: BodyKind = "json"
     streams: bool = False
     ends: Ends = "done"
+    # Whether it brings a prompt for a model: not where it asks for counts alone, or for nothing new.
+    takes_tokens: bool = field(init=False)
+    # Whether its answer is made token by token.
+    generates: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        takes_tokens = self.body != "none" and self.name != "tokenize" and self.path != _COUNT_TOKENS
+        # Not properties, as each call would pay for them.
+        object.__setattr__(self, "takes_tokens", takes_tokens)
+        object.__setattr__(self, "generates", self.body == "batch" or (self.streams and takes_tokens))
 
     @property
     def asks_the_model(self) -> bool:
@@ -40,16 +52,6 @@ class Route:
         return "chat" if self.name in ("responses", "messages") else self.name
 
     @property
-    def takes_tokens(self) -> bool:
-        """Whether it brings a prompt for a model: not where it asks for counts alone, or for nothing new."""
-        return self.body != "none" and self.name != "tokenize" and self.path != _COUNT_TOKENS
-
-    @property
-    def generates(self) -> bool:
-        """Whether its answer is made token by token."""
-        return self.body == "batch" or (self.streams and self.takes_tokens)
-
-    @property
     def caches_prefixes(self) -> bool:
         """Whether its body may name a salt of the prefix cache: it is JSON, and brings a prompt for a model."""
         return self.body != "upload" and self.takes_tokens
@@ -59,8 +61,6 @@ class Route:
         """Whether its answer tells of another call, and may wait for as long as that runs: its silence is no fault."""
         return "{response_id}" in self.path
 
-
-_COUNT_TOKENS = "/v1/messages/count_tokens"
 
 # As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
 RESPONSE_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")

@@ -31,7 +31,7 @@ from gateway.upstream.connections import UpstreamConnection
 from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.support.sink import Sink
 
-REQUEST, EVENT, KEYED, HEALTH = 46, 5, 60, 57
+REQUEST, EVENT, KEYED, LIMITED, HEALTH = 46, 5, 53, 60, 57
 
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
 STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo","stream":true}'
@@ -172,6 +172,14 @@ def test_a_keyed_request_costs_no_more_calls_than_it_may(keys: Path) -> None:
     request, event, _ = uvloop.run(counted(keys, brought=f"Authorization: Bearer {SECRET}\r\n"))
     assert KEYED / 1.5 < request <= KEYED
     assert EVENT / 1.5 < event <= EVENT  # of a stream of whose tokens vLLM is asked
+
+
+def test_a_key_of_few_tokens_models_and_calls_at_a_time_costs_no_more_calls_than_it_may(keys: Path) -> None:
+    limits = "tokens=900000 in-flight=9 models=demo"
+    keys.write_text(f"counted {hashlib.sha256(SECRET.encode()).hexdigest()} 600 {limits}\n")
+    request, event, _ = uvloop.run(counted(keys, brought=f"Authorization: Bearer {SECRET}\r\n"))
+    assert LIMITED / 1.5 < request <= LIMITED
+    assert EVENT / 1.5 < event <= EVENT
 
 
 def test_a_health_check_costs_no_more_calls_than_it_did() -> None:
