@@ -68,9 +68,10 @@ class KeyedRecord(TimedRecord):
 
     def _bounded_by_key(self, key: Key, content: bytes) -> GatewayError | None:
         """Why a call of this body may not be made with its key: for its model, or as its tokens are used up."""
-        if key.models is not None and self.model not in key.models and self.route.body != "none":
+        models = key.models
+        if models is not None and self.model not in models and self.alias not in models and self.route.body != "none":
             asked = f"the model {self.model[:200]!r}" if self.model else "a call that does not say of which model"
-            return NotServed(f"The key {key.name} is not for {asked}; it is for {', '.join(sorted(key.models))}.")
+            return NotServed(f"The key {key.name} is not for {asked}; it is for {', '.join(sorted(models))}.")
         if key.tokens is not None and self.route.takes_tokens:
             now = self._path.time()
             self._asked = self._path.reader.asked_tokens(self.route.body, content) if content else None

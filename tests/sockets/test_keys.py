@@ -376,6 +376,20 @@ def test_a_key_is_for_the_models_of_its_line(fake: FakeVllm, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("way")
+def test_a_key_may_be_for_another_name_of_a_model(fake: FakeVllm, tmp_path: Path) -> None:
+    secret = "few-4f7d0c9a2b6e81d35a"
+    (tmp_path / "keys").write_text(f"few {digest(secret)} models=fast\n")
+    settings = {"api_keys_file": tmp_path / "keys", "model_aliases": "fast=demo,slow=demo"}
+    with running(fake.url, **settings) as gateway, gateway.client() as client:
+        client.headers["x-api-key"] = secret
+        told = []
+        for model in ("fast", "slow", "demo"):
+            for call in ({"messages": [{"role": "user", "content": "Hi."}]}, {"messages": {"user": "Hi."}}):
+                told.append(client.post(CHAT, json={"model": model, **call}).status_code)
+    assert told == [200, 200, 404, 404, 404, 404]
+
+
+@pytest.mark.usefixtures("way")
 def test_a_key_has_its_tokens_of_a_minute(fake: FakeVllm, tmp_path: Path) -> None:
     secret = "few-4f7d0c9a2b6e81d35a"
     (tmp_path / "keys").write_text(f"few {digest(secret)} tokens=2000\n")
