@@ -26,6 +26,9 @@ _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h's M_…
 # From so many bytes on a buffer goes back as it is freed; what many calls have in turn is to be smaller, as memory that
 # is new to the process costs more than what is written to it.
 _LARGE = 1024 * 1024
+# So much may be free at the heap's end. A simplified call has a parser's buffer and two of a writer's there in turn,
+# each of which may be nearly as large as one that goes back: with less it would have that memory anew each time.
+_FREE = 4 * _LARGE
 
 
 def share_heap() -> None:
@@ -36,7 +39,7 @@ def share_heap() -> None:
     if _mallopt is not None:
         _mallopt(_ARENA_MAX, 1)
         _mallopt(_MMAP_THRESHOLD, _LARGE)
-        _mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
+        _mallopt(_TRIM_THRESHOLD, _FREE)
 
 
 def settle() -> None:
