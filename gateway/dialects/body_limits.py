@@ -19,6 +19,7 @@ _TOKENS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_
 # What a call brings several of: prompts, texts, documents to rank, the two sides of pairs.
 _PROMPTS = ("prompt", "prompt_embeds")
 _INPUTS = (*_PROMPTS, "input", "documents", "text_1", "text_2", "data_1", "data_2", "queries", "items")
+_COUNTED = frozenset((*_INPUTS, "data"))
 
 # By the kind of a call how it may say how long its answer is: else that is all of the model's context.
 _OWN_LIMITS: dict[BodyKind, tuple[str, ...]] = {
@@ -77,7 +78,7 @@ class BodyLimits:
         self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
         self._refused = frozenset(refused_fields) - {NAME}
         self.refuses_media_names = NAME in refused_fields
-        self._looked_at = self._refused.union(self._fields, _INPUTS, ("data", _MORE))
+        self._looked_at = self._refused.union(self._fields, _COUNTED, (_MORE,))
         self._max_n = max_n
         self._max_messages = max_messages
         self._max_inputs = max_inputs
@@ -110,6 +111,8 @@ class BodyLimits:
 
         An escaped character takes half as long as a byte outside of long strings, and one that is not ASCII a quarter.
         """
+        if 2 * len(shortened) + len(content) <= self.max_json_bytes:
+            return  # no byte is both; to count them takes as long as the parser
         foreign = 0 if content.isascii() else len(content.translate(None, _ASCII))
         if 2 * len(shortened) + content.count(b"\\") + foreign // 2 > self.max_json_bytes:
             raise TooLarge(
@@ -133,8 +136,8 @@ class BodyLimits:
 
     def check(self, body: dict[str, Any]) -> None:
         """Raises BadRequest, which names the field."""
-        if not self._looked_at.isdisjoint(body):  # most calls have none of them, and need no more looks
-            self._check_fields(body)
+        if names := self._looked_at.intersection(body):
+            self._check_fields(body, names)
         stream, messages = body.get("stream"), body.get("messages")
         if type(stream) is not bool and stream is not None:
             raise BadRequest(f"stream must be true or false, but it is {shown(stream)}.", param="stream")
@@ -170,24 +173,31 @@ class BodyLimits:
         prompts = len(messages) if is_batch and messages else _prompts(body)
         return prompts * (copies if type(copies) is int and copies > 0 else 1)
 
-    def _check_fields(self, body: dict[str, Any]) -> None:
-        for name, (most, setting) in self._fields.items():
-            value = body.get(name)
+    def _check_fields(self, body: dict[str, Any], names: frozenset[str]) -> None:
+        """Of these `names` alone, which it has: most calls have one or none, and each look at another costs them."""
+        for name in sorted(names):
+            value = body[name]
             if value is None:
                 continue
-            # vLLM reads numbers in texts, too, and true as 1.
-            if type(value) is not int and not (type(value) is float and value.is_integer()):
-                raise BadRequest(f"{name} must be an integer, but it is {shown(value)}.", param=name)
-            if value > most:
-                raise Rejected(f"{name} must be at most {most} ({setting}), but it is {value}.", param=name)
-        more = body.get(_MORE)
-        for name in self._refused:
-            if body.get(name) is not None:
+            if name in self._refused:
                 raise Rejected(f"{name} is not taken here (GATEWAY_REFUSED_FIELDS).", param=name)
-            if type(more) is dict and name in more:
+            if name in self._fields:
+                most, setting = self._fields[name]
+                # vLLM reads numbers in texts, too, and true as 1.
+                if type(value) is not int and not (type(value) is float and value.is_integer()):
+                    raise BadRequest(f"{name} must be an integer, but it is {shown(value)}.", param=name)
+                if value > most:
+                    raise Rejected(f"{name} must be at most {most} ({setting}), but it is {value}.", param=name)
+            elif name == _MORE and type(value) is dict:
+                self._check_more(value)
+        if not _COUNTED.isdisjoint(names):
+            self._check_inputs(body)
+
+    def _check_more(self, more: dict[str, Any]) -> None:
+        for name in self._refused:
+            if name in more:
                 named = f"{_MORE}.{name}"
                 raise Rejected(f"{named} is not taken here (GATEWAY_REFUSED_FIELDS).", param=named)
-        self._check_inputs(body)
 
     def _check_messages(self, messages: list[Any]) -> None:
         # Of a batch each is a chat of its own.
