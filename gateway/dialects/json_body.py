@@ -85,8 +85,27 @@ def without_long_strings(body: bytes, strings: Iterable[tuple[int, int]] | None 
 
 def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
     """Where long strings begin and end, as long as it is worth to look."""
-    quotes = _quotes(body)
-    return ((begin, end) for begin, end in zip(quotes, quotes, strict=False) if end - begin > _LONG)
+    begin, looks = body.find(b'"'), 0
+    while begin > 0 and looks <= _LOOKS + begin // _LOOK_EACH:
+        end = body.find(b'"', begin + 1)
+        while end > 0 and body[end - 1] == _BACKSLASH:
+            run = 1 if body[end - 2] != _BACKSLASH else _backslashes(body, end)
+            if run == _RUN or looks > _LOOKS + end // _LOOK_EACH:
+                return  # too many to count, for each quote anew
+            if run % 2 == 0:
+                break
+            end = body.find(b'"', end + 1)
+            looks += 1
+        if end - begin > _LONG:
+            yield begin, end
+        begin = body.find(b'"', end + 1) if end > 0 else -1
+        looks += 2
+
+
+def _backslashes(body: bytes, at: int) -> int:
+    """How many stand before this place; _RUN for any number of more, too."""
+    before = body[max(0, at - _RUN) : at]
+    return len(before) - len(before.rstrip(b"\\"))
 
 
 def long_strings_in_steps(body: bytes) -> Generator[None, None, list[tuple[int, int]]]:
@@ -120,23 +139,6 @@ def in_parts(content: bytes) -> Iterator[bytes]:
             part = content[at : at + PART + 1]
         yield part
         at += len(part)
-
-
-def _quotes(body: bytes) -> Iterator[int]:
-    """Where strings begin and end, by turns, as long as they are worth it."""
-    at, looks = body.find(b'"'), 0
-    while at > 0 and looks <= _LOOKS + at // _LOOK_EACH:
-        if body[at - 1] != _BACKSLASH:
-            yield at
-        elif body[at - 2] == _BACKSLASH:
-            before = body[max(0, at - _RUN) : at]
-            run = len(before) - len(before.rstrip(b"\\"))
-            if run == _RUN:
-                return  # too many to count, for each quote anew
-            if run % 2 == 0:
-                yield at
-        at = body.find(b'"', at + 1)
-        looks += 1
 
 
 def _not_json(body: bytes, error: orjson.JSONDecodeError) -> BadRequest:

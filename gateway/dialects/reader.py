@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from orjson import JSONDecodeError, loads
 
@@ -158,7 +158,8 @@ class BodyReader:
 
     def read_in_steps(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Steps:
         """As `read`, of a long body that is there: step by step, each of which takes a small part of a second."""
-        content = to_utf8(content)
+        if content[:2] != b'{"':
+            content = to_utf8(content)
         yield
         shortened = without_long_strings(content)
         if 2 * len(shortened) > self.body_limits.max_json_bytes:
@@ -396,4 +397,5 @@ def _result(steps: Steps) -> Reading:
         try:
             next(steps)
         except StopIteration as end:
-            return cast(Reading, end.value)
+            reading: Reading = end.value
+            return reading
