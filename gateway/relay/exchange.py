@@ -300,10 +300,8 @@ class Exchange(StreamedAnswer, ABC):
         head = self._to_upstream()
         if self._held <= HELD_EVENT:
             connection.send(b"".join((head, *self._body)))
-            return
-        for piece in (head, *self._body):  # as they are: a large one is not held twice
-            if self._connection is connection:
-                connection.send(piece)
+        else:
+            connection.send_pieces((head, *self._body))  # as they are: a large one is not held twice
 
     def _to_upstream(self) -> bytes:
         """The request's head as it goes out."""

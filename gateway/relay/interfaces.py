@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from gateway.admission.keys import Key
@@ -48,7 +48,10 @@ class Connection(Protocol):
     reused: bool
 
     def send(self, request: bytes | bytearray) -> None:
-        """The whole request, head and body; a large one's in pieces."""
+        """The whole request, head and body, or a piece of an upload."""
+
+    def send_pieces(self, pieces: Iterable[bytes | bytearray]) -> None:
+        """The whole of a large request, none of which is copied where it can go out at once."""
 
     def pause(self) -> None:
         """Stop reading."""

@@ -127,6 +127,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What an exchange asks for
 
+    def send_pieces(self, pieces: Iterable[bytes | bytearray]) -> None:
+        """Send what is in pieces, in one call of the system."""
+        if self._transport is not None:
+            self._transport.writelines(pieces)
+
     def pause(self) -> None:
         """Stop reading."""
         self._paused = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -187,7 +187,8 @@ class ClientRecorder:
 class ConnectionRecorder:
     """A connection to an upstream: what was sent, and how it was given back; `pieces` where that may be in pieces.
 
-    `during_send` is called inside each `send`, as a write may call back at once.
+    `sent_at_once` are those of a large request. `during_send` is called inside each `send`, as a write may call back at
+    once.
     """
 
     def __init__(self, *, reused: bool = False, pieces: bool = False) -> None:
@@ -195,6 +196,7 @@ class ConnectionRecorder:
         self.pieces = pieces
         self.during_send: Callable[[], None] | None = None
         self.sent = b""
+        self.sent_at_once: tuple[bytes | bytearray, ...] = ()
         self.paused = False
         self.given_back = ""
         self.is_lost = False
@@ -205,6 +207,10 @@ class ConnectionRecorder:
         self.sent += request
         if self.during_send is not None:
             self.during_send()
+
+    def send_pieces(self, pieces: Iterable[bytes | bytearray]) -> None:
+        self.sent_at_once = tuple(pieces)
+        self.send(b"".join(self.sent_at_once))
 
     def pause(self) -> None:
         self._still_lent()
