@@ -157,7 +157,7 @@ class BufferedCall(Exchange):
         if translation.model and translation.model != self.model:
             self.alias = translation.model
         content = translation.to_call(self.model)
-        self.prompt_bytes = prompt_size(content)
+        self.prompt_bytes = len(content) if len(content) <= ITEM else prompt_size(content)
         marks = None if self.key is None else self._marks()
         if marks is None:
             return content, salt

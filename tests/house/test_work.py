@@ -31,9 +31,10 @@ from gateway.upstream.connections import UpstreamConnection
 from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
 from tests.support.sink import Sink
 
-REQUEST, EVENT, KEYED, LIMITED, HEALTH = 46, 5, 53, 60, 57
+REQUEST, SIMPLE, EVENT, KEYED, LIMITED, HEALTH = 46, 69, 5, 53, 60, 57
 
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
+SIMPLIFIED = b'{"messages":{"system":"Be brief.","user":"Hi"},"max_new_tokens":64,"temperature":0,"streaming":false}'
 STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo","stream":true}'
 
 
@@ -66,12 +67,12 @@ def _calls_in(work: Callable[[], None]) -> int:
 
 
 async def counted(
-    keys: Path | None = None, *, brought: str = "", asks_health: bool = False, **given: Any
+    keys: Path | None = None, *, asked: bytes = WHOLE, brought: str = "", asks_health: bool = False, **given: Any
 ) -> tuple[int, float, int]:
     """Calls per request, calls per event, and objects that a hundred requests leave to the garbage collector.
 
-    With a file of `keys` those of a request whose header for the key is `brought`; the objects are not counted. Or
-    those of a health check alone. `given` are more settings.
+    `asked` is the body of such a request. With a file of `keys` those of a request whose header for the key is
+    `brought`; the objects are not counted. Or those of a health check alone. `given` are more settings.
     """
     own: dict[str, Any] = {
         "GATEWAY_UPSTREAMS": ("http://127.0.0.1:9",),
@@ -101,7 +102,7 @@ async def counted(
         many = 100
 
         def whole() -> None:
-            connection.data_received(post(WHOLE))
+            connection.data_received(post(asked))
             server.data_received(answer)
 
         def streamed(events: int) -> None:
@@ -152,6 +153,12 @@ def test_a_request_and_an_event_cost_no_more_calls_than_they_did() -> None:
     request, event, garbage = uvloop.run(counted())
     assert REQUEST / 1.5 < request <= REQUEST
     assert EVENT / 1.5 < event <= EVENT
+    assert garbage < 100, "requests leave cycles behind"
+
+
+def test_a_simplified_request_costs_no_more_calls_than_it_did() -> None:
+    request, _, garbage = uvloop.run(counted(asked=SIMPLIFIED))
+    assert SIMPLE / 1.5 < request <= SIMPLE
     assert garbage < 100, "requests leave cycles behind"
 
 
