@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Container
-from importlib.metadata import version
 from typing import cast, get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -15,6 +14,7 @@ from prometheus_client.registry import Collector
 from gateway.admission.admission_queue import AdmissionQueue
 from gateway.admission.arrivals import Arrivals
 from gateway.admission.buffers import Buffers
+from gateway.observability.own_version import own_version
 from gateway.observability.request_metrics import RequestMetrics
 from gateway.pool.upstream_pool import State, UpstreamPool
 from gateway.relay.interfaces import Call
@@ -43,7 +43,7 @@ class Metrics(Collector):
         """
         self.requests = RequestMetrics(lambda: pool.models, keys, aliases, time)
         self._certificate_ends_at = certificate_ends_at
-        self._version = version("vllm-gateway")
+        self._version = own_version()
         self._lost_lines = lost_lines
         self._queue = queue
         self._arrivals = arrivals

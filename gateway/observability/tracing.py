@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -19,6 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from gateway.observability import semconv
+from gateway.observability.own_version import own_version
 from gateway.relay.record import CLIENT_LEFT, Record
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Tracer:
 
     def __init__(self, *, tls: bool) -> None:
         """`tls`: clients speak it."""
-        ours = version("vllm-gateway")
+        ours = own_version()
         resource = Resource.create({semconv.SERVICE_NAME: "vllm-gateway", semconv.SERVICE_VERSION: ours})
         # The environment's word counts more than ours, which `create` has the other way round.
         resource = resource.merge(OTELResourceDetector().detect())
