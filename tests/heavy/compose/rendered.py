@@ -191,8 +191,8 @@ def test_a_model_server_on_the_cpu_writes_to_its_data_alone() -> None:
     ],
 )
 def test_a_secret_in_a_file_stands_in_no_environment(name: str, target: str, services: set[str]) -> None:
-    found = everything("cpu", **{name: "./file"})["services"]
-    source = str(ROOT / "docker/cpu/file")
+    found = everything("cpu", **{name: "./secret"})["services"]
+    source = str(ROOT / "docker/cpu/secret")
     assert {one for one, service in found.items() if source in json.dumps(service)} == services
     for one in services:
         assert found[one]["environment"][name] == target
