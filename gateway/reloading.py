@@ -65,11 +65,15 @@ def _seen(file: Path) -> _Seen:
 
 @dataclass(slots=True)
 class _Watched:
-    """Files that belong together: what they are, which, and what reads them, which raises SettingsError."""
+    """Files that belong together: what they are, which, and what reads them, which raises SettingsError.
+
+    `fault` is what was wrong with them when they were read last.
+    """
 
     what: str
     files: Callable[[], list[Path]]
     read: Callable[[], Awaitable[str]]
+    fault: str = ""
     seen: WatchedFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,13 +149,17 @@ class Reloading:
     async def _read_if_changed(self, one: _Watched, *, asked: bool) -> None:
         # In a thread, as a disk that hangs is not to hold up calls.
         changed = await asyncio.to_thread(one.seen.look, one.files())
-        if not changed and not asked:
+        # What is wrong may be so by a file that is named there, and that nobody watches yet.
+        if not changed and not asked and not one.fault:
             return
         one.seen.read()
+        before, one.fault = one.fault, ""
         try:
             said = await one.read()
         except SettingsError as error:
-            _log.error("%s: %s", one.what, error)
+            one.fault = str(error)
+            if asked or one.fault != before:
+                _log.error("%s: %s", one.what, error)
         else:
             _log.info("%s", said)
 

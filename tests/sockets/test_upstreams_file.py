@@ -120,9 +120,12 @@ def test_a_wrong_file_changes_nothing_and_says_so_once(
         become(gateway, *serve(two[0]))
         assert client.post(CHAT, json=OPENAI).status_code == 200
         assert said("stay as they are") == 3
-        file.write(two[1].url)
+        file.write(f"{two[1].url} key-file=late")
+        says("late' cannot be read")
+        (file.path.parent / "late").write_text("sk-late")
         says("upstreams read again: 1")
         become(gateway, *serve(two[1]))
+    assert said("stay as they are") == 4
 
 
 def test_links_that_are_swapped_and_signals_are_seen(two: list[FakeVllm], tmp_path: Path, file: File) -> None:
