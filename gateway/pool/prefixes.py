@@ -61,7 +61,7 @@ class PrefixCounts:
             self._young = young = {}
         value = crc32(model.encode("utf-8", "surrogatepass"))
         count = young[value] = young.get(value, 0) + 1
-        part = (count + old.get(value, 0)) / (_PART * upstreams)
+        part = (count + old.get(value, 0)) // (_PART * upstreams)
         if salt is not None:
             value = crc32(salt.encode("utf-8", "surrogatepass"), value)
         start = body.find(_MESSAGES, 0, _LOOKED_AT)
@@ -70,20 +70,23 @@ class PrefixCounts:
         length = len(body) - start
         if length < _FIRST_MARK:
             return None
-        popular, behind = max(_FEW, int(part)), max(_FEW_MORE, int(part))
+        popular = part if part > _FEW else _FEW
         for begin, end in _MARKS:
             if end > length:
                 break
             value = crc32(body[start + begin : start + end], value)
-            count = young.get(value, 0) + old.get(value, 0)
-            if not count:
-                # What all share is learned mark by mark, each of which would take as long as the one before.
-                young[value] = max(1, int(part) - _FEW)
-                return value + NEW
-            young[value] = young.get(value, 0) + 1
+            count = young.get(value, 0)
             if count < popular:
-                return value
-            popular = behind
+                before = count + old.get(value, 0)
+                if not before:
+                    # What all share is learned mark by mark, each of which would take as long as the one before.
+                    young[value] = part - _FEW if part > _FEW else 1
+                    return value + NEW
+                if before < popular:
+                    young[value] = count + 1
+                    return value
+            young[value] = count + 1
+            popular = part if part > _FEW_MORE else _FEW_MORE
         return HOT
 
 

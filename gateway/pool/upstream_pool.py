@@ -204,6 +204,9 @@ class UpstreamPool:
         left = dict.fromkeys([*self._upstreams, *self.leaving])
         self.leaving = [one for one in left if one.in_flight and one not in upstreams]
         self._upstreams = upstreams
+        # So many more calls there is room for at least: those in flight are added up only where it is used up, as a
+        # choice brings one more at most.
+        self._room = 0.0
         self._is_grouped = False
         self._by_upstreams.clear()
         if self._by_prefix and self.prefixes is None and len(upstreams) > 1:
@@ -245,11 +248,14 @@ class UpstreamPool:
 
     def key_of(self, model: str | None, salt: str | None, body: bytes) -> int | None:
         """The key of a prompt, as it came, by which `select` finds its upstream; None where that is found by load."""
-        group = self._group(model)
-        if self.prefixes is None or group is None or len(group.upstreams) == 1:
+        counts = self.prefixes
+        if counts is None or model is None:
             return None
-        assert model is not None
-        return self.prefixes.key_of(model, salt, body, len(group.upstreams))
+        if not self._is_grouped:
+            self._regroup()
+        if (group := self._groups.get(model)) is None or len(group.upstreams) == 1:
+            return None
+        return counts.key_of(model, salt, body, len(group.upstreams))
 
     def select(self, model: str | None, now: float, *, audio: bool = False, key: int | None = None) -> Upstream | None:
         """An upstream among the best that serve `model`; None where they have no room.
@@ -262,18 +268,24 @@ class UpstreamPool:
         upstreams = self._upstreams
         if len(upstreams) == 1:
             return upstreams[0] if upstreams[0].in_flight < self._max_in_flight_per_upstream else None
-        if sum([upstream.in_flight for upstream in upstreams]) >= self._max_in_flight:
-            return None
+        if self._room <= 0:
+            self._room = self._max_in_flight - sum([upstream.in_flight for upstream in upstreams])
+            if self._room <= 0:
+                return None
         best: Upstream | None = None
-        how: How
-        if key is not None and key != HOT and (group := self._group(model)) is not None:
+        how: How = "least"
+        if key == HOT:
+            how = "hot"
+        elif key is not None and (group := self._group(model)) is not None:
             best, how = self._placed(group, key, now)
         if best is None:
-            how = "hot" if key == HOT else "least"
             best = self._best(self._serving(model, audio=audio), now)
-        if best is not None:
+            if best is None:
+                return None
+        self._take(best, now)
+        if self._retries < _RETRIES:
             self._retries = min(_RETRIES, self._retries + _RETRIED_PART)
-            self.routed[how] += 1
+        self.routed[how] += 1
         return best
 
     def select_other(
@@ -301,6 +313,7 @@ class UpstreamPool:
                 others = [one for one in others if _rank(one, now) == 0]
             best = self._best(others, now) if others else None
         if best is not None:
+            self._take(best, now)
             self._retries -= 1
             instead_of.failovers += 1
             self.routed["retried"] += 1
@@ -348,45 +361,44 @@ class UpstreamPool:
         self, group: _Group, key: int, now: float, instead_of: Upstream | None = None
     ) -> tuple[Upstream | None, How]:
         """Of a key's order the one that is the least busy for its place; None where none serves and has room."""
+        most, upstreams, order = self._max_in_flight_per_upstream, group.upstreams, group.places.of(key)
+        down = _NEW_PLACE_DOWN if key >= NEW else _PLACE_DOWN
         best: Upstream | None = None
         least, price = math.inf, 0.0
-        most, upstreams, order = self._max_in_flight_per_upstream, group.upstreams, group.places.of(key)
-        how: How = "first"
-        down = _NEW_PLACE_DOWN if key >= NEW else _PLACE_DOWN
         for number in order:
-            if price >= least:
-                break
             upstream = upstreams[number]
             if (
-                upstream is instead_of
-                or upstream.state != "serving"
+                upstream.state != "serving"
                 or upstream.in_flight >= most
                 or (upstream.broken_in_a_row >= BROKEN_IN_A_ROW and upstream.failing(now))
+                or upstream is instead_of
             ):
                 continue
             load = (upstream.in_flight + _AWAITED * upstream.awaited) / upstream.weight + price
             if load < least:
                 best, least = upstream, load
-                how = "first" if number == order[0] else "spilled"
             price += down
-        if best is not None:
-            self._take(best, now)
-        return best, how
+            if price >= least:
+                break
+        if best is None:
+            return None, "least"
+        return best, "first" if best is upstreams[order[0]] else "spilled"
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         if not able:
             return None  # none is known yet
-        best, least = able[0], (3, 0.0, 0)
+        best, best_rank, least = able[0], 3, 0.0
         for one in able:
+            rank = 0 if one.state == "serving" and one.broken_in_a_row < BROKEN_IN_A_ROW else _rank(one, now)
+            if rank > best_rank:
+                continue
             load = (one.in_flight + _AWAITED * one.awaited) / one.weight
-            if (mark := (_rank(one, now), load, one.chosen_at)) < least:
-                best, least = one, mark
-        if best.in_flight >= self._max_in_flight_per_upstream:
-            return None
-        self._take(best, now)
-        return best
+            if rank < best_rank or load < least or (load == least and one.chosen_at < best.chosen_at):
+                best, best_rank, least = one, rank, load
+        return best if best.in_flight < self._max_in_flight_per_upstream else None
 
     def _take(self, chosen: Upstream, now: float) -> None:
+        self._room -= 1
         self._turn += 1
         chosen.chosen_at = self._turn
         if chosen.broken_in_a_row >= BROKEN_IN_A_ROW:

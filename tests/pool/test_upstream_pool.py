@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -206,6 +207,35 @@ def test_there_is_room_for_so_many_calls_on_each_and_in_all() -> None:
         UpstreamPool((first, second), max_in_flight_per_upstream=1).select_other("m", 0, instead_of=first, ready=True)
         is None
     )
+
+
+@pytest.mark.parametrize("most", [1, 2, 6])
+def test_however_calls_come_and_go_there_is_room_for_so_many_and_no_more(most: int) -> None:
+    """Those that run on an upstream that has left the pool take no room until it is back."""
+    pool = UpstreamPool(tuple(upstream(name) for name in "abcd"), max_in_flight=most)
+    random, running, left = Random(most), list[Upstream](), list[Upstream]()
+    for _ in range(5000):
+        event = random.choice(["call", "call", "end", "second try", "leave", "come"])
+        if event == "call":
+            full = sum(one.in_flight for one in pool) >= most
+            chosen = pool.select("m", 0)
+            assert (chosen is None) is full
+            if chosen is not None:
+                chosen.in_flight += 1
+                running.append(chosen)
+        elif event == "leave" and len(pool) > 2:
+            gone, *others = pool
+            left.append(gone)
+            pool.replace(tuple(others))
+        elif event == "come":
+            pool.replace((*pool, *left))
+            left.clear()
+        elif running:
+            before = running.pop(random.randrange(len(running)))
+            before.in_flight -= 1
+            if event == "second try" and (other := pool.select_other("m", 0, instead_of=before, ready=True)):
+                other.in_flight += 1
+                running.append(other)
 
 
 @pytest.mark.parametrize("state", STATES)
