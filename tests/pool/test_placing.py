@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -160,21 +162,40 @@ def test_a_model_of_one_upstream_among_several_counts_nothing() -> None:
     assert not pool.prefixes._young
 
 
-def test_a_prompt_that_most_send_is_on_every_upstream_soon() -> None:
-    """Six calls of ten; each runs for as long as ten others take to come."""
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("often", ["all alike", "few"])
+def test_a_beginning_that_most_share_is_on_every_upstream_soon_and_no_burden_to_any(often: str, seed: int) -> None:
+    """Six calls of ten begin with the same 12 KB, the others with documents, asked for all alike or few of them often.
+
+    70 come a second, and each is streamed, from 0.05 to 0.4 s later on, for 0.5 to 2.5 s.
+    """
+    random, now = Random(seed), 0.0
     pool = UpstreamPool(tuple(upstream(name) for name in "abcdefgh"), by_prefix=True)
-    hot, running, took = b'"messages"' + b"for all " * 400, [], Counter[str]()
-    for number in range(600):
-        body = hot if number % 10 < 6 else b'"messages"' + b"%d " % number * 1000
-        chosen = pool.select("m", 0, key=pool.key_of("m", None, body))
+    hot, *documents = [b'"messages"' + random.randbytes(size) for size in (12_000, *[5000] * 500)]
+    weights = [1 / rank if often == "few" else 1 for rank in range(1, 501)]
+    ends: list[tuple[float, int, Upstream, str]] = []
+    taken = {True: list[str](), False: list[str]()}
+    for number in range(2000):
+        now += random.expovariate(70)
+        while ends and ends[0][0] <= now:
+            _, _, one, counted = heapq.heappop(ends)
+            setattr(one, counted, getattr(one, counted) - 1)
+        is_hot = random.random() < 0.6
+        body = (hot if is_hot else random.choices(documents, weights)[0]) + random.randbytes(100)
+        chosen = pool.select("m", now, key=pool.key_of("m", None, body))
         assert chosen is not None
         chosen.in_flight += 1
-        running.append(chosen)
-        if len(running) > 10:
-            running.pop(0).in_flight -= 1
-        if body is hot and number < 100:
-            took[chosen.host] += 1
-    assert len(took) == 8
+        chosen.awaited += 1
+        answered = now + random.uniform(0.05, 0.4)
+        heapq.heappush(ends, (answered, 2 * number, chosen, "awaited"))
+        heapq.heappush(ends, (answered + random.uniform(0.5, 2.5), 2 * number + 1, chosen, "in_flight"))
+        taken[is_hot].append(chosen.host)
+        if number == 99:
+            assert set(taken[True]) == set("abcdefgh")
+            learned = len(taken[True])
+    # Whoever has documents that are asked for often has less of the others instead.
+    for calls in [taken[True] + taken[False], *([] if often == "few" else [taken[True][learned:]])]:
+        assert max(Counter(calls).values()) <= 1.3 * len(calls) / 8
 
 
 UPSTREAMS = st.builds(
