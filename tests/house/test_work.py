@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ from gateway.app import create_app
 from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 from gateway.observability.logs import LineWriter
-from gateway.pool.upstream_pool import UpstreamPool
+from gateway.pool.upstream_pool import How, Upstream, UpstreamPool
 from gateway.server.http_protocol import SharedState
 from gateway.server.shortcut import Shortcut
 from gateway.server.uvicorn_server import create_server
@@ -32,6 +33,8 @@ from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD
 from tests.support.sink import Sink
 
 REQUEST, SIMPLE, EVENT, KEYED, LIMITED, HEALTH = 46, 69, 5, 53, 60, 57
+# A choice among several upstreams: by a prompt's key, where all of the prompt is popular, and by load alone.
+CHOICES: dict[How, int] = {"first": 8, "hot": 8, "least": 6}
 
 WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
 SIMPLIFIED = b'{"messages":{"system":"Be brief.","user":"Hi"},"max_new_tokens":64,"temperature":0,"streaming":false}'
@@ -198,3 +201,49 @@ def test_a_health_check_costs_no_more_calls_than_it_did() -> None:
 def test_a_refusal_costs_less_than_a_service(keys: Path) -> None:
     refused, _, _ = uvloop.run(counted(keys))
     assert refused < REQUEST * 0.75
+
+
+@pytest.mark.parametrize("upstreams", [2, 64])
+def test_a_choice_costs_no_more_calls_than_it_did_however_many_upstreams_there_are(upstreams: int) -> None:
+    pool = pool_of(upstreams)
+    unique = cycle([b'"messages"' + b"%d " % number * 20_000 for number in range(10)])
+    popular = b'"messages"' + b"x" * 67_000
+
+    def first() -> None:
+        pool.select(MODEL, 0, key=pool.key_of(MODEL, None, next(unique)))
+
+    def hot() -> None:
+        pool.select(MODEL, 0, key=pool.key_of(MODEL, None, popular))
+
+    def least() -> None:
+        pool.select(MODEL, 0)
+
+    for _ in range(100):
+        hot()
+    for _ in range(20):
+        first()  # which makes the keys' orders
+    work: dict[How, Callable[[], None]] = {"first": first, "hot": hot, "least": least}
+    for how, choose in work.items():
+        before = pool.routed[how]
+        calls = calls_in(choose)
+        assert pool.routed[how] == before + 3
+        assert CHOICES[how] / 1.5 < calls <= CHOICES[how]
+
+
+def test_where_there_is_one_upstream_nothing_is_done_for_many() -> None:
+    pool = pool_of(1)
+
+    def choose() -> None:
+        pool.select(MODEL, 0)
+
+    assert pool.prefixes is None
+    assert calls_in(choose) == 2
+    assert not pool._groups
+
+
+def pool_of(upstreams: int) -> UpstreamPool:
+    """Of upstreams that serve, with nothing to do."""
+    pool = UpstreamPool(tuple(Upstream.from_url(f"http://v{number}") for number in range(upstreams)), by_prefix=True)
+    for one in pool:
+        one.models, one.state = (MODEL,), "serving"
+    return pool
