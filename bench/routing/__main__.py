@@ -1,4 +1,4 @@
-"""Runs the simulation: every workload by every policy, and what a choice costs; writes it to bench/results."""
+"""Runs the simulation: every workload by every policy, what a choice costs and what is held; writes bench/results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import Progress
 from bench import machine
 from bench.routing import report
 from bench.routing.cost import Costs, costs
+from bench.routing.memory import CALLS, memory
 from bench.routing.policies import POLICIES
 from bench.routing.servers import MEMORY, SERVERS
 from bench.routing.simulation import cached_by_one, figures, simulate
@@ -23,6 +24,7 @@ from bench.routing.workloads import WORKLOADS
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1,)
 QUICK = ["least", "gateway"]
+QUICK_CALLS = 60_000
 GATEWAYS = (1, 3)
 # Seconds that caches fill and gateways learn, and that are looked at.
 WARM_UP, MEASURED = 55, 50
@@ -38,8 +40,9 @@ def main(quick: bool) -> None:
     console = Console()
     # First, as what the simulation leaves in memory makes all slower.
     cost = costs()
+    held = memory(QUICK_CALLS if quick else CALLS)
     results = _run(console, QUICK if quick else list(POLICIES), QUICK_SEEDS if quick else SEEDS)
-    bars = report.bars(results, cost)
+    bars = report.bars(results, cost, held)
     text = _text(results, cost, bars)
     console.print(text, markup=False, soft_wrap=True)
     if not quick:
@@ -79,8 +82,9 @@ def _text(results: report.Results, cost: Costs, bars: list[report.Bar]) -> str:
             "the first token's median and 99th centile, ms; calls of the busiest upstream, of the mean.\n",
             *tables,
             report.bars_as_text(bars),
-            "Microseconds a choice of this gateway: by load alone; by a prompt's key, where prompts begin differently, "
-            "where a template of 1.3 KB stands before each, and where all of it is popular.\n",
+            "Microseconds a choice of this gateway: by load alone, as it was before prompts had keys and as it is; by "
+            "a prompt's key, where prompts begin differently, where a template of 1.3 KB stands before each, and where "
+            "all of it is popular; and what these are of those.\n",
             report.costs_table(cost),
         ]
     )

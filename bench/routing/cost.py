@@ -1,9 +1,13 @@
-"""What a choice costs: a prompt's key and its upstream, beside the least load of as many upstreams."""
+"""What a choice costs: a prompt's key and its upstream, beside the least load of as many upstreams.
+
+That least load is this gateway's own, and the one that it had before prompts had keys: a bar set by that one does not
+move where its own becomes cheaper.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
 from random import Random
 from time import perf_counter
@@ -11,7 +15,7 @@ from time import perf_counter
 from bench.routing.workloads import MODEL, any_text, chat_call
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 
-# By the bodies' size and the number of upstreams: microseconds a choice of each kind, the least load's first.
+# By the bodies' size and the number of upstreams: microseconds a choice of each kind.
 Costs = dict[tuple[str, int], dict[str, float]]
 
 # In tokens of four bytes.
@@ -30,7 +34,8 @@ def costs() -> Costs:
         random = Random(1)
         prompts = _prompts(random, tokens)
         for upstreams in _UPSTREAMS:
-            rounds = {"least": _by_load(_pool(random, upstreams, by_prefix=False))}
+            before = _Before(_pool(random, upstreams, by_prefix=False))
+            rounds = {"before": _by_load(before), "least": _by_load(_pool(random, upstreams, by_prefix=False))}
             rounds |= {kind: _by_key(_pool(random, upstreams, by_prefix=True), own) for kind, own in prompts.items()}
             best = dict.fromkeys(rounds, math.inf)
             for _ in range(_ROUNDS):
@@ -54,7 +59,36 @@ def _prompts(random: Random, tokens: int) -> dict[str, list[bytes]]:
     return kinds | {"template": bodies(325)} if tokens > 325 else kinds
 
 
-def _by_load(pool: UpstreamPool) -> Callable[[], None]:
+class _Before:
+    """The least load as it was: all are looked through for those that serve, and `min` finds the least of these."""
+
+    def __init__(self, upstreams: Iterable[Upstream]) -> None:
+        self._upstreams = tuple(upstreams)
+        self._most_in_flight = math.inf
+        self._turn = 0
+
+    def select(self, model: str, now: float) -> Upstream | None:
+        if sum(upstream.in_flight for upstream in self._upstreams) >= self._most_in_flight:
+            return None
+        best = self._best(self._serving(model), now)
+        self._turn += 1
+        best.chosen_at = self._turn
+        return best
+
+    def _serving(self, model: str) -> Sequence[Upstream]:
+        return [one for one in self._upstreams if model in one.models] or self._upstreams
+
+    def _best(self, able: Sequence[Upstream], now: float) -> Upstream:
+        return min(able, key=lambda one: (self._rank(one, now), one.in_flight, one.chosen_at))
+
+    @staticmethod
+    def _rank(upstream: Upstream, now: float) -> int:
+        if upstream.state != "serving":
+            return 2
+        return 1 if upstream.failing(now) else 0
+
+
+def _by_load(pool: UpstreamPool | _Before) -> Callable[[], None]:
     def choose() -> None:
         for _ in range(_CHOICES):
             pool.select(MODEL, 0)

@@ -7,6 +7,7 @@ from statistics import median
 
 from bench import svg
 from bench.routing.cost import Costs
+from bench.routing.memory import Memory
 from bench.routing.simulation import Figures
 
 # By workload, number of gateways and policy: one a seed.
@@ -61,16 +62,19 @@ def _milliseconds(seconds: float) -> str:
 
 
 def costs_table(costs: Costs) -> str:
-    """Markdown: microseconds, a line a size and a number of upstreams."""
-    kinds = ("least", "common", "template", "all hot")
-    lines = ["| body | upstreams | " + " | ".join(kinds) + " |", "|---|--:|" + "--:|" * len(kinds)]
+    """Markdown: microseconds, a line a size and a number of upstreams, and what a key's are of the least load's two."""
+    loads, keyed = ("before", "least"), ("common", "all hot")
+    kinds = (*loads, "common", "template", "all hot")
+    titles = [*kinds, *[f"{kind} / {load}" for kind in keyed for load in loads]]
+    lines = ["| body | upstreams | " + " | ".join(titles) + " |", "|---|--:|" + "--:|" * len(titles)]
     for (size, upstreams), found in costs.items():
         cells = [f"{found[kind]:.1f}" if kind in found else "-" for kind in kinds]
+        cells += [f"{found[kind] / found[load]:.2f}" for kind in keyed for load in loads]
         lines.append(f"| {size} | {upstreams} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def bars(results: Results, costs: Costs) -> list[Bar]:
+def bars(results: Results, costs: Costs, memory: dict[str, Memory]) -> list[Bar]:
     """All of them, of what was measured."""
     found = []
     for gateways in dict.fromkeys(number for _, number, _ in results):
@@ -85,10 +89,28 @@ def bars(results: Results, costs: Costs) -> list[Bar]:
             Bar(f"unique, {_among(gateways)}: first token's p99, of least's", slower, 1.6),
             Bar(f"any, {_among(gateways)}: calls of the busiest upstream, of the mean", busiest, 1.5),
         ]
-    for kind, most in (("common", 1), ("all hot", 3)):
-        for upstreams in dict.fromkeys(number for _, number in costs):
-            dearest = max(one[kind] / one["least"] for (_, number), one in costs.items() if number == upstreams)
-            found.append(Bar(f"a choice among {upstreams} upstreams, {kind}, of least's", dearest, most))
+    found += _bars_of_costs(costs)
+    most, since_full, since_steady = (max(bytes_held) / 1e6 for bytes_held in zip(*memory.values(), strict=True))
+    return [
+        *found,
+        Bar("held for calls, MB", most, 3),
+        Bar("held more than after 20,000 calls, MB", since_full, 0.5),
+        Bar("held more than after 40,000 calls, MB", since_steady, 0.01),
+    ]
+
+
+def _bars_of_costs(costs: Costs) -> list[Bar]:
+    """Of the dearest size. Between two, a choice by load is one comparison: a key cannot be as cheap as that."""
+    found = []
+    for upstreams in dict.fromkeys(number for _, number in costs):
+        among = f"a choice among {upstreams} upstreams"
+        sizes = [one for (_, number), one in costs.items() if number == upstreams]
+        if upstreams > 2:
+            dearest = max(one["common"] / one["before"] for one in sizes)
+            found.append(Bar(f"{among}, common, of that by load before", dearest, 1))
+        more = max(one["common"] - one["least"] for one in sizes)
+        found.append(Bar(f"{among}, common, µs more than by load", more, 1.5))
+        found.append(Bar(f"{among}, all hot, µs", max(one["all hot"] for one in sizes), 20))
     return found
 
 
