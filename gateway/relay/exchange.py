@@ -402,6 +402,8 @@ class Exchange(StreamedAnswer, ABC):
             return
         if self.route.body in ("none", "upload"):  # a stream is asked for in the query, or in a form's field
             self.streaming = True
+            # Its limits count from now: until now nobody could know that it streams, and it may have waited for long.
+            self._last_read_at = self._path.time()
             self.deadline = self._next_timeout(self._last_read_at)
         self._body_mode = _IN_EVENTS
         self._events = sse.WholeEvents(HELD_EVENT)

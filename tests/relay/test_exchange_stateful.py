@@ -256,7 +256,10 @@ class ExchangeMachine(RuleBasedStateMachine):
     def head_comes(self, head: str) -> None:
         self.answered = self.head_came = True
         asked, refused = len(self.talk.transport.asked), len(self.credentials.refused)
+        streamed = self.exchange.streaming
         self.talk.head(*HEADS[head])
+        if self.exchange.streaming and not streamed:
+            self.heard_at = self.now  # until now nobody could know that it streams
         if head == "unauthorized":
             assert self.talk.connections[-1].given_back == "discarded"
             self.renewing = len(self.credentials.refused) > refused

@@ -28,7 +28,7 @@ from tests.relay.test_exchange import (
     sent_off,
 )
 from tests.support.fake_vllm import DONE, EVENTS, USAGE, event
-from tests.support.recorders import ASK, CHAT, GENERATE, LIMITS, MESSAGES, RESPONSES, TICK, Conversation
+from tests.support.recorders import ASK, CHAT, GENERATE, LIMITS, MESSAGES, MODELS, RESPONSES, TICK, Conversation
 
 PING = b": keep-alive\n\n"
 CITING: dict[str, Any] = {**SIMPLIFIED_STREAM, "data": {"reranked_docs": [{"text": "x", "metadata": {"url": "u"}}]}}
@@ -478,3 +478,16 @@ def test_no_token_is_charged_for_a_call_that_is_refused_behind_a_heartbeat() -> 
     assert key is not None
     assert key.tokens is not None
     assert key.tokens.left(talk.clock.now)[0] == 1000 // 20  # as many as can be saved up
+
+
+def test_a_stream_that_nobody_could_foresee_has_its_time_from_its_head() -> None:
+    talk = sent_off(b"", limits=replace(LIMITS, first_token_timeout=2, idle_timeout=2), route=MODELS)
+    talk.clock.advance(5)
+    talk.head(200, SSE)
+    talk.clock.advance(1.9)
+    talk.exchange.check_timeouts()
+    talk.exchange.upstream_body(b"data: x\n\n")
+    assert (talk.exchange.outcome, talk.client.content) == ("", b"data: x\n\n")
+    talk.clock.advance(2)
+    talk.exchange.check_timeouts()
+    assert talk.exchange.outcome == "timeout:idle"
