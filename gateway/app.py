@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import httpx
@@ -162,7 +163,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             traced=None if tracer is None else tracer.to_upstream,
             tells_route=settings.route_headers,
         )
-        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures)
+        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, version("vllm-gateway"))
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))

@@ -61,6 +61,10 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
         newest.give_way()
         return len(self) < self.max_queue
 
+    def count_of(self, owner: Owner) -> int:
+        """How many of this owner's calls wait."""
+        return self._waiting[owner]
+
     def leave(self, call: C) -> None:
         """It waits no longer."""
         place = self.pop(call, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gateway.admission.owners import Owner
@@ -79,6 +79,9 @@ class Keys:
         self._by_digest = by_digest
         # Whose key has a SHA-256. Not a method, as each call of a key would cost one more.
         self.find: Callable[[bytes], Key | None] = by_digest.get
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._by_digest.values())
 
     @property
     def names(self) -> dict[str, bytes]:

@@ -14,6 +14,8 @@ from gateway.relay.record import Record
 # How many times and failures are kept: older ones say nothing about now, and memory must not grow.
 _LAST = 1000
 _FAILURES = 20
+# So much of a sentence is kept: some name all models.
+_LONGEST_SENTENCE = 400
 
 
 class PageFigures:
@@ -30,15 +32,21 @@ class PageFigures:
         self.streams = Ring(_LAST, 2)
 
     def add_failure(self, record: Record) -> None:
-        """Count and keep a request that was not answered, unless its client left."""
+        """Count and keep a request that was not answered, unless its client left.
+
+        An upstream's own error has no code and sentence here: vLLM's may repeat the prompt.
+        """
         if record.outcome == "client_left":
             return
         self.failed += 1
+        code, sentence = record.error or (None, None)
         self.failures.append(
             {
                 "time": round(time.time(), 3),
                 "status": record.status,
                 "outcome": record.outcome,
+                "code": code,
+                "message": sentence and sentence[:_LONGEST_SENTENCE],
                 "path": record.route.path,
                 "request_id": record.request_id,
                 "upstream": record.upstream.url if record.upstream else None,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
@@ -31,6 +32,8 @@ _RATE_OF = 6
 _FIRST_TOKENS_OF = 60.0
 # Seconds for which the metrics of an upstream count.
 _GOOD_FOR = 3.0
+# Prefix hits are those of so many samples: a minute's.
+_HITS_OF = 60
 # Each costs an event a second, through the app.
 MOST_WATCHERS = 64
 
@@ -55,6 +58,28 @@ class _Rate:
         at, counts = self._samples.columns()
         seconds = at[-1] - at[0] if at else 0
         return (counts[-1] - counts[0]) / seconds if seconds > 0 else None
+
+
+class _HitRate:
+    """Which part of the last minute's prompts a prefix cache had."""
+
+    def __init__(self) -> None:
+        # The time, hits and queries of each sample.
+        self._samples = Ring(_HITS_OF, 3)
+
+    def add(self, now: float, hits: float, queries: float) -> None:
+        """Add a sample; after a gap, or a restart of the counters, begin anew."""
+        at, _, counts = self._samples.columns()
+        if at and (queries < counts[-1] or now - at[-1] >= _GOOD_FOR):
+            self._samples.clear()
+        self._samples.extend((now, hits, queries))
+
+    @property
+    def part(self) -> float | None:
+        """From 0 to 1, by tokens; None where no prompt came."""
+        _, hits, queries = self._samples.columns()
+        asked = queries[-1] - queries[0] if queries else 0
+        return (hits[-1] - hits[0]) / asked if asked > 0 else None
 
 
 class _History:
@@ -84,24 +109,36 @@ class _UpstreamSample:
         self.load: VllmLoad | None = None
         self.at = -math.inf
         self.generated = _Rate()
+        self.hits = _HitRate()
+
+    def add(self, now: float, load: VllmLoad | None) -> None:
+        """What it says of itself now."""
+        self.load, self.at = load, now
+        if load is not None:
+            self.generated.add(now, load.generated)
+            self.hits.add(now, load.found, load.looked_for)
 
     def figures(self, now: float) -> dict[str, float | None]:
-        """As they are shown: None where they are not known, or no more."""
+        """As they are shown: None where they are not known, or no more; prefix hits only where a prompt came."""
         load = self.load if now - self.at < _GOOD_FOR else None
         if load is None:
             return {"running": None, "waiting": None, "kv_cache": None, "tokens_per_second": None}
+        hits = self.hits.part
         return {
             "running": load.running,
             "waiting": load.waiting,
             "kv_cache": round(load.kv_cache, 4),
             "tokens_per_second": _rounded(self.generated.a_second),
+            **({} if hits is None else {"prefix_hits": round(hits, 4)}),
         }
 
 
 class Sampler:
     """Samples the gateway's own figures always, for the history; vLLM's only while someone watches."""
 
-    def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures) -> None:
+    def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures, version: str) -> None:
+        """`version` is the gateway's own."""
+        self._version = version
         self._path = data_path
         self._prober = prober
         self._recent = recent
@@ -193,12 +230,10 @@ class Sampler:
     async def _hear(self, upstream: Upstream) -> None:
         sample = self._samples.setdefault(upstream, _UpstreamSample())
         try:
-            sample.load = vllm_metrics.read(await self._prober.metrics(upstream))
+            load = vllm_metrics.read(await self._prober.metrics(upstream))
         finally:
             del self._asking[upstream]
-        sample.at = self._path.time()
-        if sample.load is not None:
-            sample.generated.add(sample.at, sample.load.generated)
+        sample.add(self._path.time(), load)
 
     def _figures(self) -> dict[str, float | None]:
         now = self._path.time()
@@ -226,11 +261,56 @@ class Sampler:
         serving = any(upstream["state"] == "serving" for upstream in upstreams)
         return {
             "status": "draining" if self._path.drain.began else "serving" if serving else "unavailable",
+            "version": self._version,
             "now": self._figures(),
             "upstreams": upstreams,
+            "models": self._models(upstreams),
+            "keys": self._keys(now),
             "errors": [*reversed(self._recent.failures)],
             "time": round(time.time(), 3),
         }
+
+    def _models(self, upstreams: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """For each served model its upstreams, and its calls that run and wait; None names what is not served."""
+        served = self._path.pool.models
+        listed: Counter[str] = Counter(model for upstream in upstreams for model in upstream["models"])
+        serving = Counter(
+            model for upstream in upstreams if upstream["state"] == "serving" for model in upstream["models"]
+        )
+        # A name that a client has made up is not shown; where one model is served, a call need not name it.
+        names: dict[str | None, str | None] = {model: model for model in served}
+        unnamed = served[0] if len(served) == 1 else None
+        waiting = Counter(names.get(call.model, unnamed) for call in self._path.queue)
+        running = Counter(names.get(call.model, unnamed) for call in self._path.in_flight if call.upstream is not None)
+        others = [None] if unnamed is None and (waiting[None] or running[None]) else []
+        return [
+            {
+                "model": model,
+                "upstreams": listed[model] if model else None,
+                "serving": serving[model] if model else None,
+                "running": running[model],
+                "queue": waiting[model],
+            }
+            for model in (*served, *others)
+        ]
+
+    def _keys(self, now: float) -> list[dict[str, Any]] | None:
+        """For each key, by its name, its calls that run and wait, and what is left of its minute; None without keys."""
+        if self._path.keys is None:
+            return None
+        return [
+            {
+                "name": key.name,
+                "running": key.in_flight,
+                "max_in_flight": key.max_in_flight,
+                "queue": self._path.queue.count_of(key),
+                "requests_left": None if key.a_minute is None else key.left(now)[0],
+                "requests_a_minute": key.a_minute,
+                "tokens_left": None if key.tokens is None else key.tokens.left(now)[0],
+                "tokens_a_minute": None if key.tokens is None else key.tokens.a_minute,
+            }
+            for key in self._path.keys
+        ]
 
 
 def _rounded(value: float | None) -> float | None:

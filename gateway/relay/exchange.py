@@ -718,6 +718,7 @@ class Exchange(StreamedAnswer, ABC):
         if self._state is ENDED:
             return
         self._drop_connection()
+        self.error = error.code, error.message  # not the exception, whose traceback holds the body
         client, events = self._client, self._events
         if not self._started:
             if self._uses_erag_errors():

@@ -124,6 +124,7 @@ class Call(Protocol):
     request_id: str
     model: str | None
     key: Key | None
+    upstream: Upstream | None
     started_at: float
     deadline: float
 

@@ -31,7 +31,8 @@ class Record:
     its own. `request_id` is what the client calls it, if anything, and `upstream_id` what the upstream is told, of
     which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the request's body, `prompt_bytes`
     those of them that count as text, `bytes_out` and `events` those of the answer. `cached_tokens` are those of the
-    prompt's that vLLM had in its prefix cache, as far as it tells.
+    prompt's that vLLM had in its prefix cache, as far as it tells. `error` is the code and the sentence of an error of
+    our own, which hold no text of the request's.
     """
 
     __slots__ = (
@@ -46,6 +47,7 @@ class Record:
         "bytes_out",
         "cached_tokens",
         "ended_at",
+        "error",
         "events",
         "first_byte_at",
         "form",
@@ -82,6 +84,7 @@ class Record:
         self.status = 0
         self.streaming = False
         self.outcome = ""
+        self.error: tuple[str, str] | None = None
         self.events = 0
         self.bytes_in = 0
         self.prompt_bytes = 0

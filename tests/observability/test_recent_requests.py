@@ -36,6 +36,7 @@ class Ended:
     request_id: str = "id"
     route: Named = field(default_factory=Named)
     upstream: Named | None = None
+    error: tuple[str, str] | None = None
 
 
 def add(recent: RecentRequests, *ended: Ended) -> None:
@@ -144,6 +145,14 @@ def test_the_last_failures_are_kept() -> None:
     page = figures(*(Ended(status=500, request_id=str(number)) for number in range(50)))
     assert page.failed == 50
     assert [failure["request_id"] for failure in page.failures] == [str(number) for number in range(30, 50)]
+
+
+def test_a_failure_has_the_code_and_the_sentence_of_our_own_error() -> None:
+    told, untold = figures(
+        Ended(status=404, error=("model_not_found", "No such model" + "." * 1000)), Ended(status=400)
+    ).failures
+    assert (told["code"], told["message"]) == ("model_not_found", "No such model" + "." * 387)
+    assert (untold["code"], untold["message"]) == (None, None)
 
 
 @pytest.mark.usefixtures("way")

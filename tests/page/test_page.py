@@ -11,7 +11,9 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pytest
 
 from gateway import housekeeping
 from gateway.page import sampler
-from tests.support.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Step, response
+from tests.support.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Hold, Step, completion, response
 from tests.support.gateway_process import Gateway, running
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
@@ -145,6 +147,9 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
             "tokens_per_second": None,
         }
     ]
+    assert told["models"] == [{"model": "demo", "upstreams": 1, "serving": 1, "running": 0, "queue": 0}]
+    assert told["keys"] is None
+    assert told["version"] == version("vllm-gateway")
     assert told["errors"] == []
     assert abs(told["time"] - time.time()) < 5
     assert told["history"].keys() == told["now"].keys()
@@ -160,16 +165,17 @@ def test_a_gateway_that_has_just_begun_has_a_history_of_nothing(
         assert told["history"] == {name: [] for name in told["now"]}
 
 
-BROKEN: list[tuple[list[Step], int, str]] = [
-    ([response("400 Bad Request", b'{"error":{"message":"m"}}')], 400, "done"),
-    ([b"HTTP/1.1 200", RESET], 502, "upstream_error"),
-    ([STREAM_HEAD, CLOSE], 502, "upstream_error"),
+BROKEN: list[tuple[list[Step], int, str, str | None]] = [
+    # What a model server says of a request may repeat its prompt.
+    ([response("400 Bad Request", b'{"error":{"message":"a prompt"}}')], 400, "done", None),
+    ([b"HTTP/1.1 200", RESET], 502, "upstream_error", "upstream_broken"),
+    ([STREAM_HEAD, CLOSE], 502, "upstream_error", "upstream_broken"),
 ]
 
 
-@pytest.mark.parametrize(("script", "status", "outcome"), BROKEN)
+@pytest.mark.parametrize(("script", "status", "outcome", "code"), BROKEN)
 def test_the_last_errors_are_told_with_their_ids_and_no_prompt(
-    client: httpx.Client, fake: FakeVllm, script: list[Step], status: int, outcome: str
+    client: httpx.Client, fake: FakeVllm, script: list[Step], status: int, outcome: str, code: str | None
 ) -> None:
     fake.queue(script)
     failed = client.post(CHAT, json={**CALL, "streaming": True})
@@ -180,9 +186,74 @@ def test_the_last_errors_are_told_with_their_ids_and_no_prompt(
         assert time.monotonic() < until
     (error,) = told.json()["errors"]
     assert (error["status"], error["outcome"], error["path"]) == (status, outcome, CHAT)
+    assert error["code"] == code
+    assert error["message"] == (failed.json()["error"]["message"] if code else None)
     assert error["request_id"] == failed.headers["x-request-id"]
     assert error["upstream"] == fake.url
     assert "prompt" not in told.text
+
+
+def test_what_runs_and_waits_is_told_by_model_and_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    lines = [f"one {sha256(SECRET.encode()).hexdigest()} 60 in-flight=1", f"two {sha256(OTHER.encode()).hexdigest()}"]
+    file.write_text("\n".join(lines))
+    hold = Hold()
+    with (
+        FakeVllm(models=("demo", "other")) as fake,
+        FakeVllm(models=("other",)) as second,
+        running(fake.url, second.url, api_keys_file=str(file)) as gateway,
+        gateway.client(headers={"x-api-key": SECRET}) as client,
+        ThreadPoolExecutor() as threads,
+    ):
+        fake.queue([hold, response("200 OK", completion())])
+        calls = [threads.submit(client.post, CHAT, json={**CALL, "model": "demo"}) for _ in range(2)]
+        try:
+            until = time.monotonic() + 10
+            while not (told := client.get("/v1/status").json())["now"]["queue"]:
+                assert time.monotonic() < until
+        finally:
+            hold.release()
+        assert [call.result().status_code for call in calls] == [200, 200]
+        assert told["models"] == [
+            {"model": "demo", "upstreams": 1, "serving": 1, "running": 1, "queue": 1},
+            {"model": "other", "upstreams": 2, "serving": 2, "running": 0, "queue": 0},
+        ]
+        one, two = told["keys"]
+        assert one == {
+            "name": "one",
+            "running": 1,
+            "max_in_flight": 1,
+            "queue": 1,
+            "requests_left": 58,
+            "requests_a_minute": 60,
+            "tokens_left": None,
+            "tokens_a_minute": None,
+        }
+        assert (two["name"], two["running"], two["queue"], two["requests_left"]) == ("two", 0, 0, None)
+        assert SECRET not in str(told)
+
+
+def test_a_model_that_is_not_served_has_no_name_here() -> None:
+    hold = Hold()
+    with (
+        FakeVllm() as fake,
+        FakeVllm(models=("other",)) as second,
+        running(fake.url, second.url) as gateway,
+        gateway.client() as client,
+        ThreadPoolExecutor() as threads,
+    ):
+        for one in (fake, second):
+            one.queue([hold, response("404 Not Found", b'{"error":{"message":"no such model"}}')])
+        call = {"model": "a word of the client's", "messages": [{"role": "user", "content": "hi"}]}
+        asked = threads.submit(client.post, CHAT, json=call)
+        try:
+            assert hold.reached.wait(10)
+            told = client.get("/v1/status")
+        finally:
+            hold.release()
+        assert asked.result().status_code == 404
+    assert told.json()["models"][-1] == {"model": None, "upstreams": None, "serving": None, "running": 1, "queue": 0}
+    assert "a word" not in told.text
 
 
 def test_no_more_may_watch_than_there_are_places(client: httpx.Client) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.page.sampler import _Rate
+from gateway.page.sampler import _HitRate, _Rate
 from gateway.upstream.vllm_metrics import VllmLoad, read
 from tests.support.fake_vllm import METRICS
 
@@ -22,6 +22,7 @@ HITS = (
         (METRICS, VllmLoad(2, 1, 0.25, 202, 0, 0)),
         (TWO_ENGINES, VllmLoad(4, 2, 0.5, 404, 0, 0)),
         (METRICS + HITS, VllmLoad(2, 1, 0.25, 202, 400, 300)),
+        (METRICS + HITS.replace(b" 300.0", b" NaN"), None),
         (b"", None),
         (b"<html>", None),
         (METRICS.replace(b'"demo"', b'"my demo"'), VllmLoad(2, 1, 0.25, 202, 0, 0)),
@@ -70,3 +71,25 @@ def rate(*counts: tuple[float, float]) -> float | None:
 )
 def test_a_rate_is_that_of_the_last_seconds(counts: list[tuple[float, float]], a_second: float | None) -> None:
     assert rate(*counts) == a_second
+
+
+@pytest.mark.parametrize(
+    ("samples", "part"),
+    [
+        ([], None),
+        ([(0, 7, 9)], None),
+        ([(0, 7, 9), (1, 7, 9)], None),  # nobody asked
+        ([(0, 7, 9), (1, 8, 13)], 0.25),
+        ([(at, 0, 10 * at) for at in range(100)] + [(at, 5 * (at - 99), 10 * at) for at in range(100, 159)], 0.5),
+        ([(0, 70, 90), (1, 0, 0)], None),  # it has started anew
+        ([(0, 70, 90), (1, 0, 0), (2, 3, 4)], 0.75),
+        ([(0, 0, 0), (60, 50, 100), (61, 60, 200)], 0.1),  # nobody watched meanwhile
+    ],
+)
+def test_prefix_hits_are_a_part_of_what_was_asked_in_the_last_minute(
+    samples: list[tuple[float, float, float]], part: float | None
+) -> None:
+    hits = _HitRate()
+    for sample in samples:
+        hits.add(*sample)
+    assert hits.part == part
