@@ -34,8 +34,8 @@ test-abuse: $(VENV)/.installed-dev  ## Hostile clients beside an honest one, eac
 	@$(BIN)/python -m tests.heavy.abuse $(ABUSE)
 	@$(BIN)/python -m tests.heavy.abuse.shapes
 
-test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, installs its driver, 150 MB; writes docs/page-*.png (2 min)
-	$(BIN)/python -m pytest tests/heavy/browser/page.py
+test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, installs its driver, 150 MB; writes docs/page-*.png (3 min)
+	$(BIN)/python -m pytest tests/heavy/browser/talk.py tests/heavy/browser/watch.py tests/heavy/browser/page.py
 
 test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (4 min)
 	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py

@@ -51,26 +51,52 @@ class Window:
 
     def asks(self, question: str) -> None:
         """As a person would."""
-        self.page.get_by_label("User").fill(question)
-        self.page.get_by_role("button", name="Ask").click()
+        self.page.get_by_label("Message").fill(question)
+        self.page.get_by_role("button", name="Send").click()
 
     def text(self, selector: str) -> str:
         """What is shown there now."""
         return str(self.page.text_content(selector))
 
+    @property
+    def answer(self) -> str:
+        """The text of the last answer."""
+        return self.text(".turn:last-child .markdown")
+
+    def fact(self, name: str) -> str:
+        """What is told of the last answer under this name."""
+        return self.text(f".turn:last-child .facts .{name}")
+
     def is_done(self) -> None:
         """Wait until the answer has ended."""
-        self.page.wait_for_selector("#answer[aria-busy=false]")
-        self.page.wait_for_selector("#send:enabled")
+        self.page.wait_for_selector(".turn:last-child .answer[aria-busy=false]")
+        self.page.wait_for_selector("#send:visible")
+
+    def gets(self, question: str) -> str:
+        """Asks, and returns the answer once it has ended."""
+        self.asks(question)
+        self.is_done()
+        return self.answer
+
+    def has_failed(self) -> str:
+        """The sentence of an answer that is an error; the browser's own word on it is no complaint."""
+        alert = self.page.locator(".turn:last-child").get_by_role("alert")
+        alert.wait_for()
+        self.complaints.clear()
+        return str(alert.text_content())
 
 
 Open = Callable[..., Window]
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    # Of an environment of its own, made once; of the same Python as this one.
-    home = environment("browser", Path(__file__).parent / "browser.lock", sys.executable).parent
+def home() -> Path:
+    """An environment of the browser's driver and of OpenAI's client, made once; of the same Python as this one."""
+    return environment("browser", Path(__file__).parent / "browser.lock", sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def browser(home: Path) -> Iterator[Any]:
     site.addsitedir(sysconfig.get_path("purelib", vars={"base": str(home)}))
     from playwright.sync_api import sync_playwright
 
@@ -126,3 +152,16 @@ def front(vllm: Vllm) -> Iterator[Gateway]:
 @pytest.fixture
 def window(opened: Open, front: Gateway) -> Window:
     return opened(front.url)
+
+
+def sideways(window: Window) -> int:
+    """How many pixels the page is wider than what shows it."""
+    return int(window.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+def faults(window: Window) -> list[str]:
+    """What axe finds, be it only moderate, or advice."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(window.page).response["violations"]
+    return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found]
