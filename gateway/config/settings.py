@@ -293,7 +293,7 @@ class Settings(EnvironmentSettings):
         True, description="Serve the data path past ASGI, at less than half the cost; off, all goes through the app."
     )
     page: bool = Field(
-        True, description="A page at `/` to ask from and to watch, fed by `/v1/status`; off, there is neither."
+        True, description="A page at `/` to talk from and to watch, fed by `/v1/status`; off, there is neither."
     )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(

@@ -124,7 +124,7 @@ _MODEL = {
     },
 }
 _PAGE = {
-    "/": "A page to ask from and to watch.",
+    "/": "A page to talk from and to watch.",
     "/v1/status": "How the gateway and its upstreams are, and were in the last five minutes.",
     "/v1/status/stream": "The same as server-sent events, one a second; only the first has the last five minutes.",
 }
