@@ -146,9 +146,9 @@ def test_queues_are_shown_by_model_and_by_key(opened: Open, tmp_path: Path) -> N
             assert window.page.locator("#models tbody tr > *").all_text_contents() == ["demo", "1 of 1", "1", "2"]
             alice, bob = window.page.locator("#keys tbody tr").all()
             assert alice.locator("> *").all_text_contents()[:3] == ["alice", "1 of 1", "2"]
-            assert "of 60" in alice.text_content()
+            assert "(60/min)" in alice.text_content()
             assert bob.locator("> *").all_text_contents()[:3] == ["bob", "0 of 1", "0"]
-            assert "of 90,000" in alice.text_content()
+            assert "(90,000/min)" in alice.text_content()
             assert not any(key in window.page.content() for key in keys.values())
             assert faults(window) == []
         finally:

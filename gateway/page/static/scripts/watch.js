@@ -22,7 +22,8 @@ let watching = null;
 
 for (const figure of FIGURES) addChart(byId("figures"), figure);
 
-const of = (part, whole) => (isKnown(whole) ? `${number(part)} of ${number(whole)}` : number(part));
+// Of a minute's tokens only a part is saved up: what is left now is no share of these.
+const left = (now, minute) => (isKnown(minute) ? `${number(now)} (${number(minute)}/min)` : "–");
 
 // A table's rows, each the texts of its cells, put into those that are there.
 function showRows(id, rows) {
@@ -45,10 +46,10 @@ function showKeys(keys) {
   byId("keys-card").hidden = !keys;
   showRows("keys", (keys ?? []).map((one) => [
     one.name,
-    of(one.running, one.max_in_flight),
+    isKnown(one.max_in_flight) ? `${one.running} of ${one.max_in_flight}` : number(one.running),
     number(one.queue),
-    one.requests_a_minute ? of(one.requests_left, one.requests_a_minute) : "–",
-    one.tokens_a_minute ? of(one.tokens_left, one.tokens_a_minute) : "–",
+    left(one.requests_left, one.requests_a_minute),
+    left(one.tokens_left, one.tokens_a_minute),
   ]));
 }
 
