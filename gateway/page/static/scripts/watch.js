@@ -85,7 +85,7 @@ function showUpstreams(upstreams) {
     show(parts.url, upstream.url);
     show(parts.state, upstream.state);
     parts.state.className = `badge ${upstream.state}`;
-    show(parts.source, upstream.source ?? "");
+    show(parts.source, upstream.source === upstream.url ? "" : (upstream.source ?? ""));
     show(parts.why, upstream.why || upstream.models.join(", "));
     for (const [name] of COUNTS) show(parts[name], number(upstream[name]));
     for (const [name] of PARTS) {
