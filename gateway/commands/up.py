@@ -18,7 +18,7 @@ from typing import NamedTuple
 import httpx
 
 from gateway.config.model_server_settings import ModelServerSettings
-from gateway.config.settings import Settings, own_url
+from gateway.config.settings import Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import GIB, CannotStart
@@ -106,12 +106,16 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     served = _prepare(settings, settings.model or app.model, environ, display)
     log = install.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
     command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
-    with ModelServer(command, settings.port, log) as server:
+    key = gateway.upstream_api_key.get_secret_value() if gateway.upstream_api_key else None
+    # Minutes may have gone by since these were free.
+    _check_ports(settings, gateway)
+    with ModelServer(command, settings.port, log, key) as server:
         _wait_for(server, served, display)
+        _check_gateway_ports(gateway)
         with Child(
             [sys.executable, "-m", "gateway", "serve"], _gateway_environment(settings, environ), grace=_DRAIN + 5
         ) as front:
-            _wait_for_gateway(server, front, own_url(gateway))
+            _wait_for_gateway(server, front, gateway)
             for line in _what_to_try(gateway, served, log):
                 display.say(line)
             _watch(server, front)
@@ -122,15 +126,24 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
     """What is quickly told comes before anything is installed."""
     if gateway.port == 0:
         raise CannotStart("GATEWAY_PORT must be a port of your choice for `up`, but it is 0: take 9000, say.")
-    preflight.check_port(gateway.host, gateway.port, "GATEWAY_PORT")
-    preflight.check_port("127.0.0.1", settings.port, "LLM_VLLM_PORT")
-    if gateway.health_port is not None:
-        preflight.check_port(gateway.host, gateway.health_port, "GATEWAY_HEALTH_PORT")
+    _check_ports(settings, gateway)
     if settings.port in (gateway.port, gateway.health_port):
         raise CannotStart(f"The gateway and the model server cannot both have port {settings.port}: set LLM_VLLM_PORT.")
     meminfo = Path("/proc/meminfo")
     if settings.python is None and meminfo.exists():
         preflight.check_memory(meminfo.read_text(), _MEMORY + (settings.cpu_kvcache_space or 1) * GIB)
+
+
+def _check_ports(settings: ModelServerSettings, gateway: Settings) -> None:
+    preflight.check_port("127.0.0.1", settings.port, "LLM_VLLM_PORT")
+    _check_gateway_ports(gateway)
+
+
+def _check_gateway_ports(gateway: Settings) -> None:
+    for field in ("port", "health_port", "metrics_port"):
+        port = getattr(gateway, field)
+        if port is not None:
+            preflight.check_port(gateway.host, port, names_of(field)[0])
 
 
 def _read_app(settings: ModelServerSettings) -> vllm_app.App:
@@ -192,11 +205,16 @@ def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, st
     return found
 
 
-def _wait_for_gateway(server: ModelServer, front: Child, url: str) -> None:
-    until = time.monotonic() + _GATEWAY_START
-    while not _answers(f"{url}/v1/health_check"):
+def _wait_for_gateway(server: ModelServer, front: Child, gateway: Settings) -> None:
+    url, until = own_url(gateway), time.monotonic() + _GATEWAY_START
+    assert front.pid is not None
+    while True:
+        preflight.check_nobody_else(gateway.host, gateway.port, "GATEWAY_PORT", front.pid)
+        answers = _answers(f"{url}/v1/health_check")
         server.check_alive()
         _check_front(front)
+        if answers:
+            return
         if time.monotonic() > until:
             raise CannotStart(f"The gateway on {url} is not ready after {_GATEWAY_START} s; its lines are above.")
         time.sleep(_TICK)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import pwd
 import re
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any, NamedTuple
 
 GIB = 1024**3
 
 # What the wheels of modelserver-cpu.lock are built for.
 _OLDEST_PYTHON, _NEWEST_PYTHON = (3, 11), (3, 14)
 _OLDEST_GLIBC = (2, 31)
+# The state of a socket that listens, in /proc/net/tcp.
+_LISTENS = "0A"
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
@@ -92,10 +99,7 @@ def check_memory(meminfo: str, needed: int) -> None:
 
 def check_port(host: str, port: int, setting: str) -> None:
     """Nothing else may listen there. `setting` is the name that changes the port."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise CannotStart(f"The address {host} is none of this machine ({error.strerror}): correct it.") from None
+    family, address = _address(host, port)
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
         # As servers do: connections of an earlier run that have not timed out yet are no hindrance.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,7 +107,102 @@ def check_port(host: str, port: int, setting: str) -> None:
             probe.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                why = f"Port {port} is in use: end the program that listens there, or choose another with {setting}."
-            else:
-                why = f"Port {port} of {host} cannot be had ({error.strerror}): choose another with {setting}."
-            raise CannotStart(why) from None
+                raise _in_use(port, setting, [*_listeners(address[0], port)]) from None
+            raise CannotStart(
+                f"Port {port} of {host} cannot be had ({error.strerror}): choose another with {setting}."
+            ) from None
+
+
+def check_nobody_else(host: str, port: int, setting: str, session: int) -> None:
+    """Of those who listen there, where the system tells, each is of this session, as the child is that leads it.
+
+    A port that was free may have been taken since, and vLLM would even share it (SO_REUSEPORT).
+    """
+    address = _address(host, port)[1]
+    others = [listener for listener in _listeners(address[0], port) if not listener.is_of(session)]
+    if others:
+        raise _in_use(port, setting, others)
+
+
+class _Listener(NamedTuple):
+    """Who listens; other users' processes have no number that we could see."""
+
+    pid: int | None
+    uid: int
+
+    def is_of(self, session: int) -> bool:
+        if self.pid is None:
+            return self.uid == os.geteuid()
+        try:
+            return os.getsid(self.pid) == session
+        except ProcessLookupError:  # it has ended
+            return True
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return f"a program of user {_user(self.uid)}"
+        folder = Path(f"/proc/{self.pid}")
+        try:
+            argv = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            return f"{program((folder / 'comm').read_text().strip(), argv)} (process {self.pid})"
+        except OSError:
+            return f"process {self.pid}"
+
+
+def program(name: str, argv: Sequence[str]) -> str:
+    """What a process is called, with the module that a Python runs; its arguments may be secrets."""
+    return f"{name} -m {argv[2]}" if len(argv) > 2 and argv[1] == "-m" else name
+
+
+def listening_in(table: str, host: str, port: int, byteorder: str = sys.byteorder) -> Iterator[tuple[str, int]]:
+    """Inode and user of each socket that listens on this port of this address; `table` is as /proc/net/tcp."""
+    ours = ip_address(host.partition("%")[0])
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        address, _, its_port = fields[1].partition(":")
+        if fields[3] != _LISTENS or int(its_port, 16) != port:
+            continue
+        words = [bytes.fromhex(address[at : at + 8]) for at in range(0, len(address), 8)]
+        theirs = ip_address(b"".join(word[::-1] if byteorder == "little" else word for word in words))
+        theirs = getattr(theirs, "ipv4_mapped", None) or theirs
+        if theirs == ours or theirs.is_unspecified or ours.is_unspecified:
+            yield fields[9], int(fields[7])
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise CannotStart(f"The address {host} is none of this machine ({error.strerror}): correct it.") from None
+    return family, address
+
+
+def _listeners(host: str, port: int) -> Iterator[_Listener]:
+    """Who listens there, as Linux tells; nobody where there is no /proc."""
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for inode, uid in listening_in(Path("/proc/self/net", table).read_text(), host, port):
+                yield _Listener(_owner(f"socket:[{inode}]"), uid)
+
+
+def _owner(link: str) -> int | None:
+    for folder in Path("/proc").glob("[0-9]*"):
+        # Of other users, or gone meanwhile.
+        with contextlib.suppress(OSError):
+            for descriptor in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(descriptor) == link:
+                        return int(folder.name)
+    return None
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _in_use(port: int, setting: str, listeners: Sequence[_Listener]) -> CannotStart:
+    who = " and ".join(map(str, listeners)) or "another program"
+    return CannotStart(f"Port {port} is in use: {who} listens there. End it, or choose another with {setting}.")

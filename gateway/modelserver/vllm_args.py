@@ -116,6 +116,23 @@ def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def served_names(argv: Sequence[str]) -> list[str]:
+    """The names by which a vLLM of this command line lists its model; none where a file of options may say others."""
+    given: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in argv:
+        option = _OPTION.fullmatch(word)
+        if option is None:
+            values.append(word)
+            continue
+        name, equals, value = option.groups()
+        # Its parser takes an underscore for a dash, and the last of two for the one that counts.
+        values = given[name.replace("_", "-")] = [value] if equals else []
+    if names := given.get("--served-model-name"):
+        return names
+    return [] if "--config" in given else given.get("--model", [])
+
+
 def shown(argv: Sequence[str]) -> str:
     """A command line as a shell would take it, for a log: without what may be a secret.
 

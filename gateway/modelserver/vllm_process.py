@@ -12,7 +12,7 @@ import httpx
 
 from gateway.config.model_server_settings import ModelServerSettings
 from gateway.config.settings import names_of
-from gateway.modelserver import vllm_args
+from gateway.modelserver import preflight, vllm_args
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import CannotStart
 
@@ -25,8 +25,10 @@ _DEMO_OPTIONS = {
     "VLLM_MAX_MODEL_LEN": "4096",
     "VLLM_EAGER": "true",
 }
+_HOST = "127.0.0.1"
 _GRACE = 20
 _TICK = 0.25
+_PATIENCE = 2
 
 # The person's own environment wins over each of these.
 _ENVIRONMENT = {
@@ -64,7 +66,7 @@ def launch(
     fields = ((names_of(field, ModelServerSettings)[0], value) for field, value in settings)
     given = {name: str(value) for name, value in fields if value is not None}
     argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--host", "127.0.0.1", "--port", str(settings.port), *options]
+    argv += ["--host", _HOST, "--port", str(settings.port), *options]
     try:
         argv += vllm_args.options((_DEMO_OPTIONS if demo else {}) | given)
     except vllm_args.OptionError as error:
@@ -91,9 +93,13 @@ class ModelServer:
         server.wait_ready()
     """
 
-    def __init__(self, command: Launch, port: int, log: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, command: Launch, port: int, log: Path, api_key: str | None = None) -> None:
+        """`api_key` is what a call of its own must bring, if any."""
+        self.url = f"http://{_HOST}:{port}"
         self.log = log
+        self._port = port
+        self._names = vllm_args.served_names(command.argv)
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._child = Child(command.argv, command.environment, log=log, grace=_GRACE)
         self.exit_code: Callable[[], int | None] = self._child.exit_code
 
@@ -105,17 +111,38 @@ class ModelServer:
             raise CannotStart(f"The model server cannot be started: {error}.") from None
 
     def is_ready(self) -> bool:
-        """Whether it answers that it is healthy."""
-        try:
-            return httpx.get(f"{self.url}/health", trust_env=False, timeout=2).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+        """Whether it lists the name that it was given.
+
+        Raises CannotStart where another program has its port, or where it refuses our key.
+        """
+        session = self._child.pid
+        if session is None:
             return False
+        answer = self._ask()
+        # Then, as it may have been taken just before the answer.
+        preflight.check_nobody_else(_HOST, self._port, "LLM_VLLM_PORT", session)
+        if answer is None:
+            return False
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise CannotStart(
+                f"The model server refuses the gateway's key ({answer.status_code}): give both the same, as "
+                "LLM_VLLM_API_KEY."
+            )
+        listed = _listed(answer)
+        return bool(listed.intersection(self._names) if self._names else listed)
+
+    def _ask(self) -> httpx.Response | None:
+        try:
+            return httpx.get(f"{self.url}/v1/models", headers=self._headers, trust_env=False, timeout=_PATIENCE)
+        except httpx.HTTPError:
+            return None
 
     def wait_ready(self, pause: Callable[[float], object] = time.sleep) -> None:
-        """Return when it serves. Raises CannotStart if it dies first; `pause` is called between looks."""
+        """Return when it serves. Raises CannotStart if it cannot come to that; `pause` is called between looks."""
         while not self.is_ready():
             self.check_alive()
             pause(_TICK)
+        self.check_alive()
 
     def check_alive(self) -> None:
         """Raises CannotStart, with the end of its log, if it has died."""
@@ -137,3 +164,10 @@ class ModelServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _listed(answer: httpx.Response) -> set[str]:
+    try:
+        return {model["id"] for model in answer.json()["data"]} if answer.is_success else set()
+    except (ValueError, LookupError, TypeError):
+        return set()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from tests.support.ports import free_port
 
 # Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
 STAND_IN = """
-import http.server, json, os, sys
+import ctypes, http.server, json, os, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
 model = sys.argv[sys.argv.index("--model") + 1]
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,6 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 if os.environ.get("STAND_IN_DIES"):
     sys.exit("no memory for the cache")
+if os.environ.get("STAND_IN_IS_LATE"):
+    if os.fork():
+        os.wait()
+    ctypes.CDLL(None).prctl(1, 9)  # ends with its parent, from which it is another program all the same
+    os.setsid()
 print("pid", os.getpid(), flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
@@ -200,6 +207,29 @@ def test_vllm_apps_own_file_starts_its_model(tmp_path: Path) -> None:
         argv = Path(f"/proc/{model_server(tmp_path)}/cmdline").read_text().split("\0")
         assert argv[argv.index("--model") + 1] == str(tmp_path / "model")
         assert argv[argv.index("--override-generation-config") + 1] == '{"top_k": 25}'
+
+
+@pytest.mark.parametrize("setting", ["LLM_VLLM_PORT", "GATEWAY_PORT", "GATEWAY_HEALTH_PORT", "GATEWAY_METRICS_PORT"])
+def test_a_port_that_another_has_is_told_before_anything_starts(tmp_path: Path, setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with running(tmp_path, **{setting: port}) as process:
+            said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert said.startswith(f"vllm-gateway: Port {port} is in use: ")
+    assert said.endswith(f" listens there. End it, or choose another with {setting}.\n")
+    if sys.platform == "linux":
+        assert f"(process {os.getpid()})" in said
+    assert not (tmp_path / "vllm-gateway").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who listens on a port stands in Linux's /proc")
+def test_a_port_that_another_took_while_vllm_starts_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, STAND_IN_IS_LATE="1") as process:
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert re.search(r"^vllm-gateway: Port \d+ is in use: .* LLM_VLLM_PORT\.$", said, re.MULTILINE)
+        assert "Ready" not in said
 
 
 def test_both_on_one_port(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -25,14 +26,18 @@ from tests.support.ports import free_port
 
 PYTHON = Path("/env/bin/python")
 
-# Healthy at once; starts a child of its own, whose number it writes into its log.
+# Serves at once; starts a child of its own, whose number it writes into its log.
 STAND_IN = """
-import http.server, subprocess, sys
+import http.server, json, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
+        allowed = self.headers.get("authorization") == "Bearer sesame" or sys.argv[3] == "open"
+        body = json.dumps({"data": [{"id": sys.argv[2]}]} if allowed else {"error": "Unauthorized"}).encode()
+        self.send_response((200 if allowed else 401) if self.path == "/v1/models" else 404)
+        self.send_header("content-length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
     def log_message(self, *args): pass
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
 print("child", child.pid, flush=True)
@@ -62,10 +67,22 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def stand_in(tmp_path: Path) -> tuple[ModelServer, Path]:
+def stand_in(
+    tmp_path: Path, *options: str, name: str = "demo", door: str = "open", key: str | None = None
+) -> tuple[ModelServer, Path]:
     port = free_port()
     log = tmp_path / "logs" / "vllm.log"
-    return ModelServer(Launch([sys.executable, "-c", STAND_IN, str(port)], dict(os.environ)), port, log), log
+    argv = [sys.executable, "-c", STAND_IN, str(port), name, door, *options]
+    return ModelServer(Launch(argv, dict(os.environ)), port, log, key), log
+
+
+@contextlib.contextmanager
+def another(port: int, name: str) -> Iterator[None]:
+    """Another server on the port, in a process that is no child of the model server's."""
+    argv = [sys.executable, "-c", STAND_IN, str(port), name, "open"]
+    with Child(argv, dict(os.environ), piped=True) as child:
+        next(child.lines(600))
+        yield
 
 
 def child_of(log: Path) -> int:
@@ -174,6 +191,67 @@ def test_it_starts_answers_and_ends_with_all_its_processes(tmp_path: Path) -> No
     assert log.stat().st_mode & 0o777 == 0o600
     server.stop()
     assert not server.is_ready()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "demo"),
+        (["--model", "/m/demo"], "/m/demo"),
+        (["--model", "/m/demo", "--served-model-name", "one", "two", "--port", "1"], "two"),
+        (["--served-model-name", "one", "--served_model_name=two"], "two"),
+        (["--model", "/m/demo", "--config", "vllm.yaml"], "as the file says"),
+    ],
+)
+def test_it_is_ready_when_it_lists_the_name_that_it_was_given(tmp_path: Path, options: list[str], name: str) -> None:
+    server, _ = stand_in(tmp_path, *options, name=name)
+    with server:
+        server.wait_ready()
+
+
+def test_one_that_lists_another_name_is_not_ready(tmp_path: Path) -> None:
+    server, log = stand_in(tmp_path, "--model", "wanted", name="other")
+
+    class Waited(Exception):
+        pass
+
+    def pause(_: float) -> None:
+        if "child" in log.read_text() and _lists(server.url):
+            assert not server.is_ready()
+            raise Waited
+
+    with server, pytest.raises(Waited):
+        server.wait_ready(pause)
+
+
+def _lists(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who listens on a port stands in Linux's /proc")
+def test_another_server_that_took_its_port_meanwhile_is_told_at_once(tmp_path: Path) -> None:
+    port = free_port()
+    argv = [sys.executable, "-c", "import time; time.sleep(600)", "--model", "demo"]
+    server = ModelServer(Launch(argv, {}), port, tmp_path / "log")
+    with (
+        server,
+        another(port, "demo"),
+        pytest.raises(CannotStart, match=rf"Port {port} is in use: python\S* \(process \d+\) listens there"),
+    ):
+        server.wait_ready()
+
+
+def test_a_model_server_that_takes_the_key_is_ready_and_one_that_refuses_it_is_told(tmp_path: Path) -> None:
+    server, _ = stand_in(tmp_path, door="locked", key="sesame")
+    with server:
+        server.wait_ready()
+
+    server, _ = stand_in(tmp_path, door="locked", key="wrong")
+    with server, pytest.raises(CannotStart, match=r"refuses the gateway's key \(401\): .* LLM_VLLM_API_KEY"):
+        server.wait_ready()
 
 
 def test_one_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
