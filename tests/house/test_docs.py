@@ -87,6 +87,25 @@ def test_every_promise_names_a_test_that_there_is() -> None:
     assert [name for name in promised if f"def {name}(" not in tests] == []
 
 
+def test_no_secret_is_committed_or_sent_to_a_build_from_where_a_document_puts_it() -> None:
+    texts = [file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docker/*/.env"))]
+    devices = sorted(folder.name for folder in (ROOT / "docker").iterdir() if folder.is_dir())
+    told = {name for text in texts for name in re.findall(r"_FILE=\./(\S+)", text)}
+    written = {path for text in texts for path in re.findall(r">>? ?(docker/\S+)", text)}
+    paths = sorted(written | {f"docker/{device}/{name}" for device in devices for name in told})
+
+    assert len(paths) > len(devices)
+    assert "docker/cpu/keys" in written
+    for path in paths:
+        # Another user's checkout is as good.
+        command = ["git", "-c", "safe.directory=*", "check-ignore", "--quiet", "--no-index", path]
+        assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, f"{path} is not in .gitignore"
+    everything, *taken = (ROOT / ".dockerignore").read_text().split()
+    folders = {line.removeprefix("!").partition("/")[0] for line in taken if line.startswith("!")}
+    assert everything == "*"
+    assert "docker" not in folders
+
+
 def test_the_drawing_of_the_house_has_every_room_and_no_other() -> None:
     (drawing,) = re.findall(r"^gateway/\n((?:  .*\n)+)```", ARCHITECTURE, re.MULTILINE)
     drawn = re.findall(r"^  (\S+)  ", drawing, re.MULTILINE)
