@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any
 
 import click
 
-from gateway.commands.check import check as run_check
-from gateway.commands.check import runs_in_container
 from gateway.commands.serve import serve as run_server
 from gateway.config.environment import SettingsError
 from gateway.config.load import build, child_environment, differing, load
@@ -187,14 +186,30 @@ def quantize(folder: Path, python: str | None, **given: Any) -> None:
 @main.command()
 @_upstreams
 @_env_file
-def check(upstreams: tuple[str, ...], env_file: str | None) -> None:
-    """Show the settings, what is wrong and how the upstreams are; exit 0 if a call would succeed."""
+@click.option("--json", "as_json", is_flag=True, help="All of it as one line of JSON.")
+def check(upstreams: tuple[str, ...], env_file: str | None, as_json: bool) -> None:
+    """Say whether a call would succeed (exit 0, else 1), how the upstreams are, and what is set.
+
+    Where no upstream is named and `up` runs on this machine, its gateway is asked, whatever its ports and model are.
+    """
+    from gateway.commands import check as command
+    from gateway.commands import running
+    from gateway.modelserver.install import cache_folder
+
     try:
         loaded = load(env_file, upstreams=",".join(upstreams) or None)
+        folder = running.folder_in(cache_folder(child_environment(env_file)))
     except SettingsError as error:
+        if as_json:
+            wrong = {"ok": False, "verdict": "The gateway would not start.", "errors": str(error).splitlines()}
+            click.echo(json.dumps(wrong))
+            sys.exit(1)
         _stop(error, status=1)
     else:
-        sys.exit(0 if run_check(*loaded, click.echo, in_container=runs_in_container()) else 1)
+        findings = command.examine(*loaded, running.found(folder), in_container=command.runs_in_container())
+        for line in [json.dumps(findings._asdict())] if as_json else command.lines(findings):
+            click.echo(line)
+        sys.exit(0 if findings.ok else 1)
 
 
 @main.command("settings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import httpx
 
+from gateway.commands.running import Running, announced, folder_in
 from gateway.config.model_server_settings import ModelServerSettings
 from gateway.config.settings import Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
@@ -104,12 +106,16 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     _check(settings, gateway)
     app = _read_app(settings)
     served = _prepare(settings, settings.model or app.model, environ, display)
-    log = install.cache_folder(environ) / "logs" / f"vllm-{settings.port}.log"
+    cache = install.cache_folder(environ)
+    log = cache / "logs" / f"vllm-{settings.port}.log"
     command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
     key = gateway.upstream_api_key.get_secret_value() if gateway.upstream_api_key else None
     # Minutes may have gone by since these were free.
     _check_ports(settings, gateway)
-    with ModelServer(command, settings.port, log, key) as server:
+    with (
+        announced(folder_in(cache), Running(os.getpid(), own_url(gateway), _upstream(settings), served.name, str(log))),
+        ModelServer(command, settings.port, log, key) as server,
+    ):
         _wait_for(server, served, display)
         _check_gateway_ports(gateway)
         with Child(
@@ -195,9 +201,13 @@ def _wait_for(server: ModelServer, served: Served, display: Display) -> None:
         update(1.0)
 
 
+def _upstream(settings: ModelServerSettings) -> str:
+    return f"http://127.0.0.1:{settings.port}"
+
+
 def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, str]) -> dict[str, str]:
     ours = {"GATEWAY_LOG_FORMAT": "text", "GATEWAY_DRAIN_TIMEOUT": str(_DRAIN)}
-    found = ours | dict(environ) | {"GATEWAY_UPSTREAMS": f"http://127.0.0.1:{settings.port}"}
+    found = ours | dict(environ) | {"GATEWAY_UPSTREAMS": _upstream(settings)}
     # The alias of what we have just set; two that differ would be warned of.
     found.pop("LLM_MODEL_SERVER_ENDPOINT", None)
     for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -209,8 +219,8 @@ def _wait_for_gateway(server: ModelServer, front: Child, gateway: Settings) -> N
     url, until = own_url(gateway), time.monotonic() + _GATEWAY_START
     assert front.pid is not None
     while True:
-        preflight.check_nobody_else(gateway.host, gateway.port, "GATEWAY_PORT", front.pid)
         answers = _answers(f"{url}/v1/health_check")
+        preflight.check_nobody_else(gateway.host, gateway.port, "GATEWAY_PORT", front.pid)
         server.check_alive()
         _check_front(front)
         if answers:

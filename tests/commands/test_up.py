@@ -127,6 +127,25 @@ def test_however_many_signals_come_both_end_and_its_exit_status_is_its_own(tmp_p
         assert is_gone(vllm)
 
 
+def test_check_finds_it_whatever_its_ports_are(tmp_path: Path) -> None:
+    def check() -> subprocess.CompletedProcess[str]:
+        environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+        argv = [sys.executable, "-m", "gateway", "check"]
+        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=30)
+
+    with running(tmp_path) as process:
+        url = re.findall(r"curl (http://\S+)/v1/chat", until_ready(process))[0]
+        found = check()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        gone = check()
+
+    assert (found.returncode, gone.returncode) == (0, 1), found
+    assert found.stdout.startswith(f"A call would succeed: the gateway on {url} serves {tmp_path / 'model'}.\n")
+    assert f"`up` (process {process.pid}) runs the gateway" in found.stdout
+    assert "runs the gateway" not in gone.stdout
+
+
 def test_a_python_of_this_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "py").symlink_to(sys.executable)
     monkeypatch.chdir(tmp_path)

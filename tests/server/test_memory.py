@@ -195,6 +195,8 @@ def test_a_server_loads_nothing_that_it_never_uses() -> None:
         "import contextlib, sys; from gateway.__main__ import main; sys.argv[1:] = ['--help']\n"
         "with contextlib.suppress(SystemExit): main()\n"
         "assert 'gateway.app' in sys.modules\n"
+        "commands = {name for name in sys.modules if name.startswith('gateway.commands.')}\n"
+        "assert commands == {'gateway.commands.serve'}, commands\n"
         "sys.exit('rich' in sys.modules or 'pygments' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
