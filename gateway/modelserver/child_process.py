@@ -9,12 +9,16 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 _PR_SET_PDEATHSIG = 1
+_TICK = 0.02
+# What a process ended with of which nobody can say it any more, as subprocess has it.
+_UNKNOWN = 0
 
 
 class Child:
@@ -63,7 +67,16 @@ class Child:
 
     def exit_code(self) -> int | None:
         """How it ended, None while it runs or before the start."""
-        return self._process.poll() if self._process else None
+        process = self._process
+        # Not by its poll(): where a signal raises in there, its lock may stay held, and wait() would wait for ever.
+        if process is not None and process.returncode is None:
+            try:
+                ended, status = os.waitpid(process.pid, os.WNOHANG)
+            except ChildProcessError:  # a signal raised just as that was told
+                process.returncode = _UNKNOWN
+            else:
+                process.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return process.returncode if process else None
 
     def wait(self) -> int:
         """How it ended, once it has. To be called after its start."""
@@ -95,11 +108,11 @@ class Child:
         if process is None:
             return
         try:
-            if process.poll() is None:
+            if self.exit_code() is None:
                 _signal_group(process.pid, signal.SIGTERM)
-                process.wait(self._grace)
-        except subprocess.TimeoutExpired:
-            pass
+                until = time.monotonic() + self._grace
+                while self.exit_code() is None and time.monotonic() < until:
+                    time.sleep(_TICK)
         finally:
             # What it started may have outlived it; a second Ctrl-C comes here at once.
             _signal_group(process.pid, signal.SIGKILL)

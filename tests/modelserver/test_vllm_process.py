@@ -306,6 +306,25 @@ def test_even_kill_9_of_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
         parent.wait()
 
 
+def test_signals_that_raise_while_it_is_watched_do_not_keep_it_from_being_ended() -> None:
+    script = """
+import os, signal, sys
+from gateway.modelserver.child_process import Child
+class Stopped(Exception): pass
+def stop(*_): raise Stopped
+signal.signal(signal.SIGALRM, stop)
+with Child([sys.executable, "-c", "import time; time.sleep(600)"], os.environ, grace=0.1) as child:
+    for _ in range(500):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0002)
+            while True:
+                assert child.exit_code() is None
+        except Stopped:
+            pass
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
 def test_the_end_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert last_lines(log) == ""
