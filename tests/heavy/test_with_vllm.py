@@ -29,7 +29,7 @@ from gateway.wire.routes import REFUSED, ROUTES
 from tests.support.examples import examples
 from tests.support.gateway_process import running
 from tests.support.paths import ROOT
-from tests.support.stack import MODEL, Stack
+from tests.support.stack import APP_CONFIG, MODEL, Stack
 from tests.support.tee import Tee
 
 pytestmark = pytest.mark.vllm
@@ -80,13 +80,28 @@ def test_up_says_what_to_try(stack: Stack) -> None:
     assert stack.said.count(f"curl {stack.gateway_url}{CHAT}") == 2
 
 
+def test_what_up_says_to_try_is_answered_right_each_time(stack: Stack) -> None:
+    folder = ensure_demo_model(os.environ)
+    bodies = [json.loads(shlex.split(line)[-1]) for line in stack.said.splitlines() if line.startswith("curl ")]
+    with stack.gateway() as client:
+        answers = [
+            {client.post(CHAT, json=body).json()["choices"][0]["message"]["content"] for _ in range(30)}
+            for body in bodies
+        ]
+
+    assert [len(each) for each in answers] == [1, 1]
+    assert [each.pop().partition(" ")[0] for each in answers] == ["Deep", "My"]
+    # Of which this stack was told what it says by itself, for vllm-app's file to have every key.
+    assert json.loads((folder / "generation_config.json").read_text())["top_k"] == APP_CONFIG["top_k"] == 1
+
+
 def test_vllm_understands_what_is_made_of_vllm_apps_own_file(stack: Stack) -> None:
     found = re.search(r"vLLM's log: (.+)", stack.said)
     assert found
     log = Path(found[1]).read_text()
     assert "'cudagraph_mode': <CUDAGraphMode.PIECEWISE: 1>" in log
     assert "'cudagraph_capture_sizes': [1, 2, 4]" in log
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "max_new_tokens": 4096}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.0, "max_new_tokens": 4096}
     assert f"'override_generation_config': {sampling}" in log
 
 

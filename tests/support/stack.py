@@ -29,7 +29,7 @@ APP_CONFIG = {
     "max_tokens": 4096,
     "temperature": 1.0,
     "top_p": 1.0,
-    "top_k": -1,
+    "top_k": 1,
     "repetition_penalty": 1.0,
 }
 
@@ -92,7 +92,7 @@ def started(**variables: str) -> Iterator[Stack]:
         try:
             yield Stack(gateway_url, vllm_url, early, too_early, _said_until_ready(process))
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 128 + signal.SIGINT
+            assert process.wait(60) == 0
             for port in (gateway_port, vllm_port):
                 with socket.create_server(("127.0.0.1", port)):
                     pass

@@ -281,7 +281,11 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    # Of its tokens the likeliest, whatever the temperature: at 1, which a call gets that names none, a model this small
+    # soon says something else. A temperature of 0 would be no valid config, which nobody could save again.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=1
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / STAMP).write_text(json.dumps({"seed": _SEED}) + "\n", encoding="utf-8")
