@@ -10,10 +10,12 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
-    if sys.argv[1:2] == ["serve"]:
+    command = sys.argv[1:2]
+    if command in (["serve"], ["up"]):
         # The rest takes half a second to import, in which a signal's own action would be the end. There is nothing to
         # read again yet, and nothing to end in good order.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if command == ["serve"]:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _exit)
     # httpx brings a command line of its own, with rich and pygments where they are installed: 3 MB, and half of its

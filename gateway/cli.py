@@ -57,7 +57,8 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
 def up(model: str | None, python: str | None, env_file: str | None) -> None:
     """Serve, with a local vLLM that starts and ends with the gateway.
 
-    Without --vllm-python that is vLLM for the CPU, installed once into the user's cache.
+    Without --vllm-python that is vLLM for the CPU, installed once into the user's cache. Ctrl-C ends both, with exit
+    status 0; where one of them ends by itself, the other is ended, with 1.
     """
     # Here, as its progress display (rich) takes megabytes that `serve` need not have.
     from gateway.commands.up import up as run_both

@@ -22,7 +22,7 @@ from gateway.commands.running import Running, announced, folder_in
 from gateway.config.model_server_settings import ModelServerSettings
 from gateway.config.settings import Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
-from gateway.modelserver.child_process import Child, last_lines
+from gateway.modelserver.child_process import Child
 from gateway.modelserver.preflight import GIB, CannotStart
 from gateway.modelserver.progress import Display
 from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
@@ -38,10 +38,6 @@ _DRAIN = 5
 
 class Stopped(BaseException):
     """A signal asked us to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class Served(NamedTuple):
@@ -61,7 +57,7 @@ def up(
     *,
     display: Display | None = None,
 ) -> int:
-    """Run both until a signal or until one of them dies; the result is the exit status.
+    """Run both until a signal or until one of them dies; the result is the exit status, 0 after a signal.
 
     `environ` is the environment of both, from `config.load.child_environment`.
     """
@@ -72,9 +68,9 @@ def up(
     except CannotStart as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
-    except Stopped as stopped:
+    except Stopped:
         display.say("Stopped.")
-        return 128 + stopped.number
+        return 0
 
 
 @contextlib.contextmanager
@@ -89,7 +85,7 @@ def _signals() -> Iterator[None]:
         nonlocal came
         came += 1
         if came <= 2:
-            raise Stopped(number)
+            raise Stopped
 
     before = [signal.signal(number, stop) for number in ours]
     try:
@@ -116,16 +112,30 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
         announced(folder_in(cache), Running(os.getpid(), own_url(gateway), _upstream(settings), served.name, str(log))),
         ModelServer(command, settings.port, log, key) as server,
     ):
-        _wait_for(server, served, display)
+        with _telling(display, "Stopping vLLM."):
+            _wait_for(server, served, display)
         _check_gateway_ports(gateway)
-        with Child(
-            [sys.executable, "-m", "gateway", "serve"], _gateway_environment(settings, environ), grace=_DRAIN + 5
-        ) as front:
+        display.say("Starting the gateway.")
+        front_argv = [sys.executable, "-m", "gateway", "serve"]
+        with (
+            Child(front_argv, _gateway_environment(settings, environ), grace=_DRAIN + 5) as front,
+            _telling(display, "Stopping the gateway and vLLM."),
+        ):
             _wait_for_gateway(server, front, gateway)
             for line in _what_to_try(gateway, served, log):
                 display.say(line)
             _watch(server, front)
     return 1
+
+
+@contextlib.contextmanager
+def _telling(display: Display, stopping: str) -> Iterator[None]:
+    """Says what comes now where a signal ends it, which takes a while."""
+    try:
+        yield
+    except Stopped:
+        display.say(stopping)
+        raise
 
 
 def _check(settings: ModelServerSettings, gateway: Settings) -> None:
@@ -189,12 +199,13 @@ def _check_has_vllm(python: Path) -> None:
 
 def _wait_for(server: ModelServer, served: Served, display: Display) -> None:
     display.say(f"Starting vLLM with {served.name}; its log: {server.log}")
+    display.say("Even of a small model that is half a minute or more: PyTorch is imported in each of vLLM's processes.")
     began = time.monotonic()
-    with display.task("Starting vLLM") as update:
+    with display.task("Starting vLLM", in_steps=True) as update:
 
         def pause(seconds: float) -> None:
             share = (time.monotonic() - began) / _USUAL_START
-            update(min(share, 0.95), last_lines(server.log, 1))
+            update(min(share, 0.95), server.step())
             time.sleep(seconds)
 
         server.wait_ready(pause)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+# Columns of the bar, and of spinner, time and the blanks between all.
+_BAR = 20
+_BESIDE = 15
 
 
 class Update(Protocol):
@@ -28,17 +33,21 @@ class Display:
         self._console.file.flush()
 
     @contextlib.contextmanager
-    def task(self, label: str) -> Iterator[Update]:
-        """Show the progress of one task; the terminal is clean again after it, however it ended."""
+    def task(self, label: str, *, in_steps: bool = False) -> Iterator[Update]:
+        """Show the progress of one task; the terminal is clean again after it, however it ended.
+
+        `in_steps`: its notes are few, and how far it is is a guess.
+        """
         if not self._console.is_terminal:
-            yield self._lines(label)
+            yield self._steps(label) if in_steps else self._lines(label)
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        bar = BarColumn(bar_width=_BAR)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True) as progress:
             task = progress.add_task(label, total=1.0, note="")
 
             def update(share: float, note: str = "") -> None:
-                room = max(0, self._console.width - len(label) - 60)
+                room = max(0, self._console.width - len(label) - _BAR - _BESIDE)
                 progress.update(task, completed=share, note=note[:room].replace("[", "("))
 
             yield update
@@ -53,5 +62,17 @@ class Display:
             if quarter > said:
                 said = quarter
                 self.say(f"{label}: {quarter * 25} %")
+
+        return update
+
+    def _steps(self, label: str) -> Update:
+        """A line for each step, with the seconds at which it began."""
+        said, began = "", time.monotonic()
+
+        def update(share: float, note: str = "") -> None:
+            nonlocal said
+            if note not in ("", said):
+                said = note
+                self.say(f"{label}: {note} ({time.monotonic() - began:.0f} s)")
 
         return update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,16 @@ _DEMO_OPTIONS = {
     "VLLM_MAX_MODEL_LEN": "4096",
     "VLLM_EAGER": "true",
 }
+# What a start is about, and what its log says when that begins, in this order.
+_STEPS = (
+    (b"", "importing PyTorch and vLLM"),
+    (b"non-default args", "reading the model's config"),
+    (b"Resolved architecture", "starting its engine"),
+    (b"Initializing a V1 LLM engine", "starting its workers"),
+    (b"Starting to load model", "loading the weights"),
+    (b"Loading weights took", "trying the model"),
+    (b"Starting vLLM server", "opening its port"),
+)
 _HOST = "127.0.0.1"
 _GRACE = 20
 _TICK = 0.25
@@ -98,6 +109,8 @@ class ModelServer:
         self.url = f"http://{_HOST}:{port}"
         self.log = log
         self._port = port
+        self._read = 0
+        self._step = 0
         self._names = vllm_args.served_names(command.argv)
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._child = Child(command.argv, command.environment, log=log, grace=_GRACE)
@@ -143,6 +156,17 @@ class ModelServer:
             self.check_alive()
             pause(_TICK)
         self.check_alive()
+
+    def step(self) -> str:
+        """What its start is about, by what has come into its log since the last time."""
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(self._read)
+            lines = log.read().rpartition(b"\n")[0]
+            self._read += len(lines)
+            self._step = max(
+                number for number, (mark, _) in enumerate(_STEPS) if number == self._step or (mark and mark in lines)
+            )
+        return _STEPS[self._step][1]
 
     def check_alive(self) -> None:
         """Raises CannotStart, with the end of its log, if it has died."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from gateway.commands import up
 from tests.modelserver.test_vllm_process import eventually, is_gone
-from tests.support.paths import CERTIFICATES
+from tests.support.paths import CERTIFICATES, ROOT
 from tests.support.ports import free_port
 
 # Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
 STAND_IN = """
-import ctypes, http.server, json, os, sys
+import ctypes, http.server, json, os, signal, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
 model = sys.argv[sys.argv.index("--model") + 1]
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,6 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 if os.environ.get("STAND_IN_DIES"):
     sys.exit("no memory for the cache")
+if os.environ.get("STAND_IN_HANGS"):
+    signal.pause()
 if os.environ.get("STAND_IN_IS_LATE"):
     if os.fork():
         os.wait()
@@ -55,9 +58,8 @@ sys.exit(up(build(ModelServerSettings, None), load()[0], child_environment()))
 """
 
 
-@contextmanager
-def running(tmp_path: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """`up` in a process of its own, in front of the stand-in."""
+def environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    """What has `up` start the stand-in."""
     package = tmp_path / "packages" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(STAND_IN)
@@ -73,8 +75,15 @@ def running(tmp_path: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
         "LLM_VLLM_MODEL_NAME": str(model),
         "LLM_VLLM_PYTHON": sys.executable,
     }
+    return environ | more
+
+
+@contextmanager
+def running(tmp_path: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """`up` in a process of its own, in front of the stand-in."""
+    environ = environment(tmp_path, **more)
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN], env=environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", RUN], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         yield process
@@ -102,16 +111,57 @@ def model_server(tmp_path: Path) -> int:
 def test_a_signal_ends_both(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path) as process:
         said = until_ready(process)
-        assert "Starting vLLM" in said
+        assert "Starting vLLM with " in said
+        assert "Starting the gateway.\n" in said
         assert '"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}' in said
         assert '"messages": [{"role": "user", "content": "Who are you?"}]' in said
         vllm = model_server(tmp_path)
         process.send_signal(number)
         rest, _ = process.communicate(timeout=20)
-        assert process.returncode == 128 + number
+        assert process.returncode == 0
+        assert "Stopping the gateway and vLLM.\n" in rest
         assert rest.endswith("Stopped.\n")
         assert "Traceback" not in rest
         assert is_gone(vllm)
+
+
+def test_ctrl_c_ends_make_up_without_a_word_of_makes(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    # A session's first opening of a terminal makes it the one that Ctrl-C comes from.
+    start = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execvp('make', ['make', *os.sys.argv[1:]])"
+    venv = Path(sys.executable).parents[1]
+    argv = [sys.executable, "-c", start, "--no-print-directory", "-o", f"{venv}/.installed", "up", f"VENV={venv}"]
+    environ = environment(tmp_path, TERM="dumb")
+    environ.pop("MAKEFLAGS", None)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environ, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    try:
+        said = b""
+        while b"Stop both with Ctrl-C" not in said:
+            said += os.read(master, 4096)
+        os.write(master, b"\x03")
+        with suppress(OSError):  # as the other end of a terminal has no end of file
+            while more := os.read(master, 4096):
+                said += more
+        assert process.wait(20) in (0, -signal.SIGINT)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    assert said.endswith(b"\r\nStopped.\r\n"), said
+    assert is_gone(model_server(tmp_path))
+
+
+def test_a_signal_while_it_starts_ends_it_in_good_order(tmp_path: Path) -> None:
+    with running(tmp_path, STAND_IN_HANGS="1") as process:
+        assert process.stdout is not None
+        assert "Starting vLLM: importing PyTorch and vLLM (0 s)\n" in process.stdout
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert rest.endswith("Stopping vLLM.\nStopped.\n")
 
 
 def test_however_many_signals_come_both_end_and_its_exit_status_is_its_own(tmp_path: Path) -> None:
@@ -121,7 +171,7 @@ def test_however_many_signals_come_both_end_and_its_exit_status_is_its_own(tmp_p
         while process.poll() is None:
             process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=20)
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == 0
         assert rest.endswith("Stopped.\n")
         assert "Traceback" not in rest
         assert is_gone(vllm)

@@ -262,6 +262,35 @@ def test_one_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
         server.wait_ready()
 
 
+def test_what_a_start_is_about_is_told_by_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server = ModelServer(Launch(["python"], {}), 1, log)
+    steps = [server.step()]
+    with log.open("a") as file:
+        for more in (
+            "(APIServer pid=1) INFO [api_utils.py:286] non-default args: {'host': '127.0.0.1'}\n",
+            "(APIServer pid=1) INFO [model.py:733] Resolved arch",
+            "itecture: LlamaForCausalLM\n",
+            "",
+            "(Worker pid=3) Starting to load model /m...\n(Worker pid=3) Loading weights took 0.02 seconds\n",
+            "(EngineCore pid=2) INFO [core.py:133] Initializing a V1 LLM engine (of another rank)\n",
+            "(APIServer pid=1) INFO [entry.py:140] Starting vLLM server on http://127.0.0.1:1\n",
+        ):
+            file.write(more)
+            file.flush()
+            steps.append(server.step())
+    assert steps == [
+        "importing PyTorch and vLLM",
+        "reading the model's config",
+        "reading the model's config",
+        "starting its engine",
+        "starting its engine",
+        "trying the model",
+        "trying the model",
+        "opening its port",
+    ]
+
+
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     server = ModelServer(Launch(["/no/such/python"], {}), 1, tmp_path / "log")
     with pytest.raises(CannotStart, match=r"cannot be started: .*No such file"):
