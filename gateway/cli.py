@@ -1,10 +1,12 @@
-"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, settings."""
+"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, keys, settings."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,88 @@ def check(upstreams: tuple[str, ...], env_file: str | None, as_json: bool) -> No
         for line in [json.dumps(findings._asdict())] if as_json else command.lines(findings):
             click.echo(line)
         sys.exit(0 if findings.ok else 1)
+
+
+@main.group(epilog="Without --file it is that of GATEWAY_API_KEYS_FILE, as the environment or --env-file has it.")
+def keys() -> None:
+    """Add, list and revoke the keys by which clients may call.
+
+    Of a key the file has its hash alone. A gateway that runs reads it again on SIGHUP.
+    """
+
+
+_keys_file = click.option("--file", type=click.Path(path_type=Path), help="The file of keys.")
+_name = click.argument("name")
+
+
+def _limit(option: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(option, type=click.IntRange(1, 999_999_999), help=f"{what}; without it any number.")
+
+
+@keys.command("add")
+@_name
+@_limit("--requests", "Most requests a minute")
+@_limit("--tokens", "Most tokens a minute")
+@_limit("--in-flight", "Most calls that run at a time")
+@_limit("--waiting", "Most calls that wait at a time")
+@click.option("--models", metavar="A,B", help="The models that it may ask for; without it all.")
+@_keys_file
+@_env_file
+def add_key(name: str, file: Path | None, env_file: str | None, **limits: Any) -> None:
+    """Make a key for NAME, which the log then gives, and write it to standard output: this once."""
+    from gateway.commands import keys as command
+
+    with _keys_in(file, env_file) as found:
+        key = command.add(found, name, command.Limits(**limits))
+        click.echo(f"The key of {name}, which is shown this once: {found} has its hash. {_REREAD}", err=True)
+        click.echo(key)
+
+
+@keys.command("list")
+@_keys_file
+@_env_file
+def list_keys(file: Path | None, env_file: str | None) -> None:
+    """List names, the beginnings of hashes, and limits."""
+    from gateway.commands import keys as command
+
+    with _keys_in(file, env_file) as found:
+        for line in command.listed(found):
+            click.echo(line)
+
+
+@keys.command("revoke")
+@_name
+@_keys_file
+@_env_file
+def revoke_key(name: str, file: Path | None, env_file: str | None) -> None:
+    """Remove the key of NAME from the file."""
+    from gateway.commands import keys as command
+
+    with _keys_in(file, env_file) as found:
+        command.revoke(found, name)
+        click.echo(f"{found} has no key of {name} any more. {_REREAD}", err=True)
+
+
+_REREAD = (
+    "A gateway that runs reads the file again on SIGHUP; a container into which the file alone is mounted has to be "
+    "restarted."
+)
+
+
+@contextlib.contextmanager
+def _keys_in(file: Path | None, env_file: str | None) -> Iterator[Path]:
+    """The file of keys; what is wrong with it ends the command."""
+    from gateway.commands.keys import KeysError
+
+    try:
+        file = file or build(Settings, env_file).api_keys_file
+        if file is None:
+            raise SettingsError("Name the file of keys: by --file, or GATEWAY_API_KEYS_FILE.")
+        yield file
+    except SettingsError as error:
+        _stop(error)
+    except KeysError as error:
+        _stop(error, status=1)
 
 
 @main.command("settings")

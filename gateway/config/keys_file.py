@@ -59,14 +59,24 @@ async def reread_client_keys(
 
 def _read(file: Path) -> _Read:
     try:
-        with file.open("rb") as opened:
-            content = opened.read()
-            status = os.fstat(opened.fileno())
+        content, status = _content(file)
+        if status.st_nlink == 0:  # which it may have lost just now to another
+            content, status = _content(file)
     except OSError as error:
         raise SettingsError(
             f"GATEWAY_API_KEYS_FILE {str(file)!r} cannot be read ({error.strerror}): name a file that can."
         ) from None
+    if status.st_nlink == 0:
+        raise SettingsError(
+            f"GATEWAY_API_KEYS_FILE {str(file)!r} has been replaced, and what is mounted here is still the old file: "
+            "restart the container, or mount the folder in place of the file."
+        )
     return _Read(status.st_size, status.st_mtime_ns, status.st_ino, content)
+
+
+def _content(file: Path) -> tuple[bytes, os.stat_result]:
+    with file.open("rb") as opened:
+        return opened.read(), os.fstat(opened.fileno())
 
 
 def _keys(settings: Settings, content: bytes | None) -> dict[bytes, Key] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,3 +86,18 @@ def test_a_file_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
     file.write_text(half)
     with pytest.raises(SettingsError, match=r"^GATEWAY_API_KEYS_FILE '.*' is being written: send SIGHUP again"):
         reread(file, Pauses(nothing, grow))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an open file has a path in Linux's /proc alone")
+def test_a_file_that_was_replaced_behind_its_mount_is_told(tmp_path: Path) -> None:
+    file, new = tmp_path / "keys", tmp_path / "new"
+    file.write_text(f"{line('a')}\n{line('b')}\n")
+    new.write_text(f"{line('a')}\n")
+    # A mount of the file alone goes on showing what it was, as an open file does.
+    with file.open() as mounted:
+        path = Path(f"/proc/self/fd/{mounted.fileno()}")
+        assert reread(path, Pauses()) == {"a": None, "b": None}
+        new.rename(file)
+        with pytest.raises(SettingsError, match=r"has been replaced, .* the old file: restart the container"):
+            reread(path, Pauses())
+    assert reread(file, Pauses()) == {"a": None}
