@@ -1,4 +1,4 @@
-"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, keys, settings."""
+"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, keys, usage, settings."""
 
 from __future__ import annotations
 
@@ -295,6 +295,29 @@ def _keys_in(file: Path | None, env_file: str | None) -> Iterator[Path]:
         _stop(error)
     except KeysError as error:
         _stop(error, status=1)
+
+
+@main.command(
+    epilog="What `docker compose logs` and `kubectl logs` show will do, with timestamps and prefixes or without."
+)
+@click.argument("logs", nargs=-1, required=True, metavar="LOG...")
+@click.option("--csv", "as_csv", is_flag=True, help="For a program or a spreadsheet.")
+def usage(logs: tuple[str, ...], as_csv: bool) -> None:
+    """Sum the calls and tokens of a gateway's logs by day (in UTC), key and model.
+
+    A LOG is a file, plain or gzip's, or - for standard input. Notes go to standard error.
+    """
+    from gateway.commands import usage as command
+
+    try:
+        found = command.read(logs)
+    except command.UsageError as error:
+        _stop(error, status=1)
+    else:
+        for note in found.notes():
+            click.echo(f"vllm-gateway: {note}", err=True)
+        for text in [command.as_csv(found).rstrip("\n")] if as_csv else command.as_table(found):
+            click.echo(text)
 
 
 @main.command("settings")
