@@ -219,7 +219,7 @@ def check(upstreams: tuple[str, ...], env_file: str | None, as_json: bool) -> No
 def keys() -> None:
     """Add, list and revoke the keys by which clients may call.
 
-    Of a key the file has its hash alone. A gateway that runs reads it again on SIGHUP.
+    Of a key the file has its hash alone. A gateway that runs reads it again within seconds.
     """
 
 
@@ -275,10 +275,7 @@ def revoke_key(name: str, file: Path | None, env_file: str | None) -> None:
         click.echo(f"{found} has no key of {name} any more. {_REREAD}", err=True)
 
 
-_REREAD = (
-    "A gateway that runs reads the file again on SIGHUP; a container into which the file alone is mounted has to be "
-    "restarted."
-)
+_REREAD = "A gateway that runs has read it within seconds; its log says so."
 
 
 @contextlib.contextmanager

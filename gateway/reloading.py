@@ -27,8 +27,9 @@ _log = logging.getLogger(__name__)
 # Seconds between two looks at the files; one that has changed is read when it was the same for two of them.
 _EVERY = 2.0
 
-# Device, inode, size and time of change of what a path leads to; None where it leads nowhere.
-_Seen = tuple[int, int, int, int] | None
+# Device, inode, number of names, size and time of change of what a path leads to; None where it leads nowhere. A file
+# that is mounted by itself has no name left where another has taken its place.
+_Seen = tuple[int, int, int, int, int] | None
 
 
 class WatchedFiles:
@@ -60,7 +61,7 @@ def _seen(file: Path) -> _Seen:
         found = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_nlink, found.st_size, found.st_mtime_ns
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway.pool.keys import BadKeys, from_lines
+from gateway.admission.keys import BadKeys, from_lines
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODELS = re.compile(r"[^\s,#]+(,[^\s,#]+)*")

@@ -52,7 +52,7 @@ async def reread_client_keys(
         same = _read(file) == found
     if not same:
         raise SettingsError(
-            f"GATEWAY_API_KEYS_FILE {str(file)!r} is being written: send SIGHUP again once that is done."
+            f"GATEWAY_API_KEYS_FILE {str(file)!r} is being written: it is read again once that is done."
         )
     return _keys(settings, found.content)
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
+from gateway.admission.keys import from_lines
 from gateway.cli import main
-from gateway.pool.keys import from_lines
 from tests.commands.test_cli import address, serving
 from tests.support.fake_vllm import FakeVllm
 
@@ -59,7 +59,7 @@ def test_a_key_is_shown_once_and_its_hash_is_written(keys: Keys, file: Path) -> 
     assert re.fullmatch(r"[0-9a-f]{64}", key)
     assert added.status == 0
     assert "shown this once" in added.err
-    assert "on SIGHUP" in added.err
+    assert "within seconds" in added.err
     assert file.read_text() == (f"rag-pipeline {digest(key)} 600 tokens=90000 in-flight=8 waiting=4 models=a,b/c\n")
     assert file.stat().st_mode & 0o777 == 0o600
     (found,) = from_lines(file.read_text()).values()

@@ -81,10 +81,10 @@ def test_a_file_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
         ("", (nothing,)),
     ):
         file.write_text(begins)
-        with pytest.raises(SettingsError, match=r"is being written: send SIGHUP again|cannot be read|is wrong"):
+        with pytest.raises(SettingsError, match=r"is being written: it is read again|cannot be read|is wrong"):
             reread(file, Pauses(*steps))
     file.write_text(half)
-    with pytest.raises(SettingsError, match=r"^GATEWAY_API_KEYS_FILE '.*' is being written: send SIGHUP again"):
+    with pytest.raises(SettingsError, match=r"^GATEWAY_API_KEYS_FILE '.*' is being written: it is read again"):
         reread(file, Pauses(nothing, grow))
 
 

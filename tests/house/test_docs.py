@@ -95,7 +95,7 @@ def test_no_secret_is_committed_or_sent_to_a_build_from_where_a_document_puts_it
     paths = sorted(written | {f"docker/{device}/{name}" for device in devices for name in told})
 
     assert len(paths) > len(devices)
-    assert "docker/cpu/keys" in written
+    assert "docker/cpu/files/keys" in written
     for path in paths:
         # Another user's checkout is as good.
         command = ["git", "-c", "safe.directory=*", "check-ignore", "--quiet", "--no-index", path]
