@@ -119,11 +119,24 @@ reads the answer any more."""
 )
 @click.option("--model", callback=_text, help="One of those served; without it the gateway chooses.")
 @click.option("--system", metavar="TEXT", callback=_text, help="What the model is told before all else.")
+@click.option(
+    "--context",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="A text to answer from, cited below the answer; may be given several times.",
+)
 @click.option("--max-tokens", "max_new_tokens", type=click.IntRange(1), help="Most tokens of an answer.")
 @click.option("--temperature", type=click.FloatRange(0), help="How freely the model chooses its words.")
 @click.option("--json", "as_json", is_flag=True, help="Each answer, or what failed, as one line of JSON.")
 def chat(
-    prompt: str | None, url: str | None, key: str | None, system: str | None, as_json: bool, **fields: Any
+    prompt: str | None,
+    url: str | None,
+    key: str | None,
+    system: str | None,
+    files: tuple[str, ...],
+    as_json: bool,
+    **fields: Any,
 ) -> None:
     """Ask a running gateway, and show the answer while it comes.
 
@@ -133,6 +146,7 @@ def chat(
     from gateway.commands import chat as client
 
     try:
+        documents = client.read_documents(files)
         asked = client.read_prompt(prompt)
         url = url or own_url(build(Settings, None))
     except ValueError as error:
@@ -143,7 +157,7 @@ def chat(
         sys.exit(client.STOPPED)
     else:
         given = {name: value for name, value in fields.items() if value is not None}
-        sys.exit(client.run(client.ChatOptions(url, key, system, given, as_json), asked))
+        sys.exit(client.run(client.ChatOptions(url, key, system, given, as_json, documents), asked))
 
 
 @main.command("demo-model")

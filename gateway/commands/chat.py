@@ -10,8 +10,9 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,12 @@ UNREAD = 128 + signal.SIGPIPE
 _CHAT = "/v1/chat/completions"
 _CONNECT_SECONDS = 5
 _LARGEST_EVENT = 1024 * 1024
+# How a RAG pipeline asks, as the README has it.
+_INSTRUCTION = (
+    "### You are a helpful, respectful and honest assistant. Answer the question from the search results, which come "
+    "from the local knowledge base. Ignore what is not relevant to the question. If you do not know the answer, say so."
+)
+_SOURCES = b"json: "
 _LEAVING = "Ctrl-D or /exit leaves."
 # Nothing that drives a terminal may get there from an answer. Written so, JSON stays JSON.
 _DRIVING = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\r\n\t"]
@@ -54,13 +61,28 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Whom to ask, and how; `fields` are those of the request beside its messages."""
+    """Whom to ask, and how; `fields` are those of the request beside its messages.
+
+    `documents` are what is to be answered from, as a retriever's.
+    """
 
     url: str
     key: str | None = field(repr=False)
     system: str | None
     fields: Json
     as_json: bool
+    documents: list[Json] = field(default_factory=list)
+
+    def system_text(self) -> str | None:
+        """What the model is told before all else."""
+        if not self.documents:
+            return self.system
+        results = "\n\n".join(document["text"] for document in self.documents)
+        return f"{self.system or _INSTRUCTION} ### Search results: {results} \n\n"
+
+    def user_text(self, prompt: str) -> str:
+        """A question as it is asked."""
+        return f"### Question: {prompt} \n\n" if self.documents else prompt
 
 
 @dataclass
@@ -74,14 +96,21 @@ class Answer:
     request_id: str | None = None
     seconds_to_first_token: float | None = None
     seconds: float = 0.0
+    citations: list[Json] | None = None
 
     def take(self, told: Json) -> str:
         """Note what a chunk or a whole reply says; its text. Raises what comes of one that is neither."""
         self.model = told.get("model") or self.model
         self.usage = told.get("usage") or self.usage
+        self.cite(told.get("data"))
         for choice in told.get("choices", []):
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return "".join([told["text"]] if "text" in told else map(_text, told["choices"]))
+
+    def cite(self, data: Json | None) -> None:
+        """Note the citations of a reply's `data`, where it has any."""
+        if data and data.get("reranked_docs"):
+            self.citations = [{**one} for one in data["reranked_docs"]]
 
 
 class CtrlC:
@@ -157,6 +186,22 @@ def read_prompt(prompt: str | None) -> str | None:
     return "\n\n".join(texts)
 
 
+def read_documents(files: Sequence[str]) -> list[Json]:
+    """These texts as a retriever's documents, numbered from 1. Raises ValueError, which names the file."""
+    documents = []
+    for number, file in enumerate(files, 1):
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--context {file} is not UTF-8: name text files.") from None
+        except OSError as error:
+            raise ValueError(f"--context {file} cannot be read ({error.strerror}): name text files.") from None
+        if not text.strip():
+            raise ValueError(f"--context {file} is empty: leave it out.")
+        documents.append({"text": text, "metadata": {"source": file, "citation_id": number}})
+    return documents
+
+
 def run(options: ChatOptions, prompt: str | None) -> int:
     """Ask once, or without a prompt talk with whom is at the terminal; the exit status."""
     try:
@@ -176,7 +221,8 @@ class Chat:
         self._options = options
         self._output = output
         self._ctrl_c = ctrl_c
-        self._messages: list[Json] = [{"role": "system", "content": options.system}] if options.system else []
+        system = options.system_text()
+        self._messages: list[Json] = [{"role": "system", "content": system}] if system else []
         # To read all of the system's certificates takes a while.
         secure = options.url.startswith("https:")
         self._tls = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -205,7 +251,7 @@ class Chat:
 
     def ask(self, prompt: str) -> int:
         """Ask, and show what comes."""
-        messages = [*self._messages, {"role": "user", "content": prompt}]
+        messages = [*self._messages, {"role": "user", "content": self._options.user_text(prompt)}]
         answer, failure, began = Answer(), None, time.monotonic()
         try:
             with self._ctrl_c.heard():
@@ -222,10 +268,14 @@ class Chat:
 
     def _end(self, answer: Answer, failure: Failed | None) -> None:
         if self._options.as_json:
-            error = {"error": failure.error} if failure else {}
-            self._output.write(orjson.dumps(vars(answer) | error).decode() + "\n", "utf-8")
+            told = vars(answer) | ({"error": failure.error} if failure else {})
+            if not self._options.documents:
+                del told["citations"]
+            self._output.write(orjson.dumps(told).decode() + "\n", "utf-8")
             return
         self._output.end_line()
+        for citation in answer.citations or []:
+            _say(f"[{citation.get('citation_id')}] {_source(citation)}")
         if failure is None:
             if answer.finish_reason not in (None, "stop"):
                 _note(f"The answer is cut short (finish_reason {answer.finish_reason}).")
@@ -250,6 +300,8 @@ class Chat:
         # In the simplified form, in which the gateway chooses the model and samples as it usually does.
         body = {"messages": messages, "streaming": True, "stream_style": "openai", **options.fields}
         body["stream_options"] = {"include_usage": True}
+        if options.documents:
+            body["data"] = {"reranked_docs": options.documents}
         headers = {"content-type": "application/json"}
         if options.key:
             headers["authorization"] = f"Bearer {options.key}"
@@ -262,7 +314,7 @@ class Chat:
                 client.stream("POST", options.url + _CHAT, content=orjson.dumps(body), headers=headers) as reply,
             ):
                 answer.request_id = reply.headers.get("x-request-id")
-                _read(reply, answer, take, options.url)
+                _read(reply, answer, take, options.url, awaits_sources=bool(options.documents))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             message = (
                 f"{options.url} cannot be reached ({_reason(error)}): `vllm-gateway up` or `serve` starts a gateway, "
@@ -273,18 +325,27 @@ class Chat:
             raise _broke_off(options.url, _reason(error)) from None
 
 
-def _read(reply: httpx.Response, answer: Answer, take: Callable[[str], None], url: str) -> None:
-    """A gateway's reply, as a stream or, where it gives no streams, whole. Raises Failed."""
+def _read(
+    reply: httpx.Response, answer: Answer, take: Callable[[str], None], url: str, *, awaits_sources: bool
+) -> None:
+    """A gateway's reply, as a stream or, where it gives no streams, whole. Raises Failed.
+
+    `awaits_sources`: under GATEWAY_COMPAT the citations come as a line of their own after the end.
+    """
     ok = reply.status_code == httpx.codes.OK
     kind = reply.headers.get("content-type", "").partition(";")[0]
     seems = f"it answers {reply.status_code} with {kind or 'no content type'}"
     if ok and kind == "text/event-stream":
         decoder = sse.Decoder(_LARGEST_EVENT)
-        for data in reply.iter_bytes():
+        pieces = reply.iter_bytes()
+        for data in pieces:
             with _understanding(url, seems):
                 events = decoder.feed(data)
             for event in events:
                 if event == sse.DONE:
+                    if awaits_sources and answer.citations is None:
+                        with _understanding(url, seems):
+                            answer.cite(_sources_after(data, pieces))
                     return
                 with _understanding(url, seems):
                     text = answer.take(_told(event))
@@ -295,6 +356,24 @@ def _read(reply: httpx.Response, answer: Answer, take: Callable[[str], None], ur
         told = _told(content)
         text = answer.take(told if ok else {})
     take(text)
+
+
+def _sources_after(data: bytes, pieces: Iterator[bytes]) -> Json | None:
+    """What a line after the end says, which stands in this piece or the next ones."""
+    rest = data.rpartition(sse.DONE)[2]
+    for piece in pieces:
+        rest += piece
+        if len(rest) > _LARGEST_EVENT:
+            return None
+    line = rest.strip()
+    told: Json | None = orjson.loads(line.removeprefix(_SOURCES)) if line.startswith(_SOURCES) else None
+    return told
+
+
+def _source(citation: Json) -> str:
+    """Where a document is from."""
+    parts = [citation.get(name) for name in ("url", "bucket_name", "object_name", "source")]
+    return "/".join(str(part) for part in parts if part)
 
 
 @contextlib.contextmanager
@@ -340,7 +419,11 @@ def _note(text: str, *, behind_key: bool = False) -> None:
     """A sentence of ours on standard error; `behind_key` begins a line, as a terminal shows ^C."""
     if behind_key and sys.stderr is not None and sys.stderr.isatty():
         click.echo(err=True)
-    click.echo(f"vllm-gateway: {' '.join(text.split()).translate(_SHOWN)}", err=True)
+    _say(f"vllm-gateway: {text}")
+
+
+def _say(text: str) -> None:
+    click.echo(" ".join(text.split()).translate(_SHOWN), err=True)
 
 
 def _reason(error: BaseException | None) -> str:

@@ -22,7 +22,7 @@ from gateway.cli import main
 from gateway.config.load import load
 from tests.support.fake_vllm import DONE, EVENTS, STREAM_HEAD, FakeVllm, Hold, Step, chunk, event, response, stream
 from tests.support.gateway_process import Gateway, running
-from tests.support.paths import AUTHORITY, CERTIFICATES
+from tests.support.paths import AUTHORITY, CERTIFICATES, ROOT
 from tests.support.ports import free_port
 
 TEXT = 'It\'s a "q"\n end'
@@ -186,6 +186,103 @@ def test_it_understands_completions(ask: Ask, fake: FakeVllm) -> None:
     fake.queue(stream([*(b"data: " + part + b"\n\n" for part in parts), DONE]))
     with running(fake.url, connector="langchain") as gateway:
         assert ask("Hi", "--url", gateway.url) == (0, "ab\n", "")
+
+
+# From documents
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "deep.md").write_text("Deep learning is \u2026\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("More.")
+    return ["--context", "docs/deep.md", "--context", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"disable_streaming": True},
+        {"stream_style": "repr"},
+        {"compat": "erag-1.4"},
+        {"compat": "erag-1.4", "disable_streaming": True},
+        {"compat": "erag-2.0"},
+        {"compat": "erag-2.0", "disable_streaming": True},
+        {"compat": "erag-2.1"},
+        {"compat": "erag-2.1", "disable_streaming": True},
+    ],
+)
+def test_it_answers_from_documents_and_cites_them_below(
+    ask: Ask, fake: FakeVllm, documents: list[str], settings: dict[str, Any]
+) -> None:
+    with running(fake.url, **settings) as gateway:
+        got = ask("What is Deep Learning?", "--url", gateway.url, *documents)
+
+    text = "It's.\n" if "disable_streaming" in settings else f"{TEXT}\n"
+    note = "" if "disable_streaming" in settings else CUT_SHORT
+    assert got == (0, text, f"[1] docs/deep.md\n[2] b.txt\n{note}")
+    (_, system), (_, user) = asked(fake)
+    assert system.startswith("### You are a helpful, respectful and honest assistant. Answer the question from the")
+    assert system.endswith(" ### Search results: Deep learning is \u2026\n\n\nMore. \n\n")
+    assert user == "### Question: What is Deep Learning? \n\n"
+
+
+def test_the_readmes_own_instruction_is_given_unless_another_is(
+    ask: Ask, gateway: Gateway, fake: FakeVllm, documents: list[str]
+) -> None:
+    ask("Hi", "--url", gateway.url, *documents)
+    ask("Hi", "--url", gateway.url, *documents, "--system", "Be short.")
+
+    given = asked(fake)[0][1].partition(" ### Search results: ")[0]
+    assert given in (ROOT / "README.md").read_text()
+    assert asked(fake, 2)[0][1].startswith("Be short. ### Search results: Deep")
+
+
+def test_json_has_the_citations_where_documents_were_given(ask: Ask, gateway: Gateway, documents: list[str]) -> None:
+    got = json.loads(ask("Hi", "--url", gateway.url, "--json", *documents).out)
+
+    scores = {"vector_distance": 1.0, "reranker_score": 0.0}
+    assert got["citations"] == [
+        {"type": "file", "source": "docs/deep.md", **scores, "citation_id": 1},
+        {"type": "file", "source": "b.txt", **scores, "citation_id": 2},
+    ]
+
+
+def test_a_conversation_cites_below_each_answer(gateway: Gateway, fake: FakeVllm, documents: list[str]) -> None:
+    fake.queue(say("One."), say("Two."))
+    with Terminal("--url", gateway.url, *documents) as terminal:
+        for question, answer in ((b"first\n", "One."), (b"second\n", "Two.")):
+            terminal.expect("> ")
+            terminal.type(question)
+            terminal.expect(f"{answer}\r\n[1] docs/deep.md\r\n[2] b.txt\r\n")
+        terminal.expect("> ")
+        terminal.type(CTRL_D)
+        assert terminal.status() == 0
+
+    roles = [role for role, _ in asked(fake, 2)]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert asked(fake, 2)[3][1] == "### Question: second \n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "--context file cannot be read (No such file or directory): name text files."),
+        (b"\xff", "--context file is not UTF-8: name text files."),
+        (b" \n", "--context file is empty: leave it out."),
+    ],
+)
+def test_a_document_that_is_no_text_is_wrong_usage(
+    ask: Ask, content: bytes | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("file").write_bytes(content)
+    got = ask("Hi", "--context", "file")
+    assert (got.status, got.out) == (2, "")
+    assert says in got.err
 
 
 # As JSON
