@@ -20,7 +20,7 @@ import httpx
 
 from gateway.commands.running import Running, announced, folder_in
 from gateway.config.model_server_settings import ModelServerSettings
-from gateway.config.settings import Settings, names_of, own_url
+from gateway.config.settings import CLIENT_KEY, Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child
 from gateway.modelserver.preflight import GIB, CannotStart
@@ -269,16 +269,20 @@ def _what_to_try(gateway: Settings, served: Served, log: Path) -> Iterator[str]:
     simplified = {"messages": {"system": "You are a helpful assistant.", "user": "What is Deep Learning?"}}
     openai = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
     yield f"\nReady: the gateway on {url}, in front of vLLM with {model}. Try:\n"
-    yield _curl(url, simplified | {"streaming": False})
-    yield _curl(url, openai)
+    keyed = bool(gateway.api_keys) or gateway.api_keys_file is not None
+    yield _curl(url, simplified | {"streaming": False}, keyed=keyed)
+    yield _curl(url, openai, keyed=keyed)
     if gateway.page:
         yield f"\nIn a browser: {url}/"
     yield f"\nvLLM's log: {log}\nStop both with Ctrl-C."
     yield from _devices()
 
 
-def _curl(url: str, body: Mapping[str, object]) -> str:
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+def _curl(url: str, body: Mapping[str, object], *, keyed: bool) -> str:
+    headers = "-H 'Content-Type: application/json'"
+    if keyed:
+        headers += f' -H "Authorization: Bearer ${CLIENT_KEY}"'
+    return f"curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}"
 
 
 def _devices(

@@ -211,6 +211,17 @@ def test_a_gateway_that_speaks_tls_is_waited_for(tmp_path: Path) -> None:
         assert "curl http://" not in said.partition("Ready:")[2]
 
 
+def test_where_there_are_keys_what_to_try_has_one(tmp_path: Path) -> None:
+    key = "sk-4f7d0c9a2b6e81d35a"
+    with running(tmp_path, GATEWAY_API_KEYS=key) as process:
+        said = until_ready(process)
+    tries = re.findall(r"^curl .*", said, re.MULTILINE)
+    assert len(tries) == 2
+    for command in tries:
+        assert '-H "Authorization: Bearer $GATEWAY_CHAT_KEY"' in command
+    assert key not in said
+
+
 def test_a_model_server_that_dies_ends_the_gateway(tmp_path: Path) -> None:
     with running(tmp_path) as process:
         until_ready(process)
