@@ -517,15 +517,18 @@ def test_the_documents_requests_get_the_answers_that_it_shows(stack: Stack) -> N
 
 
 def test_what_is_shown_of_a_terminal_is_what_it_shows(stack: Stack) -> None:
-    session = re.findall(r"```console\n(.*?)```", API, re.DOTALL)[0]
-    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE)
-    assert len(commands) == 4
+    sessions = re.findall(r"```console\n(.*?)```", API, re.DOTALL)
+    # What is typed into a conversation, tests/commands/test_chat.py types.
+    asked = [session for session in sessions if "\n> " not in session]
+    commands = [found for session in asked for found in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE)]
+    assert len(commands) == 5
     assert 'chat "What is Deep Learning?"' in README
 
     python = f"{shlex.quote(sys.executable)} -m gateway"
     for command, shown in commands:
         got = subprocess.run(
             ["bash", "-c", command.replace("vllm-gateway", python)],
+            cwd=ROOT,
             env={**os.environ, "GATEWAY_PORT": stack.gateway_url.rpartition(":")[2]},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
