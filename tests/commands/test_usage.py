@@ -195,7 +195,7 @@ def test_what_a_client_calls_its_model_drives_no_terminal_and_no_spreadsheet() -
 
 
 def packed(data: bytes) -> bytes:
-    return gzip.compress(data * 1000, mtime=0)
+    return gzip.compress(data * 1000, mtime=0)  # the same in each process that collects the tests
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def packed(data: bytes) -> bytes:
         (b"root:x:0\n", r"There is no call in .*: 1 lines are none of its log's"),
         (b"", r"There is no call in .*: 0 lines"),
     ],
-    ids=["missing", "cut", "broken", "other", "empty"],
+    ids=["missing", "cut", "damaged", "another's", "empty"],
 )
 def test_what_is_no_log_is_a_sentence(content: bytes | None, says: str, tmp_path: Path) -> None:
     file = tmp_path / "log"
