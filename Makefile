@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-routing test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -46,6 +46,9 @@ test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellc
 
 test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed, links set down, three vLLM; needs nginx and root (5 min)
 	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/links.py tests/heavy/trio.py
+
+test-routing: $(VENV)/.installed-dev  ## Prefix hits of real vLLM, gateways behind nginx, upstreams killed and joined; needs nginx and root (4 min)
+	$(BIN)/python -m pytest tests/heavy/routing.py tests/heavy/fleet.py
 
 test-clients: $(VENV)/.installed-dev  ## The examples with real clients; installs them, 600 MB; needs a JDK and Node (5 min)
 	$(BIN)/python -m pytest tests/heavy/clients/examples.py tests/heavy/clients/leaving.py tests/heavy/clients/failures.py tests/heavy/clients/languages.py tests/heavy/clients/described.py

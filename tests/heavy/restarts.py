@@ -41,8 +41,7 @@ http {{
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
   upstream gateways {{
     # As one that takes no connection for a moment is not to be left out for ten seconds.
-    server 127.0.0.1:{ports[0]} max_fails=0;
-    server 127.0.0.1:{ports[1]} max_fails=0;
+    {servers}
     keepalive 16;
   }}
   server {{
@@ -62,7 +61,8 @@ def nginx(ports: list[int], folder: Path) -> Iterator[int]:
     assert Path(program).exists(), "nginx is needed: install it (Debian: apt install nginx-light)"
     port = free_port()
     config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, ports=ports, port=port))
+    servers = " ".join(f"server 127.0.0.1:{one} max_fails=0;" for one in ports)
+    config.write_text(NGINX.format(folder=folder, servers=servers, port=port))
     with subprocess.Popen([program, "-c", str(config), "-p", str(folder)]) as process:
         try:
             until = time.monotonic() + 10

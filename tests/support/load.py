@@ -193,11 +193,16 @@ async def _read(reader: asyncio.StreamReader) -> str:
 
 
 @contextlib.contextmanager
-def gateway(upstreams: Sequence[str], port: int = 0, **settings: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A gateway process that listens, and its port; killed at the end where it still runs."""
+def gateway(
+    upstreams: Sequence[str], port: int = 0, by: Sequence[str] = (), **settings: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A gateway process that listens, and its port; killed at the end where it still runs.
+
+    `by` is a command that becomes the one that it is given, such as unshare.
+    """
     own = {"GATEWAY_UPSTREAMS": ",".join(upstreams), "GATEWAY_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
     own["GATEWAY_ALLOWED_HOSTS"] = "x,gateways"  # as the load calls it, and nginx
-    command = [sys.executable, "-m", "gateway", "serve"]
+    command = [*by, sys.executable, "-m", "gateway", "serve"]
     with subprocess.Popen(
         command, env={**os.environ, **own, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
