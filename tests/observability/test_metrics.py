@@ -7,8 +7,14 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from gateway.admission.admission_queue import AdmissionQueue
+from gateway.admission.arrivals import Arrivals
+from gateway.admission.buffers import Buffers
 from gateway.observability.labels import MOST, Labels
+from gateway.observability.metrics import Metrics
+from gateway.pool.upstream_pool import UpstreamPool
 from tests.support.fake_vllm import FakeVllm, Hold, completion, response
 from tests.support.gateway_process import running
 from tests.support.recorders import FakeClock
@@ -82,3 +88,33 @@ def test_keys_and_models_have_figures_of_their_own(tmp_path: Path) -> None:
         assert f"\n{line}\n" in text
     assert re.search(r'^gateway_info\{version="[^"]+"\} 1.0$', text, re.MULTILINE)
     assert not [line for line in text.splitlines() if "made-up" in line or SECRETS["one"] in line]
+
+
+def test_a_scrape_has_each_family_in_a_turn_of_its_own() -> None:
+    """As those of very many keys and models would be one long turn together."""
+    pool = UpstreamPool(())
+    nothing: set[Any] = set()
+    queue: AdmissionQueue[Any] = AdmissionQueue(0)
+    buffers = Buffers(1)
+    metrics = Metrics(
+        pool,
+        nothing,
+        queue,
+        Arrivals(1, buffers, lambda: 0.0),
+        buffers,
+        lambda: 0.0,
+        lambda: 0,
+        {},
+        tuple,
+        lambda: None,
+    )
+    scrape, turns = metrics.text().__await__(), 0
+    text = b""
+    while True:
+        try:
+            next(scrape)
+        except StopIteration as end:
+            text = end.value
+            break
+        turns += 1
+    assert turns == text.count(b"# HELP gateway_") + text.count(b"# HELP process_")
