@@ -103,7 +103,7 @@ class Answering {
     this.abort = new AbortController();
     this.began = performance.now();
     this.first = this.last = null;
-    this.pieces = 0;
+    this.pieces = this.bursts = 0;
     this.usage = null;
     this.sent = documents.map(({ text }) => text.slice(0, 600));
   }
@@ -121,8 +121,10 @@ class Answering {
   add(text, name) {
     if (!text) return;
     const { answer } = this.turn;
-    this.last = performance.now();
-    this.first ??= this.last;
+    const now = performance.now();
+    this.bursts += !(now - this.last < 1); // what one read brought is one
+    this.last = now;
+    this.first ??= now;
     this.pieces += 1;
     answer[name] += text;
     answer.facts["first-token"] ??= duration((this.first - this.began) / 1000);
@@ -166,8 +168,8 @@ class Answering {
     if (isKnown(asked)) facts["prompt-tokens"] = number(asked);
     if (tokens) facts["answer-tokens"] = told === undefined ? `about ${tokens}` : number(tokens);
     if (!streamed) delete facts["first-token"]; // all came at once
-    // The first token's time is not the others'.
-    const [count, from] = streamed ? [tokens - 1, this.first] : [tokens, this.began];
+    // The first token's time is not the others', unless they all came with it.
+    const [count, from] = streamed && this.bursts > 2 ? [tokens - 1, this.first] : [tokens, this.began];
     if (count > 0 && this.last > from) facts.speed = number((count / (this.last - from)) * 1000);
     cancelAnimationFrame(this.frame);
     showAnswer(this.turn);
