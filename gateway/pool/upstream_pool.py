@@ -27,7 +27,7 @@ _RETRIED_PART = 0.25
 # What a place down in its key's order costs a call, and one whose key was never seen, which has little to find there;
 # and what a streamed call that awaits its first byte, as it is in its prefill, costs an upstream: as much as so many
 # calls in flight (docs/routing.md).
-_PLACE_DOWN = 32.0
+_PLACE_DOWN = 64.0
 _NEW_PLACE_DOWN = 8.0
 _AWAITED = 7
 # How an upstream was found: by its key's first place, by a later one as that was busy, by load as all of the prompt is

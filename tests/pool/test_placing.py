@@ -27,23 +27,23 @@ def placed(*names: str, **limits: float) -> tuple[UpstreamPool, list[Upstream]]:
 
 def test_a_key_is_at_its_first_place_until_that_is_much_busier() -> None:
     pool, order = placed()
-    for load in range(33):
+    for load in range(65):
         order[0].in_flight = load
         assert pool.select("m", 0, key=KEY) is order[0]
-    order[0].in_flight = 33
+    order[0].in_flight = 65
     assert pool.select("m", 0, key=KEY) is order[1]
     order[1].in_flight = 2
     assert pool.select("m", 0, key=KEY) is order[0]
-    order[0].in_flight, order[1].in_flight = 70, 50
+    order[0].in_flight, order[1].in_flight = 134, 80
     assert pool.select("m", 0, key=KEY) is order[2]
-    assert pool.routed == {"first": 34, "spilled": 2, "hot": 0, "least": 0, "retried": 0}
+    assert pool.routed == {"first": 66, "spilled": 2, "hot": 0, "least": 0, "retried": 0}
 
 
 def test_a_stream_that_awaits_its_first_byte_is_eight_calls() -> None:
     pool, order = placed()
-    order[0].in_flight = order[0].awaited = 4
+    order[0].in_flight = order[0].awaited = 8
     assert pool.select("m", 0, key=KEY) is order[0]
-    order[0].in_flight = order[0].awaited = 5
+    order[0].in_flight = order[0].awaited = 9
     assert pool.select("m", 0, key=KEY) is order[1]
 
 
@@ -62,9 +62,9 @@ def test_a_prompt_that_was_never_seen_gives_way_sooner() -> None:
 
 def test_a_heavy_one_takes_more_before_others_do() -> None:
     pool, order = placed()
-    order[0].in_flight, order[0].weight = 64, 2.0
+    order[0].in_flight, order[0].weight = 128, 2.0
     assert pool.select("m", 0, key=KEY) is order[0]
-    order[0].in_flight = 65
+    order[0].in_flight = 129
     assert pool.select("m", 0, key=KEY) is order[1]
 
 
