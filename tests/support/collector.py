@@ -79,11 +79,6 @@ class Collector:
             assert len(self.spans) == count
             return sorted(self.spans, key=lambda span: span.began)
 
-    def wait_for_batches(self, count: int) -> None:
-        """So many of them have come."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.batches >= count, 10)
-
     def _receive(self, data: bytes) -> None:
         message = ExportTraceServiceRequest.FromString(data)
         with self.changed:
