@@ -49,7 +49,7 @@ check_cuda() {
   [ -n "$gpus" ] || fail "nvidia-smi shows no GPU: see that the driver runs, and what CUDA_VISIBLE_DEVICES says."
   while IFS=, read -r name capability; do
     at_least "${capability// /}" 7.5 ||
-      fail "vLLM needs a GPU of compute capability 7.5 or newer, but $name has${capability}: leave it out with CUDA_VISIBLE_DEVICES, or use another machine."
+      fail "vLLM needs a GPU of compute capability 7.5 or newer, but $name has${capability}: leave it out with CUDA_VISIBLE_DEVICES, use another machine, or see docs/older-gpus.md for an older vLLM."
   done <<<"$gpus"
 }
 

@@ -1,4 +1,4 @@
-"""The command `vllm-gateway`: serve, up, chat, demo-model, quantize, check, keys, usage, settings."""
+"""The command `vllm-gateway`: serve, up, chat, gpus, demo-model, quantize, check, keys, usage, settings."""
 
 from __future__ import annotations
 
@@ -158,6 +158,20 @@ def chat(
     else:
         given = {name: value for name, value in fields.items() if value is not None}
         sys.exit(client.run(client.ChatOptions(url, key, system, given, as_json, documents), asked))
+
+
+@main.command("gpus", epilog="The memory is what CUDA finds on a card, which is less than its box says.")
+@click.argument("wanted", metavar="[NAME|CAPABILITY]", required=False, callback=_text)
+@click.option("--json", "as_json", is_flag=True, help="As one line of JSON.")
+def list_gpus(wanted: str | None, as_json: bool) -> None:
+    """List NVIDIA's GPUs, the vLLM that runs on each, and those of this machine."""
+    from gateway.commands.gpus import gpus
+    from gateway.sizing.gpus import UnknownGpu
+
+    try:
+        sys.exit(gpus(wanted, click.echo, _warn, as_json=as_json))
+    except UnknownGpu as error:
+        _stop(error)
 
 
 @main.command("demo-model")
@@ -338,6 +352,10 @@ def list_settings() -> None:
         click.echo(title)
         for names, default, meaning in table(kind):
             click.echo(f"  {names}{f' = {default}' if default else ''}\n      {meaning}")
+
+
+def _warn(sentence: str) -> None:
+    click.echo(f"vllm-gateway: {sentence}", err=True)
 
 
 def _stop(error: Exception, *, status: int = 2) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,6 +85,12 @@ def test_what_is_missing_is_told_before_anything_starts(
     assert done.returncode == 1
     assert "up --detach" not in done.stdout
     assert done.stderr.splitlines()[-1].startswith(f"run_vllm.sh: {message}")
+
+
+def test_a_card_that_is_too_old_is_told_where_an_older_vllm_is_described(tmp_path: Path) -> None:
+    done = run_vllm(tmp_path, LLM_DEVICE="cuda", GPUS="Tesla V100, 7.0")
+    (document,) = re.findall(r"docs/[\w-]+\.md", done.stderr)
+    assert "## Volta" in (ROOT / document).read_text()
 
 
 def test_only_the_gpus_that_are_used_are_looked_at(tmp_path: Path) -> None:
