@@ -1,4 +1,4 @@
-"""The command `vllm-gateway`: serve, up, chat, gpus, demo-model, quantize, check, keys, usage, settings."""
+"""The command `vllm-gateway`: serve, up, chat, plan, gpus, demo-model, quantize, check, keys, usage, settings."""
 
 from __future__ import annotations
 
@@ -158,6 +158,61 @@ def chat(
     else:
         given = {name: value for name, value in fields.items() if value is not None}
         sys.exit(client.run(client.ChatOptions(url, key, system, given, as_json, documents), asked))
+
+
+@main.command(
+    epilog="""\b
+Exit status: 0 it fits, on one of the plans at least; 1 it does not; 2 the model or what was asked
+is wrong. The tokens are counted as vLLM 0.32 does; what it takes beside the weights is measured,
+so that the cache is told as a low, a likely and a high figure."""
+)
+@click.argument("model", metavar="ORG/NAME|FOLDER", callback=_text)
+@click.option("--revision", callback=_text, help="A branch, a tag or a commit of the model.")
+@click.option("--gpu", metavar="NAME|GiB", callback=_text, help="As A10G or 24GiB; else this machine's.")
+@click.option("--gpus", type=click.IntRange(1, 1024), help="Most GPUs; else 8, or as many as this machine has.")
+@click.option("--max-model-len", type=click.IntRange(1), help="Tokens of a request; else the model's most.")
+@click.option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True
+)
+@click.option("--quantization", type=click.Choice(["fp8"]), help="Quantize while loading.")
+@click.option(
+    "--gpu-memory-utilization",
+    "utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.92,
+    show_default=True,
+    help="The part of the memory that vLLM takes.",
+)
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Such requests at once.")
+@click.option("--plans", type=click.Path(path_type=Path), help="A platform's plans, as YAML, in place of --gpu.")
+@click.option("--json", "as_json", is_flag=True, help="As one line of JSON.")
+def plan(
+    model: str,
+    revision: str | None,
+    gpu: str | None,
+    gpus: int | None,
+    plans: Path | None,
+    as_json: bool,
+    **wanted: Any,
+) -> None:
+    """Say whether a model fits, on how many GPUs, and with which of vLLM's options.
+
+    Of a hub's model only config.json and the headers of its weights are fetched.
+    """
+    from gateway.commands import plan as command
+    from gateway.sizing.architecture import BadConfig
+    from gateway.sizing.plan import CannotPlan
+    from gateway.sizing.plans_file import BadPlans
+    from gateway.sizing.safetensors import BadCheckpoint
+
+    if plans and (gpu or gpus):
+        raise click.UsageError("--plans says which GPUs there are: leave --gpu and --gpus out.")
+    try:
+        options = command.PlanOptions(model, revision, gpu, gpus, plans, as_json, wanted)
+        sys.exit(command.plan(options, child_environment(), click.echo, _warn))
+    except (BadCheckpoint, BadConfig, BadPlans, CannotPlan, SettingsError) as error:
+        _stop(error)
 
 
 @main.command("gpus", epilog="The memory is what CUDA finds on a card, which is less than its box says.")
