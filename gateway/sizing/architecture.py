@@ -41,6 +41,8 @@ _PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "llama4":
 # The lengths in these files count already.
 _UNSCALED = ("default", "su", "longrope", "llama3", "mrope", "proportional")
 
+_MOST_LAYERS, _LARGEST, _LARGEST_FACTOR = 10_000, 1_000_000_000, 1_000_000
+
 
 class BadConfig(Exception):
     """A sentence: what config.json lacks, or has wrong."""
@@ -88,7 +90,7 @@ def read_architecture(config: object) -> Architecture:
     layers = Counter(_kinds(given, depth, window, chunk))
     if not layers.keys() - {RECURRENT}:
         raise BadConfig("Each layer of the model is recurrent: it has no KV cache, which is what is counted here.")
-    partial = _rope(given).get("partial_rotary_factor", given.get("partial_rotary_factor", 1))
+    partial = _rope(given).get("partial_rotary_factor", given.get("partial_rotary_factor"))
     length = _length(given)
     quantization = whole.get("quantization_config") or given.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
@@ -102,7 +104,7 @@ def read_architecture(config: object) -> Architecture:
         window=chunk if layers[CHUNKED] else window,
         vocab=_required(given, "vocab_size"),
         length=length,
-        rotary=_at(given, "qk_rope_head_dim") or int(head_dim * float(partial)),
+        rotary=_at(given, "qk_rope_head_dim") or int(head_dim * _factor(partial)),
         dtype=_dtype(whole, given),
         experts=_number(given, "experts", default=1) > 1,
         tied=bool(given.get("tie_word_embeddings", _ties(given))),
@@ -142,8 +144,8 @@ def _length(given: Json) -> int:
     length = _number(given, "length")
     rope = _rope(given)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
-    factor = rope.get("factor")
-    if kind in _UNSCALED or not isinstance(factor, int | float) or "gemma3" in str(given.get("model_type")):
+    factor = _factor(rope.get("factor"))
+    if kind in _UNSCALED or "gemma3" in str(given.get("model_type")):
         return length
     before = _at(rope, "original_max_position_embeddings") if kind == "yarn" else length
     return int((before or length) * factor)
@@ -152,6 +154,11 @@ def _length(given: Json) -> int:
 def _rope(given: Json) -> Json:
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     return rope if isinstance(rope, Mapping) else {}
+
+
+def _factor(found: object) -> float:
+    """A positive one of a plausible size; 1 where there is none."""
+    return found if isinstance(found, int | float) and 0 < found < _LARGEST_FACTOR else 1
 
 
 def _dtype(whole: Json, given: Json) -> str:
@@ -177,9 +184,10 @@ def _number(given: Json, of: str, default: int | None = None) -> int:
 
 def _required(given: Json, name: str) -> int:
     found = given.get(name)
-    if type(found) is not int or found < 1:
+    most = _MOST_LAYERS if name in _NAMES["layers"] else _LARGEST
+    if type(found) is not int or not 1 <= found <= most:
         shown = "it is missing" if found is None else f"it is {str(found)[:40]!r}"
-        raise BadConfig(f"{name} of config.json must be a whole number above 0, but {shown}.")
+        raise BadConfig(f"{name} of config.json must be a whole number from 1 to {most:,}, but {shown}.")
     return found
 
 

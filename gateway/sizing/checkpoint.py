@@ -120,6 +120,8 @@ class _Hub:
         # A part of a file is a part of its own bytes.
         headers = {"Accept-Encoding": "identity"}
         if self._token:
+            if not re.fullmatch(r"[\x21-\x7e]+", self._token):
+                raise BadCheckpoint("HF_TOKEN is no token: one is of printable ASCII characters without spaces.")
             headers["Authorization"] = f"Bearer {self._token}"
         # The environment's proxy is for downloads such as this.
         self._client = httpx.Client(trust_env=True, follow_redirects=True, timeout=_TIMEOUT, headers=headers)

@@ -13,7 +13,7 @@ from gateway.sizing.weights import weights_of
 
 GIB = 1024**3
 
-# Beside the weights, in GiB: measured in some 60 runs of vLLM 0.19 to 0.32, most of them on H100.
+# Beside the weights, in GiB: fitted to public runs of vLLM 0.19 on H100.
 _ACTIVATION = 0.4
 _ACTIVATION_OF_EXPERTS = 0.4
 # Three copies of the logits in float32, for as many answers as vLLM samples at once.

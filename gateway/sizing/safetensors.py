@@ -22,6 +22,7 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("F4", "F4_E2M1"), 4),
 }
+_MOST_DIMENSIONS, _LARGEST_DIMENSION = 16, 1 << 40
 # In an index, what a header has of a tensor beside its name: its type, shape and offsets.
 _OF_A_TENSOR = 140
 
@@ -67,13 +68,17 @@ def read_header(header: bytes, file: str) -> list[Tensor]:
         tensors = [
             Tensor(name, one["dtype"], tuple(one["shape"])) for name, one in told.items() if name != "__metadata__"
         ]
-        sound = all(type(number) is int and number >= 0 for tensor in tensors for number in tensor.shape)
+        sound = all(
+            len(tensor.shape) <= _MOST_DIMENSIONS
+            and all(type(number) is int and 0 <= number <= _LARGEST_DIMENSION for number in tensor.shape)
+            for tensor in tensors
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise BadCheckpoint(f"{file} is no safetensors file: its header is not the JSON that it should be.")
     for tensor in tensors:
-        if tensor.dtype not in _BITS:
+        if str(tensor.dtype) not in _BITS:
             raise BadCheckpoint(f"{file} has a tensor of the type {tensor.dtype!r}, whose size is not known here.")
     return tensors
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.sizing.architecture import CHUNKED, FULL, RECURRENT, SLIDING, BadConfig, read_architecture
+from gateway.sizing.kv_cache import cache_of
+from gateway.sizing.weights import weights_of
 from tests.support.checkpoints import LLAMA_8B, llama
+
+LAYERS = "of config.json must be a whole number from 1 to 10,000"
+NUMBER = "of config.json must be a whole number from 1 to 1,000,000,000"
+NAMES = [
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "vocab_size",
+    "max_position_embeddings", "model_type", "dtype", "layer_types", "sliding_window", "use_sliding_window",
+    "max_window_layers", "sliding_window_pattern", "attention_chunk_size", "rope_scaling", "rope_parameters",
+    "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor", "kv_lora_rank",
+    "qk_rope_head_dim",
+    "quantization_config", "quant_method", "kv_cache_scheme", "text_config", "tie_word_embeddings", "num_experts",
+    "hybrid_override_pattern", "attn_layer_indices", "attn_layer_period", "attn_layer_offset",
+    "full_attention_interval", "block_types", "layers_block_type",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -81,13 +99,23 @@ def test_a_cache_that_the_checkpoint_wants_in_fp8_is_told() -> None:
         ([], "config.json must be an object, but it is a list."),
         (None, "config.json must be an object, but it is a NoneType."),
         ({}, "config.json has no num_hidden_layers: it is not that of a language model, or of an unknown kind."),
+        (llama(num_hidden_layers="many"), f"num_hidden_layers {LAYERS}, but it is 'many'."),
         (
-            llama(num_hidden_layers="many"),
-            "num_hidden_layers of config.json must be a whole number above 0, but it is 'ma",
+            llama(num_hidden_layers=10**12),
+            "num_hidden_layers of config.json must be a whole number from 1 to 10,000, but",
         ),
-        (llama(num_hidden_layers=0), "num_hidden_layers of config.json must be a whole number above 0, but it is '0'."),
-        (llama(vocab_size=None), "vocab_size of config.json must be a whole number above 0, but it is missing."),
-        (llama(sliding_window=[1]), "sliding_window of config.json must be a whole number above 0, but it is '[1]'."),
+        (
+            llama(num_hidden_layers=0),
+            "num_hidden_layers of config.json must be a whole number from 1 to 10,000, but it is '0'.",
+        ),
+        (
+            llama(vocab_size=None),
+            "vocab_size of config.json must be a whole number from 1 to 1,000,000,000, but it is missing.",
+        ),
+        (
+            llama(sliding_window=[1]),
+            "sliding_window of config.json must be a whole number from 1 to 1,000,000,000, but it is '[1]'.",
+        ),
         (llama(model_type="mamba2"), "Each layer of the model is recurrent"),
         (llama(quantization_config=[1]), "quantization_config of config.json must be an object."),
     ],
@@ -96,3 +124,19 @@ def test_a_config_that_is_none_is_told(config: object, sentence: str) -> None:
     with pytest.raises(BadConfig) as caught:
         read_architecture(config)
     assert str(caught.value).startswith(sentence)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), ANY, max_size=6))
+def test_any_config_is_read_or_refused(fields: dict[str, Any]) -> None:
+    with contextlib.suppress(BadConfig):
+        model = read_architecture(llama(**fields))
+        cache = cache_of(model, 1, 2, model.length, 8192)
+        assert cache.tokens(1 << 40) >= 0
+        assert weights_of(model, [], 1, model.dtype, model.length) >= 0

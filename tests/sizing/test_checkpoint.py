@@ -96,6 +96,7 @@ def test_the_token_goes_to_the_hub(hub: Hub, tmp_path: Path) -> None:
         ),
         ("no-such-folder", None, {}, "Unknown model 'no-such-folder': there is no such folder"),
         ("org/model", None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so that org/model is not asked for"),
+        ("org/model", None, {"HF_TOKEN": "hf_x\u00e9"}, "HF_TOKEN is no token: "),
         ("org/model", None, {"HF_ENDPOINT": "http://hub:port"}, "cannot be reached for org/model (InvalidURL)"),
     ],
 )
@@ -132,6 +133,8 @@ def test_a_hub_that_is_ill_or_away_is_told(hub: Hub) -> None:
         (b"", "it has 0 bytes. Fetch it again."),
         (struct.pack("<Q", 2**60) + b"{}", f"its header would have {2**60} bytes"),
         (struct.pack("<Q", 4) + b"[[]]", "its header is not the JSON that it should be"),
+        (header_of([Tensor("a", "BF16", (1 << 41,))]), "its header is not the JSON that it should be"),
+        (header_of([Tensor("a", "BF16", (-1,))]), "its header is not the JSON that it should be"),
         (struct.pack("<Q", 400) + b"{}", "cut short: it has 10 bytes of 408"),
         (struct.pack("<Q", 0), "its header would have 0 bytes"),
     ],

@@ -161,6 +161,11 @@ def test_a_checkpoint_that_is_quantized_is_not_quantized_again() -> None:
         check(wanted(known.GPT_OSS_20B, quantization="fp8"))
 
 
+def test_a_window_that_is_nowhere_told_is_refused() -> None:
+    with pytest.raises(CannotPlan, match="names layers with a window, but not how long it is"):
+        check(wanted(known.LLAMA_8B | {"layer_types": ["chunked_attention"]}))
+
+
 def test_drafting_layers_and_a_tied_head_are_not_loaded() -> None:
     deep = known.TINY | {"num_hidden_layers": 3}
     tied = known.TINY | {"tie_word_embeddings": False}
