@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,8 +164,8 @@ def chat(
 @main.command(
     epilog="""\b
 Exit status: 0 it fits, on one of the plans at least; 1 it does not; 2 the model or what was asked
-is wrong. The tokens are counted as vLLM 0.32 does; what it takes beside the weights is measured,
-so that the cache is told as a low, a likely and a high figure."""
+is wrong; 130 stopped by Ctrl-C. The tokens are counted as vLLM 0.32 does; what it takes beside the
+weights is measured, so that the cache is told as a low, a likely and a high figure."""
 )
 @click.argument("model", metavar="ORG/NAME|FOLDER", callback=_text)
 @click.option("--revision", callback=_text, help="A branch, a tag or a commit of the model.")
@@ -211,6 +212,9 @@ def plan(
     try:
         options = command.PlanOptions(model, revision, gpu, gpus, plans, as_json, wanted)
         sys.exit(command.plan(options, child_environment(), click.echo, _warn))
+    except KeyboardInterrupt:
+        # Click's own status for it says here that the model does not fit.
+        sys.exit(128 + signal.SIGINT)
     except (BadCheckpoint, BadConfig, BadPlans, CannotPlan, SettingsError) as error:
         _stop(error)
 

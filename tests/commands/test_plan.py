@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,25 @@ def test_a_config_that_is_none_is_one_sentence(tmp_path: Path, config: object) -
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("vllm-gateway: config.json ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_is_not_taken_for_a_model_that_does_not_fit() -> None:
+    with model_hub.serving() as hub:
+        hub.go_on.clear()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "plan", "org/model", "--gpu", "H100"],
+            env={**os.environ, "HF_ENDPOINT": hub.url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert hub.arrived.wait(60)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == (b"", b"")
+        finally:
+            process.kill()
+            hub.go_on.set()
+    assert process.returncode == 130
 
 
 def test_a_server_does_not_import_what_sizes_models() -> None:

@@ -15,7 +15,10 @@ _PIECE = 64 * 1024
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folders` by ORG/NAME. `asked` has each request, `sent` the bytes of all bodies."""
+    """Serves `folders` by ORG/NAME. `asked` has each request, `sent` the bytes of all bodies.
+
+    Once a request has `arrived`, it waits until it may `go_on`.
+    """
 
     daemon_threads = True
 
@@ -30,6 +33,9 @@ class Hub(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.sent = 0
         self.lock = threading.Lock()
+        self.arrived = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -44,6 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.asked.append(self.path)
             hub.tokens.add(self.headers["Authorization"])
+        hub.arrived.set()
+        hub.go_on.wait(60)
         found = _RESOLVE.fullmatch(self.path.removeprefix("/cdn"))
         folder = hub.folders.get(found["name"]) if found else None
         if hub.status:
