@@ -172,9 +172,19 @@ weights is measured, so that the cache is told as a low, a likely and a high fig
 @click.option("--gpu", metavar="NAME|GiB", callback=_text, help="As A10G or 24GiB; else this machine's.")
 @click.option("--gpus", type=click.IntRange(1, 1024), help="Most GPUs; else 8, or as many as this machine has.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Tokens of a request; else the model's most.")
-@click.option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="Number format of the cache.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Number format of the model.",
 )
 @click.option("--quantization", type=click.Choice(["fp8"]), help="Quantize while loading.")
 @click.option(

@@ -18,7 +18,7 @@ _NOT_LOADED = re.compile(r"^mtp\.|\.mtp\.|rotary_emb\.inv_freq$|\.masked_bias$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SEES = re.compile(r"vision|visual|audio|image")
 _LINEAR = re.compile(
-    r"proj[\w.]*weight$|experts?\..*weight$|\.w[123]\.weight$|(?:qkv|dense|fc\d|query_key_value).*weight$"
+    r"proj[\w.]*weight$|experts?\..*(?:weight|_proj)$|\.w[123]\.weight$|(?:qkv|dense|fc\d|query_key_value).*weight$"
 )
 _FLOATS = ("F32", "F16", "BF16")
 

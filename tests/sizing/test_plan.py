@@ -9,7 +9,8 @@ import pytest
 from gateway.sizing.architecture import read_architecture
 from gateway.sizing.plan import GIB, CannotPlan, Card, Wanted, check, flags, smallest, splits, valid_sizes, warnings
 from gateway.sizing.plans_file import card_of
-from gateway.sizing.weights import parameters_of
+from gateway.sizing.safetensors import Tensor
+from gateway.sizing.weights import parameters_of, weights_of
 from tests.support import checkpoints as known
 from tests.support.checkpoints import Config, tensors_of
 
@@ -172,3 +173,29 @@ def test_drafting_layers_and_a_tied_head_are_not_loaded() -> None:
     model = read_architecture(known.TINY)
     own = parameters_of(model, tensors_of(known.TINY))
     assert own == parameters_of(model, tensors_of(deep)) == parameters_of(model, tensors_of(tied))
+
+
+@pytest.mark.parametrize(
+    ("name", "on_each", "to_fp8"),
+    [
+        ("model.layers.0.mlp.gate.weight", 64, 64),
+        ("model.layers.0.mlp.gate_proj.weight", 16, 8),
+        ("model.layers.0.mlp.experts.gate_up_proj", 16, 8),
+        ("model.layers.0.self_attn.q_proj.qweight", 16, 8),
+        ("model.layers.0.self_attn.k_proj.weight", 32, 16),  # two heads for four GPUs
+        ("model.layers.0.input_layernorm.weight", 64, 64),
+        ("model.embed_tokens.weight", 16, 16),
+        ("visual.blocks.30.attn.qkv.weight", 16, 16),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", 0, 0),
+        ("model.layers.2.mlp.up_proj.weight", 0, 0),  # of a drafting layer
+        ("mtp.layers.0.mlp.up_proj.weight", 0, 0),
+    ],
+)
+def test_each_tensor_is_divided_or_repeated_as_vllm_does(name: str, on_each: int, to_fp8: int) -> None:
+    model = read_architecture(known.TINY)
+    alone = weights_of(model, [], 4, "bfloat16", 4096)
+    sizes = [
+        weights_of(model, [Tensor(name, "BF16", (4, 8))], 4, "bfloat16", 4096, to_fp8=fp8) - alone
+        for fp8 in (False, True)
+    ]
+    assert sizes == [on_each, to_fp8]
