@@ -35,7 +35,6 @@ class Collector:
     def __init__(self) -> None:
         self.port = 0
         self.status = 200
-        self.batches = 0
         self.spans: list[Sent] = []
         self.raw = b""
         self.changed = threading.Condition()
@@ -83,7 +82,6 @@ class Collector:
         message = ExportTraceServiceRequest.FromString(data)
         with self.changed:
             self.raw += data
-            self.batches += 1
             for resource in message.resource_spans:
                 told = _values(resource.resource.attributes)
                 self.spans += [_sent(span, told) for scope in resource.scope_spans for span in scope.spans]
