@@ -142,6 +142,11 @@ def _check(settings: ModelServerSettings, gateway: Settings) -> None:
     """What is quickly told comes before anything is installed."""
     if gateway.port == 0:
         raise CannotStart("GATEWAY_PORT must be a port of your choice for `up`, but it is 0: take 9000, say.")
+    if settings.node_rank:
+        raise CannotStart(
+            f"VLLM_NODE_RANK must be 0 for `up`, which starts the node that answers, but it is {settings.node_rank}: "
+            "start the others by `vllm serve MODEL --headless` with the same options."
+        )
     _check_ports(settings, gateway)
     if settings.port in (gateway.port, gateway.health_port):
         raise CannotStart(f"The gateway and the model server cannot both have port {settings.port}: set LLM_VLLM_PORT.")

@@ -61,6 +61,26 @@ class ModelServerSettings(EnvironmentSettings):
     )
     tp_size: int | None = Field(None, ge=1, validation_alias="VLLM_TP_SIZE", description="Tensor parallel size.")
     pp_size: int | None = Field(None, ge=1, validation_alias="VLLM_PP_SIZE", description="Pipeline parallel size.")
+    nnodes: int | None = Field(
+        None, ge=1, validation_alias="VLLM_NNODES", description="Machines that a model is split over."
+    )
+    node_rank: int | None = Field(
+        None, ge=0, validation_alias="VLLM_NODE_RANK", description="Which of them this is; `up` starts the first, 0."
+    )
+    master_addr: str | None = Field(
+        None, validation_alias="VLLM_MASTER_ADDR", description="Address of the first of them."
+    )
+    distributed_executor_backend: str | None = Field(
+        None,
+        validation_alias="VLLM_DISTRIBUTED_EXECUTOR_BACKEND",
+        description="How vLLM runs its workers: `mp`, `ray`, …; unset: as it thinks best.",
+    )
+    shutdown_timeout: int | None = Field(
+        None,
+        ge=0,
+        validation_alias="VLLM_SHUTDOWN_TIMEOUT",
+        description="Seconds that running answers get to end after SIGTERM; unset: none.",
+    )
     chat_template: str | None = Field(
         None, validation_alias="VLLM_CHAT_TEMPLATE", description="A chat template's file, for a model without one."
     )

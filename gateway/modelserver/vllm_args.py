@@ -24,6 +24,11 @@ _OPTIONS = {
     "--gpu-memory-utilization": ("GPU_MEMORY_UTILIZATION", "GPU_MEM_UTILIZATION", "GPU_MEM_ULTIIZATION"),
     "--tensor-parallel-size": ("VLLM_TP_SIZE", "NUM_GPU"),
     "--pipeline-parallel-size": ("VLLM_PP_SIZE",),
+    "--distributed-executor-backend": ("VLLM_DISTRIBUTED_EXECUTOR_BACKEND",),
+    "--nnodes": ("VLLM_NNODES",),
+    "--node-rank": ("VLLM_NODE_RANK",),
+    "--master-addr": ("VLLM_MASTER_ADDR",),
+    "--shutdown-timeout": ("VLLM_SHUTDOWN_TIMEOUT",),
     "--chat-template": ("VLLM_CHAT_TEMPLATE",),
     "--config": ("VLLM_CONFIG",),
     "--quantization": ("QUANTIZATION",),
@@ -55,16 +60,56 @@ class OptionError(Exception):
 def options(environ: Mapping[str, str]) -> list[str]:
     """vLLM's options for these variables, of which an empty one is none. Raises OptionError, for odd EXTRA_ARGS too."""
     found: list[str] = []
+    _number(environ, "VLLM_SHUTDOWN_TIMEOUT", 0)
+    headless = _is_headless(environ)
     for option, names in _OPTIONS.items():
         if given := _given(names, environ):
             found += [option, environ[given[0]]]
     found += [flag for flag, name in _FLAGS.items() if is_on(environ, name)]
+    # Of several nodes the first one answers, and the others would wait for an API of their own.
+    found += ["--headless"] if headless else []
     extra = environ.get("EXTRA_ARGS", "")
     try:
         # Last, so that the person's word is the one that counts.
         return found + shlex.split(extra)
     except ValueError as error:
         raise OptionError(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
+
+
+def _is_headless(environ: Mapping[str, str]) -> bool:
+    """Whether this is one of several nodes, and not the first. Raises OptionError where they cannot be a group.
+
+    vLLM would say so, too, but only after a minute of imports, and of its own options.
+    """
+    nodes, rank = _number(environ, "VLLM_NNODES", 1), _number(environ, "VLLM_NODE_RANK", 0)
+    if rank >= nodes:
+        raise OptionError(
+            f"VLLM_NODE_RANK must be less than VLLM_NNODES, from 0 to {nodes - 1}, but it is {rank}: "
+            "count nodes from 0."
+        )
+    if nodes > 1 and not environ.get("VLLM_MASTER_ADDR"):
+        raise OptionError(
+            f"VLLM_NNODES is {nodes}, but VLLM_MASTER_ADDR is not set: give all nodes the address of the first one."
+        )
+    # What EXTRA_ARGS or a file say of sizes counts more than what stands here, and is vLLM's to read.
+    if "parallel-size" in environ.get("EXTRA_ARGS", "").replace("_", "-") or environ.get("VLLM_CONFIG"):
+        return rank > 0
+    tensors = next(iter(_given(_OPTIONS["--tensor-parallel-size"], environ)), "VLLM_TP_SIZE")
+    tp, pp = _number(environ, tensors, 1), _number(environ, "VLLM_PP_SIZE", 1)
+    if tp * pp % nodes:
+        raise OptionError(
+            f"{tensors} ({tp}) times VLLM_PP_SIZE ({pp}) must be a multiple of VLLM_NNODES, but {tp * pp} devices "
+            f"cannot be parted over {nodes} nodes: each node gets as many as the next."
+        )
+    return rank > 0
+
+
+def _number(environ: Mapping[str, str], name: str, least: int) -> int:
+    """A whole number, `least` where there is none. Raises OptionError."""
+    value = environ.get(name) or str(least)
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        raise OptionError(f"{name} must be a whole number, {least} or more, but it is {value!r}.")
+    return int(value)
 
 
 def differing(environ: Mapping[str, str]) -> list[str]:

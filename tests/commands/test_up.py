@@ -269,6 +269,7 @@ def test_a_model_server_that_does_not_come_up_is_told_with_its_last_lines(tmp_pa
         ("EXTRA_ARGS", "'", "EXTRA_ARGS cannot be split"),
         ("VLLM_APP_CONFIG", "/no/such.json", "/no/such.json (VLLM_APP_CONFIG) cannot be read (No such file"),
         ("GATEWAY_PORT", "0", "GATEWAY_PORT must be a port of your choice"),
+        ("VLLM_NODE_RANK", "1", "VLLM_NODE_RANK must be 0 for `up`, which starts the node that answers, but it is 1"),
     ],
 )
 def test_what_stops_it_before_the_start(tmp_path: Path, name: str, value: str, sentence: str) -> None:

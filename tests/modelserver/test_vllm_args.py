@@ -33,6 +33,20 @@ from gateway.modelserver import vllm_args
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "1"}, "--enable-expert-parallel"),
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "true"}, "--enable-expert-parallel"),
         ({"VLLM_ENABLE_EXPERT_PARALLEL": "0"}, []),
+        ({"VLLM_SHUTDOWN_TIMEOUT": "20"}, "--shutdown-timeout 20"),
+        ({"VLLM_DISTRIBUTED_EXECUTOR_BACKEND": "ray"}, "--distributed-executor-backend ray"),
+        (
+            {"VLLM_NNODES": "2", "VLLM_NODE_RANK": "0", "VLLM_MASTER_ADDR": "a", "NUM_GPU": "4"},
+            "--tensor-parallel-size 4 --nnodes 2 --node-rank 0 --master-addr a",
+        ),
+        (
+            {"VLLM_NNODES": "2", "VLLM_NODE_RANK": "1", "VLLM_MASTER_ADDR": "a", "VLLM_PP_SIZE": "2"},
+            "--pipeline-parallel-size 2 --nnodes 2 --node-rank 1 --master-addr a --headless",
+        ),
+        (
+            {"VLLM_NNODES": "2", "VLLM_MASTER_ADDR": "a", "EXTRA_ARGS": "--tensor-parallel-size 2"},
+            "--nnodes 2 --master-addr a --tensor-parallel-size 2",
+        ),
         ({"QUANTIZATION": "awq", "EXTRA_ARGS": "--a 'b c'"}, ["--quantization", "awq", "--a", "b c"]),
     ],
 )
@@ -43,6 +57,26 @@ def test_options(given: dict[str, str], expected: str | list[str]) -> None:
 def test_extra_args_that_no_shell_would_take() -> None:
     with pytest.raises(vllm_args.OptionError, match="EXTRA_ARGS cannot be split as a shell would"):
         vllm_args.options({"EXTRA_ARGS": "'"})
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"VLLM_NODE_RANK": "1"}, "VLLM_NODE_RANK must be less than VLLM_NNODES, from 0 to 0, but it is 1"),
+        ({"VLLM_NNODES": "2", "VLLM_NODE_RANK": "2"}, "from 0 to 1, but it is 2: count nodes from 0"),
+        ({"VLLM_NNODES": "2", "VLLM_TP_SIZE": "2"}, "VLLM_NNODES is 2, but VLLM_MASTER_ADDR is not set"),
+        (
+            {"VLLM_NNODES": "2", "VLLM_MASTER_ADDR": "a", "NUM_GPU": "3"},
+            r"NUM_GPU \(3\) times VLLM_PP_SIZE \(1\) must be a multiple of VLLM_NNODES, but 3 devices",
+        ),
+        ({"VLLM_NNODES": "none"}, "VLLM_NNODES must be a whole number, 1 or more, but it is 'none'"),
+        ({"VLLM_NNODES": "0"}, "VLLM_NNODES must be a whole number, 1 or more, but it is '0'"),
+        ({"VLLM_SHUTDOWN_TIMEOUT": "-1"}, "VLLM_SHUTDOWN_TIMEOUT must be a whole number, 0 or more, but it is '-1'"),
+    ],
+)
+def test_nodes_that_can_be_no_group(given: dict[str, str], sentence: str) -> None:
+    with pytest.raises(vllm_args.OptionError, match=sentence):
+        vllm_args.options(given)
 
 
 def test_another_word_than_yes_and_no() -> None:

@@ -124,6 +124,11 @@ def test_every_setting_has_its_place() -> None:
         eager=True,
         tp_size=2,
         pp_size=1,
+        nnodes=2,
+        node_rank=0,
+        master_addr="10.0.0.1",
+        distributed_executor_backend="mp",
+        shutdown_timeout=20,
         chat_template="/t.jinja",
         cpu_kvcache_space=8,
         hf_token=SecretStr("hf_secret"),
@@ -135,6 +140,7 @@ def test_every_setting_has_its_place() -> None:
         "--model org/name --host 127.0.0.1 --port 8100 --more 1 --revision main --served-model-name name "
         "--dtype bfloat16 --max-model-len 2048 --max-num-seqs 4 --max-num-batched-tokens 512 "
         "--gpu-memory-utilization 0.9 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
+        "--distributed-executor-backend mp --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --shutdown-timeout 20 "
         "--chat-template /t.jinja --config /c.yaml --quantization awq --enforce-eager "
         "--kv-cache-dtype fp8_e5m2 --override-generation-config"
     )
