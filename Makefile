@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-routing test-smuggling test-clients test-browser test-docker lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-routing test-smuggling test-clients test-browser test-docker test-kubernetes lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -39,6 +39,9 @@ test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, install
 
 test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (4 min)
 	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py
+
+test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; needs kubectl, installs their schemas (1 min)
+	$(BIN)/python -m pytest tests/heavy/kubernetes/rendered.py tests/heavy/kubernetes/schemas.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
@@ -83,6 +86,7 @@ lock: $(VENV)/.installed-dev  ## The lock files anew, after a change of pyprojec
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 	$(COMPILE) tests/heavy/clients/schemathesis.in -o tests/heavy/clients/schemathesis.lock
 	$(COMPILE) tests/heavy/browser/browser.in -o tests/heavy/browser/browser.lock
+	$(COMPILE) tests/heavy/kubernetes/schemas.in -o tests/heavy/kubernetes/schemas.lock
 
 audit: $(VENV)/audit/.installed  ## Known vulnerabilities of the locked packages (10 s)
 	$(VENV)/audit/bin/python scripts/audit.py

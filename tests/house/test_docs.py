@@ -23,6 +23,8 @@ LOCKED = [
         *ROOT.glob("tests/heavy/clients/schemathesis.*"),
     ),
     *ROOT.glob("tests/heavy/browser/browser.*"),
+    *ROOT.glob("tests/heavy/kubernetes/schemas.in"),
+    *ROOT.glob("tests/heavy/kubernetes/schemas.lock"),
     *(*ROOT.glob("bench/requirements/*"), *ROOT.glob("examples/requirements.*")),
 ]
 
