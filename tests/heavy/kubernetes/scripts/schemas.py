@@ -62,9 +62,14 @@ def _of_model(one: dict[str, Any], model: Any) -> Iterator[str]:
 
 def main() -> None:
     sys.stdout.write(f"{' '.join(VERSIONS)}\n")
+    # Most are the same in all renderings, and each reading of one takes its version's schemas anew.
+    found: dict[str, list[str]] = {}
     for name, objects in json.load(sys.stdin).items():
         for one in objects:
-            for problem in problems(one):
+            text = json.dumps(one, sort_keys=True)
+            if text not in found:
+                found[text] = list(problems(one))
+            for problem in found[text]:
                 sys.stdout.write(f"{name}: {one['kind']} {one['metadata']['name']}: {problem}\n")
 
 
