@@ -54,10 +54,11 @@ _LOCAL_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 
 
 class Launch(NamedTuple):
-    """What is started: the command line and the whole environment."""
+    """What is started: the command line, the whole environment, and the seconds that it gets to end after SIGTERM."""
 
     argv: list[str]
     environment: dict[str, str]
+    grace: int = _GRACE
 
 
 def launch(
@@ -82,7 +83,9 @@ def launch(
         argv += vllm_args.options((_DEMO_OPTIONS if demo else {}) | given)
     except vllm_args.OptionError as error:
         raise CannotStart(str(error)) from None
-    return Launch(argv, _environment(settings, environ, demo=demo, local=local))
+    environment = _environment(settings, environ, demo=demo, local=local)
+    # Of its answers' time to end none is to be taken away.
+    return Launch(argv, environment, _GRACE + (settings.shutdown_timeout or 0))
 
 
 def _environment(
@@ -113,7 +116,7 @@ class ModelServer:
         self._step = 0
         self._names = vllm_args.served_names(command.argv)
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._child = Child(command.argv, command.environment, log=log, grace=_GRACE)
+        self._child = Child(command.argv, command.environment, log=log, grace=command.grace)
         self.exit_code: Callable[[], int | None] = self._child.exit_code
 
     def start(self) -> None:

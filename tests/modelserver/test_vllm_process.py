@@ -92,7 +92,7 @@ def child_of(log: Path) -> int:
 
 def test_the_demo_models_command() -> None:
     secrets = {"GATEWAY_API_KEYS": "sk-1", "GATEWAY_API_KEYS_FILE": "keys", "LLM_VLLM_CLIENT_SECRET": "s"}
-    argv, environment = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"} | secrets, demo=True)
+    argv, environment, _ = launch(settings(), PYTHON, "/demo", {"PATH": "/bin"} | secrets, demo=True)
     assert argv[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(argv[3:]) == (
         "--model /demo --host 127.0.0.1 --port 8008 "
@@ -135,7 +135,8 @@ def test_every_setting_has_its_place() -> None:
         extra_args="--kv-cache-dtype fp8_e5m2 --override-generation-config '{\"a\": 1}'",
     )
     environ = {"VLLM_DTYPE": "bfloat16", "VLLM_CPU_OMP_THREADS_BIND": "0-3", "HF_HUB_OFFLINE": "0"}
-    argv, environment = launch(given, PYTHON, "org/name", environ, ["--more", "1"])
+    argv, environment, grace = launch(given, PYTHON, "org/name", environ, ["--more", "1"])
+    assert grace == 40
     assert " ".join(argv[3:-1]) == (
         "--model org/name --host 127.0.0.1 --port 8100 --more 1 --revision main --served-model-name name "
         "--dtype bfloat16 --max-model-len 2048 --max-num-seqs 4 --max-num-batched-tokens 512 "
@@ -169,7 +170,7 @@ def test_every_setting_has_its_place() -> None:
 )
 def test_vllm_apps_own_names(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    argv, environment = launch(settings(), PYTHON, "m", {name: value})
+    argv, environment, _ = launch(settings(), PYTHON, "m", {name: value})
     assert " ".join(argv).endswith(f"--port 8008 {expected}")
     assert "VLLM_EAGER" not in environment
 
@@ -177,7 +178,7 @@ def test_vllm_apps_own_names(name: str, value: str, expected: str, monkeypatch: 
 def test_a_person_may_have_the_demo_model_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_EAGER", "0")
     monkeypatch.setenv("MAX_TOKENS", "1024")
-    argv, _ = launch(settings(), PYTHON, "/demo", {}, demo=True)
+    argv, *_ = launch(settings(), PYTHON, "/demo", {}, demo=True)
     assert " ".join(argv).endswith("--dtype float32 --max-model-len 1024")
 
 
