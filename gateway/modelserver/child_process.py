@@ -103,19 +103,22 @@ class Child:
             yield rest.decode(errors="replace")
 
     def stop(self) -> None:
-        """End it and all that it started: SIGTERM, and SIGKILL after the grace. May be called again."""
+        """End it by SIGTERM, and after that, or its grace, all that it started by SIGKILL. May be called again.
+
+        It alone has the SIGTERM, as in a container: vLLM lets its answers end only where it ends its engine itself.
+        """
         process = self._process
         if process is None:
             return
         try:
             if self.exit_code() is None:
-                _signal_group(process.pid, signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)
                 until = time.monotonic() + self._grace
                 while self.exit_code() is None and time.monotonic() < until:
                     time.sleep(_TICK)
         finally:
             # What it started may have outlived it; a second Ctrl-C comes here at once.
-            _signal_group(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
@@ -163,6 +166,6 @@ def _private(log: Path) -> IO[bytes]:
     return os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
 
 
-def _signal_group(leader: int, number: signal.Signals) -> None:
+def _kill_group(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, number)
+        os.killpg(leader, signal.SIGKILL)

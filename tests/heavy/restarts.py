@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -129,11 +130,11 @@ class Vllm:
         self._command = launch(settings, python, str(model), os.environ, options, demo=True, local=True)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Iterator[ModelServer]:
         """It serves."""
         with ModelServer(self._command, self.port, self._log) as server:
             server.wait_ready()
-            yield
+            yield server
 
     def kill(self, which: str) -> None:
         """With no warning: of its processes the one whose command line says `which`."""
@@ -190,6 +191,30 @@ def test_a_vllm_that_is_killed_in_mid_stream_is_told_of_and_used_again_once_it_i
             wait_for_health(client, 200)
             answer = client.post(CHAT, json={**ENDLESS, "stream": False, "ignore_eos": False})
             assert (answer.status_code, answer.json()["choices"][0]["finish_reason"]) == (200, "stop")
+
+
+def test_a_vllm_that_is_stopped_gives_what_runs_its_time_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Kubernetes stops it, and as vLLM does not by itself: left to its default it aborts what runs."""
+    monkeypatch.setenv("VLLM_SHUTDOWN_TIMEOUT", "60")
+    stopped = Vllm(tmp_path)
+    with (
+        gateway([stopped.url]) as (_, port),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        stopped.running() as server,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        wait_for_health(client, 200)
+        with client.stream("POST", CHAT, json={**ENDLESS, "max_tokens": 1000}) as answer:
+            pieces = answer.iter_raw()
+            got = next(pieces)
+            assert b"[DONE]" not in got
+            end = beside.submit(server.stop)
+            got += b"".join(pieces)
+        end.result()
+        assert got.count(b'"finish_reason":"length"') == 1
+        assert got.endswith(b"data: [DONE]\n\n")
 
 
 def test_200_clients_that_leave_at_random_leave_vllm_nothing_to_do(vllm: Vllm) -> None:
