@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from gateway.commands import up
 from tests.modelserver.test_vllm_process import eventually, is_gone
 from tests.support.paths import CERTIFICATES, ROOT
 from tests.support.ports import free_port
+from tests.support.unmeasured import unmeasured
 
 # Run as `python -m vllm.entrypoints.openai.api_server`, it answers what the gateway's probes ask.
 STAND_IN = """
@@ -78,10 +79,14 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     return environ | more
 
 
-@contextmanager
-def running(tmp_path: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+def running(tmp_path: Path, **more: str) -> AbstractContextManager[subprocess.Popen[str]]:
     """`up` in a process of its own, in front of the stand-in."""
-    environ = environment(tmp_path, **more)
+    return running_in(environment(tmp_path, **more))
+
+
+@contextmanager
+def running_in(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The same, with this environment."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -165,7 +170,7 @@ def test_a_signal_while_it_starts_ends_it_in_good_order(tmp_path: Path) -> None:
 
 
 def test_however_many_signals_come_both_end_and_its_exit_status_is_its_own(tmp_path: Path) -> None:
-    with running(tmp_path) as process:
+    with running_in(unmeasured(environment(tmp_path))) as process:
         until_ready(process)
         vllm = model_server(tmp_path)
         while process.poll() is None:
