@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,7 +65,8 @@ def f():
     return "**no bold**"
 ```
 """
-TAGS = set("a button code div em h3 p pre span strong table tbody td th thead tr".split())  # noqa: SIM905
+TAGS = {"a", "button", "code", "div", "em", "h3", "p", "pre", "span", "strong"}
+TAGS |= {"table", "tbody", "td", "th", "thead", "tr"}
 # Marks that nothing ends: each is a beginning, and none of them may cost a look at all that follows.
 UNENDED = [
     "**a ",
@@ -295,7 +297,7 @@ def test_what_a_tab_cannot_keep_is_told(talk: Window, fake: FakeVllm) -> None:
 def test_markdown_is_shown(talk: Window, fake: FakeVllm) -> None:
     fake.queue(says(TOUR))
     talk.gets("one")
-    shown: Callable[[str], list[str]] = lambda selector: inside(talk, selector)  # noqa: E731
+    shown = partial(inside, talk)
     assert (shown("h3"), shown("h4")) == (["One"], ["Two"])
     assert (shown("strong"), shown("p > em"), shown("s")) == (["bold", "both"], ["italic"], ["struck"])
     assert shown("strong > em") == ["both"]
