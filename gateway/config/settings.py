@@ -449,7 +449,7 @@ def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, 
 
 
 def table(kind: type[BaseSettings] = Settings) -> list[tuple[str, str, str]]:
-    """Names, default and meaning of every setting of a kind, for `vllm-gateway settings` and the README."""
+    """Names, default and meaning of every setting of a kind, for `vllm-gateway settings` and docs/settings.md."""
     rows = []
     for field, info in kind.model_fields.items():
         default = info.default

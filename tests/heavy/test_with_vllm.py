@@ -36,6 +36,7 @@ pytestmark = pytest.mark.vllm
 
 CHAT = "/v1/chat/completions"
 README = (ROOT / "README.md").read_text()
+FIRST_CALLS = (ROOT / "docs/first-calls.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 RAG = "### You are a helpful assistant. Answer from the search results. ### Search results: \n\n"
 DEEP_LEARNING = {"messages": {"system": RAG, "user": "### Question: What is Deep Learning? \n\n"}}
@@ -472,10 +473,22 @@ def test_openais_own_client_works_whole_and_streamed(stack: Stack) -> None:
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", FIRST_CALLS, re.MULTILINE | re.DOTALL)
 
 
-def test_the_readmes_requests_get_the_answers_that_it_shows(stack: Stack) -> None:
+def test_the_readmes_request_gets_the_answer_whose_beginning_it_shows(stack: Stack) -> None:
+    ((request, shown),) = re.findall(r"^```sh\n(curl .*?)```\n\n```text\n(.*?)```", README, re.MULTILINE | re.DOTALL)
+    command = request.replace("http://localhost:9000", stack.gateway_url)
+    got = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True).stdout
+
+    beginning, model, end = shown.split(" …")[0], '"model":"demo-model"', "…}\n"
+    assert got.startswith(beginning)
+    assert len(beginning) > 80
+    assert model in got
+    assert shown == f'{beginning} …",{model}, {end}'
+
+
+def test_the_first_calls_get_the_answers_that_are_shown(stack: Stack) -> None:
     requests = [block for block in blocks("sh") if block.startswith("curl ")]
     answers = blocks("json")[:1] + blocks("text") + blocks("json")[1:]
     assert len(requests) == len(answers) == 4
@@ -522,7 +535,7 @@ def test_what_is_shown_of_a_terminal_is_what_it_shows(stack: Stack) -> None:
     asked = [session for session in sessions if "\n> " not in session]
     commands = [found for session in asked for found in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE)]
     assert len(commands) == 5
-    assert 'chat "What is Deep Learning?"' in README
+    assert 'chat "What is Deep Learning?"' in FIRST_CALLS
 
     python = f"{shlex.quote(sys.executable)} -m gateway"
     for command, shown in commands:
@@ -544,7 +557,7 @@ def without_ids_and_times(shown: str) -> str:
     return re.sub(r"[0-9a-f]{32}|(?<=:)\d+\.\d+", "", shown)
 
 
-def test_the_readmes_python_runs(stack: Stack) -> None:
+def test_the_first_calls_python_runs(stack: Stack) -> None:
     script = blocks("python")[0].replace("http://localhost:9000", stack.gateway_url)
 
     ended = subprocess.run(

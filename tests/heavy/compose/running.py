@@ -24,8 +24,8 @@ from tests.support.paths import AUTHORITY, ROOT
 
 CHAT = "http://127.0.0.1:9000/v1/chat/completions"
 UP = ["--env-file", "docker/cpu/.env", "up", "--detach"]
-README = (ROOT / "README.md").read_text()
-REQUESTS = re.findall(r"```sh\n(curl .*?)```", README, re.DOTALL)
+FIRST_CALLS = (ROOT / "docs/first-calls.md").read_text()
+REQUESTS = re.findall(r"```sh\n(curl .*?)```", FIRST_CALLS, re.DOTALL)
 
 
 def run(*command: str, given: dict[str, str] | None = None, folder: Path = ROOT) -> str:
@@ -110,7 +110,7 @@ def stack(settings: dict[str, str]) -> Iterator[dict[str, str]]:
             run("docker", "compose", "down", "--remove-orphans")
 
 
-def test_the_readmes_requests_are_answered(stack: dict[str, str]) -> None:
+def test_the_first_calls_are_answered(stack: dict[str, str]) -> None:
     whole, streamed, checked, vllm = (run("bash", "-c", f"curl -sS {request[4:]}") for request in REQUESTS)
     answer = json.loads(whole)
     assert answer["text"].startswith("Deep learning is a branch of machine learning")
