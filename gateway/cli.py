@@ -1,4 +1,4 @@
-"""The command `vllm-gateway`: serve, up, chat, plan, gpus, demo-model, quantize, check, keys, usage, settings."""
+"""The command line `vllm-gateway`: the options of every command, and the sentence for what is wrong."""
 
 from __future__ import annotations
 
@@ -412,6 +412,31 @@ def usage(logs: tuple[str, ...], as_csv: bool) -> None:
             click.echo(f"vllm-gateway: {note}", err=True)
         for text in [command.as_csv(found).rstrip("\n")] if as_csv else command.as_table(found):
             click.echo(text)
+
+
+@main.command()
+@click.option("--yes", is_flag=True, help="Remove without asking, as a script must.")
+def clean(yes: bool) -> None:
+    """List what `up`, `quantize` and the benchmark keep in the user's cache folder, and remove it."""
+    from gateway.commands import clean as command
+    from gateway.modelserver.install import cache_folder
+
+    cache = cache_folder(child_environment())
+    listed = command.entries(cache)
+    if not listed:
+        click.echo(f"{cache} has nothing of the gateway.")
+        return
+    for line in command.lines(listed):
+        click.echo(line)
+    if not yes and not sys.stdin.isatty():
+        raise click.UsageError("Nothing is removed: there is no terminal to ask at, and --yes was not given.")
+    if not yes and not click.confirm(f"Remove this from {cache}?"):
+        return
+    try:
+        command.remove(cache, listed)
+    except command.CannotClean as error:
+        _stop(error, status=1)
+    click.echo(f"{cache} {'has nothing of the gateway any more' if cache.exists() else 'is removed'}.")
 
 
 @main.command("settings")
