@@ -91,3 +91,10 @@ def test_the_stack_has_prometheus_read_the_alerts() -> None:
         "compose/monitoring/alerts.yaml:/etc/prometheus/alerts.yaml:ro"
         in Path(ROOT / "compose/docker-compose.yaml").read_text()
     )
+
+
+def test_the_operators_table_has_every_alert() -> None:
+    document = (ROOT / "docs" / "operate.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", document.partition("## Alerts")[2], re.MULTILINE) == [
+        rule["alert"] for rule in RULES
+    ]
