@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from gateway.wire.errors import BadRequest
 
-# Of vLLM 0.32's chat call: what else is sent is not looked at there, in silence.
+# Of the chat call of vLLM 0.32, and of 0.33 `return_weight_versions`. vLLM ignores any other field, without a word.
 VLLM_FIELDS = frozenset(
     [
         "add_generation_prompt",
@@ -56,6 +56,7 @@ VLLM_FIELDS = frozenset(
         "return_token_ids",
         "return_token_offsets",
         "return_tokens_as_token_ids",
+        "return_weight_versions",
         "routed_experts_prompt_start",
         "seed",
         "session_id",

@@ -110,6 +110,7 @@ REFUSED = {
     "/ping": _OURS,
     "/v1/realtime": "a WebSocket, which this gateway does not speak",
     "/generative_scoring": _EXPERIMENT,
+    "/v1/decisions": _EXPERIMENT,
     "/v1/systemone": _EXPERIMENT,
     "/invocations": _OTHER_WAY_IN,
     "/inference/v1/generate": _OTHER_WAY_IN,

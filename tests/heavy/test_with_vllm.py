@@ -288,7 +288,7 @@ def test_of_two_fields_of_a_name_the_last_one_counts_and_a_mark_in_front_is_none
 def test_the_fields_that_are_known_are_vllms_own(stack: Stack) -> None:
     with stack.vllm() as vllm:
         schemas = vllm.get("/openapi.json").json()["components"]["schemas"]
-    assert set(schemas["ChatCompletionRequest"]["properties"]) == VLLM_FIELDS
+    assert set(schemas["ChatCompletionRequest"]["properties"]) == VLLM_FIELDS - {"return_weight_versions"}  # 0.33's
 
 
 @pytest.mark.usefixtures("way")
