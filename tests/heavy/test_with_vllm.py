@@ -553,6 +553,30 @@ def test_what_is_shown_of_a_terminal_is_what_it_shows(stack: Stack) -> None:
         assert without_ids_and_times(got) == without_ids_and_times(shown)
 
 
+def test_the_rag_quickstarts_calls_get_the_answers_that_are_shown(stack: Stack, tmp_path: Path) -> None:
+    document = (ROOT / "docs/rag.md").read_text()
+    (made,) = re.findall(r"```sh\n(echo .*?)```", document, re.DOTALL)
+    (session,) = re.findall(r"```console\n\$ vllm-gateway (.*?)```", document, re.DOTALL)
+    ((call, replied),) = re.findall(r"```sh\n(curl .*?)```\n\n```text\n(.*?)```", document, re.DOTALL)
+    command, _, answered = session.partition("\n")
+
+    def said(script: str) -> str:
+        return subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "GATEWAY_PORT": stack.gateway_url.rpartition(":")[2], "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+
+    said(made)
+    # Answers go to standard output, and what they cite to standard error.
+    assert said(f"{shlex.quote(sys.executable)} -m gateway {command} 2>&1") == answered
+    assert said(call.replace("http://localhost:9000", stack.gateway_url)) == replied
+
+
 def without_ids_and_times(shown: str) -> str:
     return re.sub(r"[0-9a-f]{32}|(?<=:)\d+\.\d+", "", shown)
 

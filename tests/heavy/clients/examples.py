@@ -75,6 +75,11 @@ def test_the_rag_example_answers_and_cites_the_documents(clients: Clients, url: 
     scores = [float(source[4]) for source in found if source]
     assert scores == sorted(scores, reverse=True)
     assert scores[-1] > 0
+    # The sources change with the documents, and the answer does not.
+    (shown,) = re.findall(
+        r"```console\n\$ python examples/rag.py .*?\n(.*?)```", (ROOT / "docs/rag.md").read_text(), re.DOTALL
+    )
+    assert shown.splitlines()[:2] == [answer, blank]
 
 
 def test_the_rag_example_says_what_the_gateway_refuses(clients: Clients, url: str) -> None:
