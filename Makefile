@@ -45,7 +45,7 @@ test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; 
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
-	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py
+	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py tests/heavy/compose/runpod.py
 
 test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed, links set down, three vLLM; needs nginx and root (5 min)
 	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/links.py tests/heavy/trio.py tests/heavy/systemd.py

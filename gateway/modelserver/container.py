@@ -2,6 +2,7 @@
 
     container.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
     container.py serve                 become `vllm serve`
+    container.py both                  run it and the gateway in front of it, where a platform runs one container
     container.py healthy               exit with 0 if the vLLM beside it is
     container.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
 
@@ -11,16 +12,21 @@ Mounted there with the package that it is part of; whatever vLLM the image has, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 if __name__ == "__main__":
     # The folder that the package is in, and not this one.
@@ -28,8 +34,15 @@ if __name__ == "__main__":
 
 from gateway.config.secret_files import BadSecretFile, with_files
 from gateway.modelserver import vllm_app, vllm_args
+from gateway.modelserver.child_process import Child
 
 PORT = 8008
+_TICK = 0.2
+# Seconds that vLLM gets to end, once nobody is being answered any more.
+_GRACE = 20
+# What says where the gateway listens, the one that wins first. Platforms that run one container say PORT.
+_PORTS = ("GATEWAY_PORT", "LLM_USVC_PORT", "PORT")
+_HEALTH_PORTS = ("GATEWAY_HEALTH_PORT", "PORT_HEALTH")
 
 # What may be in a data folder that was made for this.
 _OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus"}
@@ -66,6 +79,53 @@ def own(folder: Path, uid: int, gid: int) -> None:
 
 def serve(environ: Mapping[str, str], data: Path) -> None:
     """Become `vllm serve`. Raises OptionError."""
+    command, found = _vllm(environ, data, "0.0.0.0")
+    os.execvpe(command[0], command, found)
+
+
+def both(environ: Mapping[str, str], data: Path) -> NoReturn:
+    """Run vLLM, for this container alone, and the gateway until a signal, or until one of the two ends.
+
+    Raises SystemExit after a signal: the gateway has then let its calls end, and vLLM after it. Raises OptionError.
+    """
+    front = _gateway(environ)
+    command, found = _vllm(environ, data, "127.0.0.1")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    # The gateway bounds its drain by itself, and the platform ends all of this.
+    argv = [sys.executable, "-P", "-m", "gateway", "serve"]
+    with Child(command, found, grace=_GRACE) as vllm, Child(argv, front, grace=math.inf) as gateway:
+        while True:
+            for name, child in (("vLLM", vllm), ("The gateway", gateway)):
+                if (code := child.exit_code()) is not None:
+                    raise vllm_args.OptionError(f"{name} ended with {code}; its lines are above.")
+            time.sleep(_TICK)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    # A second one would cut off what the first one lets end.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+def _gateway(environ: Mapping[str, str]) -> dict[str, str]:
+    """The gateway's environment, with the packages beside this one. Raises OptionError."""
+    port = next((name for name in _PORTS if environ.get(name)), "PORT")
+    for name in (port, *_HEALTH_PORTS):
+        if _count(environ, name, "80") == str(PORT):
+            raise vllm_args.OptionError(f"{name} must be another port than {PORT}, which is vLLM's here.")
+    # What asks a hub for models is vLLM's alone.
+    others = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LLM_MODEL_SERVER_ENDPOINT", *_PORTS)
+    found = {name: value for name, value in environ.items() if name not in others}
+    found["GATEWAY_PORT"] = _count(environ, port, "80")
+    found["GATEWAY_UPSTREAMS"] = f"http://127.0.0.1:{PORT}"
+    found["PYTHONPATH"] = str(Path(__file__).parents[2])
+    return found
+
+
+def _vllm(environ: Mapping[str, str], data: Path, host: str) -> tuple[list[str], dict[str, str]]:
+    """The command line of `vllm serve` and its environment, told of on standard error. Raises OptionError."""
     app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
     found = vllm_args.vllm_environment(environ)
@@ -82,9 +142,9 @@ def serve(environ: Mapping[str, str], data: Path) -> None:
         options = more + options
         if environ.get("LLM_DEVICE") == "hpu":
             found["QUANT_CONFIG"] = environ.get("QUANT_CONFIG") or str(_scales(model, data))
-    command = ["vllm", "serve", model, "--host", "0.0.0.0", "--port", str(PORT), *options]
+    command = ["vllm", "serve", model, "--host", host, "--port", str(PORT), *options]
     sys.stderr.write(f"Starting: {vllm_args.shown(command)}\n")
-    os.execvpe(command[0], command, found)
+    return command, found
 
 
 def _model(environ: Mapping[str, str], app: vllm_app.App) -> str:
@@ -270,6 +330,8 @@ def main(arguments: list[str]) -> int:
                 own(Path(folder), int(uid), int(gid))
             case ["serve"]:
                 serve(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
+            case ["both"]:
+                both(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
             case ["quantize"]:
                 quantize(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
             case ["healthy"]:

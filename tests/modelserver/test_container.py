@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gateway.modelserver import container as entrypoint
 from gateway.modelserver import vllm_args
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 
 class Container:
@@ -40,9 +44,19 @@ class Container:
 
     def run(self, what: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """What came of it."""
+        process = self.start(what, **environ)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def start(self, what: str, **environ: str) -> subprocess.Popen[str]:
+        """It, as it runs."""
         command = [sys.executable, "-E", "-S", str(self._program), what]
         given = {"PATH": f"{self._folder}:/usr/bin:/bin", "HF_HOME": str(self.data), **environ}
-        return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+        return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def becomes(self, script: str) -> None:
+        """What vLLM does from now on."""
+        (self._folder / "vllm").write_text(f"#!/bin/sh\n{script}\n")
 
 
 @pytest.fixture
@@ -357,3 +371,62 @@ def test_what_fp8_leaves_out_is_not_missed_for_a_folders_name(
     else:
         with pytest.raises(vllm_args.OptionError, match=message):
             gaudi.quantize(str(model))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME"),
+        ({**MODEL, "PORT": "8008"}, "PORT must be another port than 8008, which is vLLM's here."),
+        ({**MODEL, "PORT_HEALTH": "8008"}, "PORT_HEALTH must be another port than 8008, which is vLLM's here."),
+        ({**MODEL, "PORT": "http"}, "PORT must be a whole number, 1 or more, but it is 'http'."),
+        ({**MODEL, "VLLM_NNODES": "2"}, "VLLM_NNODES is 2, but VLLM_MASTER_ADDR is not set"),
+    ],
+)
+def test_one_container_of_both_says_why_it_cannot_start(
+    container: Container, environ: dict[str, str], message: str
+) -> None:
+    done = container.run("both", **environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"vllm-gateway: {message}")
+
+
+def test_one_container_of_both_ends_where_vllm_does(container: Container) -> None:
+    container.becomes("echo $*; exit 3")
+    done = container.run("both", **MODEL, PORT=str(free_port()))
+    assert done.returncode == 1
+    assert "serve Org/Name --host 127.0.0.1 --port 8008\n" in done.stdout
+    assert done.stderr.endswith("vllm-gateway: vLLM ended with 3; its lines are above.\n")
+
+
+def test_one_container_of_both_ends_where_the_gateway_does(container: Container) -> None:
+    container.becomes("exec sleep 60")
+    done = container.run("both", **MODEL, PORT=str(free_port()), GATEWAY_MAX_QUEUE="none")
+    assert done.returncode == 1
+    assert "GATEWAY_MAX_QUEUE is wrong: 'none'" in done.stderr
+    assert "vllm-gateway: The gateway ended with" in done.stderr
+
+
+def test_one_container_of_both_answers_from_the_start_and_ends_both_at_a_signal(
+    container: Container, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    container.becomes(f"trap 'echo $HF_TOKEN > {told}; exit 0' TERM\nwhile :; do sleep 0.1; done")
+    port = free_port()
+    with container.start("both", **MODEL, PORT=str(port), HF_TOKEN="token", GATEWAY_UPSTREAM_API_KEY="key") as process:
+        until = time.monotonic() + 60
+        while not answers(port):
+            assert process.poll() is None
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert not answers(port)
+    assert told.read_text() == "token\n"
+
+
+def answers(port: int) -> bool:
+    """Whether the gateway on this port lives."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
