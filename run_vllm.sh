@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The model server alone, without the gateway: `LLM_DEVICE=cpu ./run_vllm.sh`; hpu where nothing is said, or cuda.
-# Its settings are docker/<device>/.env, read by Docker Compose itself; the shell's own variables win over them.
+# Its settings are docker/<device>/.env, read by Docker Compose itself; the shell's own variables win over them. A model over
+# several machines, on each of them: `./run_vllm.sh --nnodes 2 --node-rank 0 --master-addr A`, on the next `--node-rank 1`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -14,6 +15,19 @@ case $device in
   cpu | hpu | cuda) ;;
   *) fail "LLM_DEVICE must be cpu, hpu or cuda, but it is '$device'." ;;
 esac
+while [ $# -gt 0 ]; do
+  name=${1%%=*}
+  case $name in
+    --nnodes) variable=VLLM_NNODES ;;
+    --node-rank) variable=VLLM_NODE_RANK ;;
+    --master-addr) variable=VLLM_MASTER_ADDR ;;
+    *) fail "There is no option $name, but --nnodes, --node-rank and --master-addr: all else is set in docker/$device/.env." ;;
+  esac
+  [ "$name" = "$1" ] || set -- "$name" "${1#*=}" "${@:2}"
+  [ -n "${2:-}" ] || fail "$name needs a value."
+  export "$variable=$2"
+  shift 2
+done
 compose=(docker compose --env-file "docker/$device/.env" --file "docker/$device/docker-compose.yaml")
 
 # Whether version $1 is at least $2.
@@ -25,6 +39,40 @@ version=$(docker compose version --short 2>/dev/null) ||
 at_least "${version#v}" 2.20 || fail "Docker Compose is $version, but 2.20 or newer is needed: update its plugin."
 runtimes=$(docker info --format '{{json .Runtimes}}' 2>/dev/null) ||
   fail "The Docker engine cannot be reached: start it (systemctl start docker), and see that you may use it (group docker)."
+
+# A setting of the model server's, as the shell or the file has it; $2 where neither does.
+setting() {
+  local found
+  found=$(sed -n "s/^ *$1: \"\{0,1\}\([^\"]*\)\"\{0,1\}\$/\1/p" <<<"$config" | head -n 1)
+  echo "${found:-$2}"
+}
+
+whole() { [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "$1 must be a whole number, but it is '$2'."; }
+
+# As vLLM in its container would say, but by then the container starts anew for ever.
+check_nodes() {
+  local config nodes rank master tp pp
+  config=$("${compose[@]}" config llm-vllm-model-server)
+  nodes=$(setting VLLM_NNODES 1) rank=$(setting VLLM_NODE_RANK 0) master=$(setting VLLM_MASTER_ADDR "")
+  tp=$(setting VLLM_TP_SIZE "$(setting NUM_GPU 1)") pp=$(setting VLLM_PP_SIZE 1)
+  whole "--nnodes (VLLM_NNODES)" "$nodes"
+  whole "--node-rank (VLLM_NODE_RANK)" "$rank"
+  [ "$nodes" -gt 0 ] || fail "--nnodes (VLLM_NNODES) must be 1 or more, but it is $nodes."
+  [ "$rank" -lt "$nodes" ] ||
+    fail "--node-rank (VLLM_NODE_RANK) must be less than --nnodes, from 0 to $((nodes - 1)), but it is $rank: count machines from 0."
+  [ "$nodes" -gt 1 ] || return 0
+  [ -n "$master" ] ||
+    fail "--nnodes is $nodes, but --master-addr (VLLM_MASTER_ADDR) is not given: give all machines the address of the first one."
+  # What EXTRA_ARGS or a file say of sizes counts more, and is vLLM's to read.
+  if [ -z "$(setting VLLM_CONFIG "")" ] && ! grep --quiet "parallel.size" <<<"$config"; then
+    whole VLLM_TP_SIZE "$tp"
+    whole VLLM_PP_SIZE "$pp"
+    [ $((tp * pp % nodes)) = 0 ] ||
+      fail "VLLM_TP_SIZE ($tp) times VLLM_PP_SIZE ($pp) must be a multiple of --nnodes, but $((tp * pp)) devices cannot be parted over $nodes machines: set both in docker/$device/.env."
+  fi
+  export VLLM_NNODES=$nodes VLLM_NODE_RANK=$rank VLLM_MASTER_ADDR=$master LLM_DEVICE=$device
+  compose=(docker compose --env-file "docker/$device/.env" --file compose.nodes.yaml)
+}
 
 check_hpu() {
   grep --quiet '"habana"' <<<"$runtimes" ||
@@ -53,6 +101,7 @@ check_cuda() {
   done <<<"$gpus"
 }
 
+check_nodes
 case $device in
   hpu) check_hpu ;;
   cuda) check_cuda ;;

@@ -1,9 +1,9 @@
 """What runs in a model server's container: makes its data folder usable, starts vLLM, asks how it is, quantizes.
 
     container.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
-    container.py serve                 become `vllm serve`
+    container.py serve [HOST PORT]     become `vllm serve`, there or on all of the container's addresses
     container.py both                  run it and the gateway in front of it, where a platform runs one container
-    container.py healthy               exit with 0 if the vLLM beside it is
+    container.py healthy [PORT]        exit with 0 if the vLLM beside it is
     container.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
 
 Mounted there with the package that it is part of; whatever vLLM the image has, it needs nothing but Python.
@@ -77,9 +77,9 @@ def own(folder: Path, uid: int, gid: int) -> None:
             raise vllm_args.OptionError(f"User {uid} cannot read {mounted}: `chmod -R a+rX` the repository's folder.")
 
 
-def serve(environ: Mapping[str, str], data: Path) -> None:
+def serve(environ: Mapping[str, str], data: Path, host: str = "0.0.0.0", port: str = str(PORT)) -> None:
     """Become `vllm serve`. Raises OptionError."""
-    command, found = _vllm(environ, data, "0.0.0.0")
+    command, found = _vllm(environ, data, host, port)
     os.execvpe(command[0], command, found)
 
 
@@ -89,7 +89,7 @@ def both(environ: Mapping[str, str], data: Path) -> NoReturn:
     Raises SystemExit after a signal: the gateway has then let its calls end, and vLLM after it. Raises OptionError.
     """
     front = _gateway(environ)
-    command, found = _vllm(environ, data, "127.0.0.1")
+    command, found = _vllm(environ, data, "127.0.0.1", str(PORT))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     # The gateway bounds its drain by itself, and the platform ends all of this.
@@ -124,7 +124,7 @@ def _gateway(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _vllm(environ: Mapping[str, str], data: Path, host: str) -> tuple[list[str], dict[str, str]]:
+def _vllm(environ: Mapping[str, str], data: Path, host: str, port: str) -> tuple[list[str], dict[str, str]]:
     """The command line of `vllm serve` and its environment, told of on standard error. Raises OptionError."""
     app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
@@ -142,7 +142,7 @@ def _vllm(environ: Mapping[str, str], data: Path, host: str) -> tuple[list[str],
         options = more + options
         if environ.get("LLM_DEVICE") == "hpu":
             found["QUANT_CONFIG"] = environ.get("QUANT_CONFIG") or str(_scales(model, data))
-    command = ["vllm", "serve", model, "--host", host, "--port", str(PORT), *options]
+    command = ["vllm", "serve", model, "--host", host, "--port", port, *options]
     sys.stderr.write(f"Starting: {vllm_args.shown(command)}\n")
     return command, found
 
@@ -313,11 +313,16 @@ def _check_name(model: str) -> None:
         )
 
 
-def healthy() -> bool:
-    """Whether the vLLM beside this says that it is; a proxy set for downloads is not asked."""
+def healthy(environ: Mapping[str, str], port: str = str(PORT)) -> bool:
+    """Whether the vLLM beside this says that it is; a proxy set for downloads is not asked.
+
+    Of several nodes the first alone answers; another one runs or has ended.
+    """
+    if environ.get("VLLM_NODE_RANK", "0") not in ("", "0"):
+        return True
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        return bool(opener.open(f"http://127.0.0.1:{PORT}/health", timeout=3).status == 200)
+        return bool(opener.open(f"http://127.0.0.1:{port}/health", timeout=3).status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
@@ -328,14 +333,14 @@ def main(arguments: list[str]) -> int:
         match arguments:
             case ["own", folder, uid, gid]:
                 own(Path(folder), int(uid), int(gid))
-            case ["serve"]:
-                serve(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
+            case ["serve", *where] if len(where) in (0, 2):
+                serve(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")), *where)
             case ["both"]:
                 both(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
             case ["quantize"]:
                 quantize(with_files(os.environ), Path(os.environ.get("HF_HOME", "/data")))
-            case ["healthy"]:
-                return 0 if healthy() else 1
+            case ["healthy", *where] if len(where) < 2:
+                return 0 if healthy(os.environ, *where) else 1
             case _:
                 raise vllm_args.OptionError(f"no such command: {shlex.join(arguments)}")
     except (vllm_args.OptionError, BadSecretFile, OSError) as error:

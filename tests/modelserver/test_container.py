@@ -38,19 +38,19 @@ class Container:
         (self.data / name).parent.mkdir(parents=True, exist_ok=True)
         (self.data / name).write_text("{}")
 
-    def serve(self, **environ: str) -> subprocess.CompletedProcess[str]:
+    def serve(self, *where: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """What came of starting it, with nothing but Python."""
-        return self.run("serve", **environ)
+        return self.run("serve", *where, **environ)
 
-    def run(self, what: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *what: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """What came of it."""
-        process = self.start(what, **environ)
+        process = self.start(*what, **environ)
         stdout, stderr = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def start(self, what: str, **environ: str) -> subprocess.Popen[str]:
+    def start(self, *what: str, **environ: str) -> subprocess.Popen[str]:
         """It, as it runs."""
-        command = [sys.executable, "-E", "-S", str(self._program), what]
+        command = [sys.executable, "-E", "-S", str(self._program), *what]
         given = {"PATH": f"{self._folder}:/usr/bin:/bin", "HF_HOME": str(self.data), **environ}
         return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -73,6 +73,20 @@ def test_a_container_starts_with_nothing_but_python(container: Container) -> Non
     done = container.serve(**MODEL, VLLM_DTYPE="auto", HF_TOKEN="token")
     assert done.stdout == f"token {START} --dtype auto\n"
     assert done.stderr == f"Starting: vllm {START} --dtype auto\n"
+
+
+def test_a_container_on_its_machines_own_network_listens_where_it_is_told(container: Container) -> None:
+    nodes = {"VLLM_NNODES": "2", "VLLM_NODE_RANK": "1", "VLLM_MASTER_ADDR": "10.0.0.1", "VLLM_TP_SIZE": "2"}
+    done = container.serve("127.0.0.1", "8108", **MODEL, **nodes)
+    options = "--tensor-parallel-size 2 --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --headless"
+    assert done.stdout == f"serve Org/Name --host 127.0.0.1 --port 8108 {options}\n"
+
+
+def test_of_several_nodes_the_first_alone_is_asked_how_it_is(container: Container) -> None:
+    port = str(free_port())
+    assert container.run("healthy", port).returncode == 1
+    assert container.run("healthy", port, VLLM_NODE_RANK="0").returncode == 1
+    assert container.run("healthy", port, VLLM_NODE_RANK="1").returncode == 0
 
 
 def test_a_secret_may_stand_in_a_file(container: Container, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gateway.config.secret_files import NAMES as SECRETS
 from gateway.config.settings import Settings, names_of
 from tests.support.paths import ROOT
 
-DEVICES = sorted(folder.name for folder in (ROOT / "docker").iterdir())
+DEVICES = sorted(file.parent.name for file in ROOT.glob("docker/*/docker-compose.yaml"))
 # What people type, by the folder that they do it in.
 COMMANDS = {
     ".": ["--env-file", "docker/{device}/.env"],
@@ -319,3 +319,50 @@ def test_prometheus_asks_where_the_stack_answers() -> None:
     assert {name: int(port) for name, port in asked} == {
         name: services[name]["ports"][-1]["target"] for name in (GATEWAY, MODEL_SERVER)
     }
+
+
+NODES = {"VLLM_NNODES": "2", "VLLM_NODE_RANK": "0", "VLLM_MASTER_ADDR": "10.0.0.1"}
+
+
+def on_several_machines(device: str, **environ: str) -> dict[str, Any]:
+    options = ["-f", "compose.nodes.yaml", "--env-file", f"docker/{device}/.env"]
+    return rendered(ROOT, *options, **(NODES | environ))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stack_of_several_machines_is_the_stack_on_their_own_network(device: str) -> None:
+    ours, alone = on_several_machines(device), stack(device, **NODES)
+    assert ours["name"] == alone["name"]
+    for name, service in alone["services"].items():
+        found = ours["services"][name]
+        changed = {key for key in service.keys() | found.keys() if service.get(key) != found.get(key)}
+        assert changed <= {"network_mode", "networks", "ports", "entrypoint", "environment", "healthcheck"}, name
+        assert name == "llm-vllm-data" or found["network_mode"] == "host"
+        environ = found["environment"] if name != "llm-vllm-data" else {}
+        alike = {key: value for key, value in service.get("environment", {}).items() if environ.get(key) == value}
+        # What the gateway's own container has fixed is this machine's now.
+        assert service.get("environment", {}).keys() - alike.keys() <= {"GATEWAY_UPSTREAMS", "GATEWAY_METRICS_PORT"}
+
+
+def test_a_machine_of_several_shows_no_more_than_the_settings_say() -> None:
+    services = on_several_machines("cuda", LLM_VLLM_PORT="8108", LLM_USVC_HOST="10.0.0.1", LLM_USVC_PORT="9100")
+    vllm, ours = services["services"][MODEL_SERVER], services["services"][GATEWAY]
+    assert vllm["entrypoint"][2:] == ["serve", "127.0.0.1", "8108"]
+    assert vllm["healthcheck"]["test"][-2:] == ["healthy", "8108"]
+    assert {name: vllm["environment"][name] for name in NODES} == NODES
+    expected = {
+        "GATEWAY_UPSTREAMS": "http://127.0.0.1:8108",
+        "GATEWAY_HOST": "10.0.0.1",
+        "GATEWAY_PORT": "9100",
+        "GATEWAY_METRICS_PORT": "",
+    }
+    assert {name: ours["environment"][name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("missing", NODES)
+def test_several_machines_without_a_number_a_rank_or_an_address_are_refused(missing: str) -> None:
+    given = {name: value for name, value in NODES.items() if name != missing}
+    command = ["docker", "compose", "-f", "compose.nodes.yaml", "--env-file", "docker/cuda/.env", "config"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**given), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"required variable {missing} is missing a value: set it to " in done.stderr
