@@ -163,6 +163,50 @@ def chat(
 
 @main.command(
     epilog="""\b
+Exit status: 0 all are answered; 1 some failed, or the gateway refuses the key, or the output takes no
+more; 2 wrong usage or input, of which nothing was sent; 3 the gateway cannot be reached; 130 stopped
+by Ctrl-C or SIGTERM; 141 nobody reads the results any more."""
+)
+@click.argument("source", metavar="INPUT.jsonl", callback=_text)
+@click.option("-o", "--output", metavar="OUTPUT.jsonl", required=True, callback=_text, help="Where the results go.")
+@click.option("--url", metavar="URL", callback=_url, help="The gateway; else where this machine's settings have it.")
+@click.option(
+    "--key",
+    envvar=CLIENT_KEY,
+    show_envvar=True,
+    callback=_key,
+    help="One of the gateway's keys. Better in the environment: others can read a command line.",
+)
+@click.option(
+    "--max-concurrency",
+    "most",
+    type=click.IntRange(1, 1000),
+    default=64,
+    show_default=True,
+    help="Most requests at a time.",
+)
+@click.option("--model", callback=_text, help="Ask this one, whatever the lines say.")
+def batch(url: str | None, **given: Any) -> None:
+    """Send each line of a file through a running gateway, in the form of OpenAI's batches.
+
+    Results are appended to the output as they come. Run again, it goes on: what has an answer is not sent, what failed
+    is. INPUT and OUTPUT may be -, for pipes. Notes and progress go to standard error.
+    """
+    from gateway.batch.input_file import BadInput
+    from gateway.batch.output_file import BadOutput
+    from gateway.commands import batch as command
+
+    try:
+        options = command.BatchOptions(url=url or own_url(build(Settings, None)), **given)
+        sys.exit(command.batch(options, _warn))
+    except KeyboardInterrupt:
+        sys.exit(command.STOPPED)
+    except (BadInput, BadOutput, SettingsError) as error:
+        _stop(error)
+
+
+@main.command(
+    epilog="""\b
 Exit status: 0 it fits, on one of the plans at least; 1 it does not; 2 the model or what was asked
 is wrong; 130 stopped by Ctrl-C. The tokens are counted as vLLM 0.32 does; what it takes beside the
 weights is measured, so that the cache is told as a low, a likely and a high figure."""
