@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import shlex
 import threading
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.observability.logs import Format, LineWriter, RequestLog, _iso, configure
+from tests.support.paths import ROOT
 from tests.support.recorders import Conversation
 
 FORMATS = pytest.mark.parametrize("form", ["json", "text"])
@@ -191,6 +193,16 @@ def test_a_relayed_request_is_told_by_what_operators_ask_for(log: Log) -> None:
         "bytes": len(talk.client.content),
         "outcome": "done",
     }
+
+
+def test_the_table_of_fields_has_each_of_a_lines(log: Log) -> None:
+    talk = ended()
+    RequestLog(log.writer, "json").records([talk.exchange])
+    (line,) = map(json.loads, log.lines())
+    table = (ROOT / "docs/metrics.md").read_text().partition("| Field |")[2].partition("\n\n")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    # The last four are told where there is something to tell.
+    assert named == [*line, "cached_tokens", "alias", "trace_id", "span_id"]
 
 
 def test_a_text_line_starts_with_what_the_eye_looks_for_and_leaves_out_what_is_unknown(log: Log) -> None:

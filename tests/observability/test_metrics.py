@@ -17,6 +17,7 @@ from gateway.observability.metrics import Metrics
 from gateway.pool.upstream_pool import UpstreamPool
 from tests.support.fake_vllm import FakeVllm, Hold, completion, response
 from tests.support.gateway_process import running
+from tests.support.paths import ROOT
 from tests.support.recorders import FakeClock
 
 CHAT = "/v1/chat/completions"
@@ -90,14 +91,13 @@ def test_keys_and_models_have_figures_of_their_own(tmp_path: Path) -> None:
     assert not [line for line in text.splitlines() if "made-up" in line or SECRETS["one"] in line]
 
 
-def test_a_scrape_has_each_family_in_a_turn_of_its_own() -> None:
-    """As those of very many keys and models would be one long turn together."""
-    pool = UpstreamPool(())
+def no_figures() -> Metrics:
+    """Of a gateway that has had no call."""
     nothing: set[Any] = set()
     queue: AdmissionQueue[Any] = AdmissionQueue(0)
     buffers = Buffers(1)
-    metrics = Metrics(
-        pool,
+    return Metrics(
+        UpstreamPool(()),
         nothing,
         queue,
         Arrivals(1, buffers, lambda: 0.0),
@@ -108,7 +108,11 @@ def test_a_scrape_has_each_family_in_a_turn_of_its_own() -> None:
         tuple,
         lambda: None,
     )
-    scrape, turns = metrics.text().__await__(), 0
+
+
+def test_a_scrape_has_each_family_in_a_turn_of_its_own() -> None:
+    """As those of very many keys and models would be one long turn together."""
+    scrape, turns = no_figures().text().__await__(), 0
     text = b""
     while True:
         try:
@@ -118,3 +122,13 @@ def test_a_scrape_has_each_family_in_a_turn_of_its_own() -> None:
             break
         turns += 1
     assert turns == text.count(b"# HELP gateway_") + text.count(b"# HELP process_")
+
+
+def test_the_table_of_metrics_is_made_from_them() -> None:
+    rows = ["| Metric | Type | Labels | Meaning |", "|---|---|---|---|"]
+    for family in no_figures().collect():
+        labels = ", ".join(f"`{label}`" for label in vars(family)["_labelnames"])
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
+    made = "\n".join(rows)
+    assert made in (ROOT / "docs/metrics.md").read_text(), f"put this into docs/metrics.md:\n{made}"
