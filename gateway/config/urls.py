@@ -31,6 +31,8 @@ def upstream_url(url: str) -> str:
     host = urlsplit(rest).hostname or ""
     if ":" in host or re.fullmatch(r"[\d.]+", host):
         raise ValueError("a name after dns+, whose addresses are asked for: an address needs no dns+")
+    if len(host) > 253 or not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        raise ValueError("a name after dns+ that there can be: 1 to 63 characters between its dots, 253 in all")
     return f"dns+{found}"
 
 

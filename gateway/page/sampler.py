@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
+from itertools import chain, repeat
 from typing import Any
 
 import orjson
@@ -256,7 +257,8 @@ class Sampler:
         upstreams = self._prober.report(now)
         known = [one for one in (*self._path.pool, *self._path.pool.leaving) if one.in_flight or not one.gone]
         self._samples = {one: self._samples.get(one) or _UpstreamSample() for one in known}
-        for upstream, sample in zip(upstreams, self._samples.values(), strict=True):
+        # Names that lead to none stand behind them.
+        for upstream, sample in zip(upstreams, chain(self._samples.values(), repeat(_UpstreamSample())), strict=False):
             upstream |= sample.figures(now) if upstream["state"] == "serving" else _UpstreamSample().figures(now)
         serving = any(upstream["state"] == "serving" for upstream in upstreams)
         return {

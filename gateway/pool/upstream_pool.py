@@ -197,6 +197,8 @@ class UpstreamPool:
         self._upstreams: tuple[Upstream, ...] = ()
         # Those that are gone, as far as they had calls then.
         self.leaving: list[Upstream] = []
+        # URLs that lead to no upstream, or not to all that they should, and why.
+        self.astray: dict[str, str] = {}
         self.replace(upstreams)
 
     def replace(self, upstreams: tuple[Upstream, ...]) -> None:

@@ -21,6 +21,11 @@ BY_NAME = "dns+"
 # How long a lookup may take, and how long a start waits for the first of all, in seconds.
 _PATIENCE = 5.0
 _EAGER = 1.0
+# More addresses of a name than the first are told of, as so many upstreams are each probed but rarely; more than the
+# second are not used, as nobody has so many, and each costs memory, a connection and metrics.
+_MANY, _MOST = 256, 1024
+# What c-ares says where a name has no address of a family (ENODATA, ENOTFOUND), and not that it could not ask.
+_HAS_NONE = (1, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class Discovery:
         self._sources = sources
         self._found: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
+        self._many: set[str] = set()
         self._known: dict[str, Upstream] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._asked: dict[str, asyncio.Event] = {}
@@ -93,12 +99,14 @@ class Discovery:
         names = {source.url for source in sources if source.url.startswith(BY_NAME)}
         for url in self._watches.keys() - names:
             self._watches.pop(url).cancel()
-            for known in (self._asked, self._found, self._why):
+            for known in (self._asked, self._found, self._why, self._pool.astray):
                 known.pop(url, None)
+            self._many.discard(url)
         for url in names - self._watches.keys():
             if self._lookup is None:
                 self._lookup = self._make_lookup()
             self._asked[url] = asyncio.Event()
+            self._pool.astray[url] = "its addresses are not known yet"
             self._watches[url] = asyncio.create_task(self._watch(url, self._asked[url]))
         self._update()
 
@@ -117,10 +125,11 @@ class Discovery:
         host = urlsplit(url).hostname or ""
         try:
             async with asyncio.timeout(_PATIENCE):
-                # Of both a server with both would be two. Whoever has A records has them for all.
-                found, why = await self._addresses(host, socket.AF_INET)
-                if not found:
-                    found, _ = await self._addresses(host, socket.AF_INET6)
+                # Of both a server with both would be two. Whoever has A records has them for all, also where just now
+                # they cannot be asked for.
+                found, why, has_none = await self._addresses(host, socket.AF_INET)
+                if not found and (has_none or not self._found.get(url)):
+                    found, *_ = await self._addresses(host, socket.AF_INET6)
         except TimeoutError:
             found, why = [], f"no answer within {_PATIENCE:g} s"
         if not found:
@@ -128,23 +137,45 @@ class Discovery:
                 kept = "; its last addresses are kept" if self._found.get(url) else ""
                 _log.warning("%s leads to no upstream: %s%s", url, why, kept)
             self._why[url] = why
+            if not self._found.get(url):
+                self._pool.astray[url] = f"its name leads to no address ({why})"
             return
         if self._why.pop(url, None) is not None:
             _log.info("%s leads to upstreams again", url)
-        if found != self._found.get(url):
-            self._found[url] = found
+        used = self._bounded(url, found)
+        if used != self._found.get(url):
+            self._found[url] = used
             self._update()
 
-    async def _addresses(self, host: str, family: int) -> tuple[list[str], str]:
-        """In an order of their own, as that of an answer changes; or why there are none."""
+    def _bounded(self, url: str, found: list[str]) -> list[str]:
+        """Those that are used; the log says once where there are very many."""
+        self._pool.astray.pop(url, None)
+        if len(found) > _MOST:
+            self._pool.astray[url] = f"it leads to {len(found)} addresses, of which {_MOST} are used"
+        if len(found) <= _MANY:
+            self._many.discard(url)
+        elif url not in self._many:
+            self._many.add(url)
+            _log.warning(
+                "%s leads to %d addresses, of which %d at most are upstreams, and each is probed but rarely: "
+                "see that the name is that of your model servers alone",
+                url,
+                len(found),
+                _MOST,
+            )
+        return found[:_MOST]
+
+    async def _addresses(self, host: str, family: int) -> tuple[list[str], str, bool]:
+        """In an order of their own, as an answer's changes; or why there are none, and whether that is certain."""
         assert self._lookup is not None
         try:
             found = set(await self._lookup.find(host, family))
         except OSError as error:
-            return [], str(error)
+            return [], str(error), False
         except Exception as error:
-            return [], str(error.args[-1]).lower()
-        return sorted(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).packed), "no address"
+            return [], str(error.args[-1]).lower(), error.args[0] in _HAS_NONE
+        ordered = sorted(found, key=lambda address: ipaddress.ip_address(address.partition("%")[0]).packed)
+        return ordered, "no address", True
 
     def _update(self) -> None:
         """The pool's upstreams are those that are known now; an address that two sources lead to is one."""

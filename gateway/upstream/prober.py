@@ -335,8 +335,8 @@ class Prober:
         return answer.text if answer.status_code == 200 else ""
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """How each upstream is, and of those that are gone each at which calls still run."""
-        return [
+        """How each upstream is, and of those that are gone each at which calls still run; then what leads to none."""
+        known = [
             {
                 "url": upstream.url,
                 "source": upstream.source,
@@ -351,6 +351,8 @@ class Prober:
             if upstream.in_flight or not upstream.gone
             for status in [upstream.status(now)]
         ]
+        none = {"state": "down", "models": (), "in_flight": 0, "prefix_hits": None, "age": None}
+        return known + [{"url": url, "source": url, "why": why, **none} for url, why in self._pool.astray.items()]
 
 
 def _unconnected(upstream: Upstream, why: str) -> tuple[State, str]:

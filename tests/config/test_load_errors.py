@@ -20,6 +20,7 @@ OWN_HOSTS = "hosts as gateway.example.com, without a port, separated by commas"
 TOKENS = ["GATEWAY_UPSTREAM_TOKEN_URL", "GATEWAY_UPSTREAM_CLIENT_ID", "GATEWAY_UPSTREAM_CLIENT_SECRET"]
 TOKEN_URL = "a URL like https://login.example.com/token"
 ALIASES = "NAME=MODEL[:WEIGHT], a name's further models behind commas, each name once"
+NAME = "a name after dns+ that there can be: 1 to 63 characters between its dots, 253 in all"
 URLS = "URLs like http://host:8008, separated by commas"
 
 
@@ -93,6 +94,9 @@ def wrong(env_file: Path | None = None, **given: Any) -> str:
             "a name after dns+, whose addresses are asked for: an address needs no dns+",
         ),
         ("GATEWAY_UPSTREAMS", "dns+http://a:1,dns+http://a:1/", "each URL once"),
+        ("GATEWAY_UPSTREAMS", "dns+http://pods..svc:1", NAME),
+        ("GATEWAY_UPSTREAMS", f"dns+http://{'a' * 64}.svc:1", NAME),
+        ("GATEWAY_UPSTREAMS", f"dns+http://{'a.' * 127}svc:1", NAME),
         ("GATEWAY_UPSTREAMS", "http://a,b", URLS),
         ("GATEWAY_MODEL_ALIASES", "fast", ALIASES),
         ("GATEWAY_MODEL_ALIASES", "fast=", ALIASES),

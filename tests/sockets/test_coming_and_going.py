@@ -81,7 +81,13 @@ def test_until_the_name_leads_somewhere_a_call_is_told_so(pods: Pods) -> None:
     with running(pods.url, probe_interval=INTERVAL) as gateway, gateway.client() as client:
         refused = client.post(CHAT, json=OPENAI)
         assert (refused.status_code, "GATEWAY_UPSTREAMS leads to none" in refused.text) == (503, True)
-        assert client.get("/v1/health_check").status_code == 503
+        health = client.get("/v1/health_check")
+        assert health.status_code == 503
+        (nowhere,) = health.json()["upstreams"]
+        assert (nowhere["url"], nowhere["state"], nowhere["models"]) == (pods.url, "down", [])
+        assert nowhere["why"] == "its name leads to no address (no such name)"
+        assert [one["why"] for one in told(client)] == [nowhere["why"]]
+        assert client.get("/ping").status_code == 503
         assert client.post(CHAT, json={"messages": {"user": "Hi"}}).status_code == 503
         pods.named = pods.all[:1]
         serving(gateway, pods.named)

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
+import aiodns
 import pytest
 
 from gateway.pool.upstream_pool import Upstream, UpstreamPool
 from gateway.upstream import discovery as module
 from gateway.upstream.discovery import Discovery, Source
+from tests.support.name_server import name_server
 from tests.upstream.test_connections import Run, run
-from tests.upstream.test_resolver import NOT_FOUND, asking, name_server
+from tests.upstream.test_resolver import NOT_FOUND, asking
 
 __all__ = ["run"]  # a fixture
 
@@ -27,9 +30,11 @@ class Names:
 
     def __init__(self) -> None:
         self.answers: dict[int, Any] = {}
+        self.asked = 0
         self.closed = False
 
     async def find(self, host: str, family: int) -> list[str]:
+        self.asked += family == socket.AF_INET
         answer = self.answers.get(family, NOT_FOUND)
         if answer is None:
             await asyncio.Event().wait()
@@ -65,6 +70,15 @@ class Found:
                 return
             await asyncio.sleep(0.001)
         raise AssertionError(f"they stay {self.urls()}")
+
+    async def asked_again(self) -> None:
+        """Until an answer of now has counted: two questions later, as one may be under way."""
+        until = self.names.asked + 2
+        for _ in range(5000):
+            if self.names.asked >= until:
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("it is not asked again")
 
     @contextlib.asynccontextmanager
     async def following(self, *addresses: str) -> AsyncIterator[None]:
@@ -180,13 +194,111 @@ def test_a_thousand_addresses_are_a_thousand_upstreams(run: Run) -> None:
     run(work())
 
 
-def test_c_ares_tells_of_all_addresses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_addresses_do_not_count_where_there_were_a_records_that_cannot_be_asked_for_now(run: Run) -> None:
     async def work() -> None:
-        async with name_server({b"pods.example": "127.0.0.5"}) as port:
-            asks = asking(port, monkeypatch)
-            pool = UpstreamPool(())
-            found = Discovery([Source("dns+http://pods.example:1")], pool, lambda: asks, 60, lambda *told: None)
-            async with found.discovering():
-                assert [one.url for one in pool] == ["http://127.0.0.5:1"]
+        found = Found("dns+http://pods:1")
+        failed = aiodns.error.DNSError(aiodns.error.ARES_ESERVFAIL, "DNS server returned general failure")
+        async with found.following("10.0.0.1"):
+            found.names.answers = {socket.AF_INET: failed, socket.AF_INET6: ["fd00::1"]}
+            await found.asked_again()
+            assert found.urls() == ["http://10.0.0.1:1"]
+            # And do where it is certain that there are none any more.
+            found.names.answers[socket.AF_INET] = NOT_FOUND
+            await found.becomes("http://[fd00::1]:1")
 
     run(work())
+
+
+def test_of_absurdly_many_addresses_the_first_are_used_and_it_is_told_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        found = Found("dns+http://pods:1")
+        many = [f"10.{n // 62500}.{n // 250 % 250}.{n % 250 + 1}" for n in range(70000)]
+        async with found.following(*many):
+            assert len(found.pool) == 1024
+            assert found.urls()[-1] == "http://10.0.4.24:1"
+            assert found.pool.astray == {"dns+http://pods:1": "it leads to 70000 addresses, of which 1024 are used"}
+            found.names.answers[socket.AF_INET] = many[1:]
+            await found.asked_again()
+            found.names.answers[socket.AF_INET] = many[:2]
+            await found.becomes("http://10.0.0.1:1", "http://10.0.0.2:1")
+            assert found.pool.astray == {}
+
+    with caplog.at_level(logging.INFO):
+        run(work())
+    assert [record.message for record in caplog.records if "pods" in record.message] == [
+        "dns+http://pods:1 leads to 70000 addresses, of which 1024 at most are upstreams, and each is probed but "
+        "rarely: see that the name is that of your model servers alone"
+    ]
+
+
+def test_a_name_that_nobody_follows_any_more_is_not_told_of(run: Run) -> None:
+    async def work() -> None:
+        found = Found("dns+http://pods:1")
+        async with found.discovery.discovering():
+            assert found.pool.astray == {"dns+http://pods:1": "its name leads to no address (domain name not found)"}
+            found.discovery.follow([Source("http://10.0.0.9:1")])
+            assert found.pool.astray == {}
+
+    run(work())
+
+
+@asynccontextmanager
+async def named(
+    addresses: Mapping[bytes, Sequence[str]], url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[UpstreamPool]:
+    """What c-ares, and a name server with these addresses, make of a URL."""
+    async with name_server(addresses) as port:
+        asks = asking(port, monkeypatch)
+        pool = UpstreamPool(())
+        found = Discovery([Source(url)], pool, lambda: asks, 60, lambda *told: None)
+        async with found.discovering():
+            yield pool
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("empty", "dns server returned answer with no data"),
+        ("unknown", "domain name not found"),
+        ("fails", "dns server returned general failure"),
+        ("hangs", "no answer within 0.3 s"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_told_as_what_it_is(
+    name: str, why: str, run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    url = f"dns+http://{name}.example:1"
+
+    async def work() -> None:
+        async with named({b"empty.example": []}, url, monkeypatch) as pool:
+            assert len(pool) == 0
+            assert pool.astray == {url: f"its name leads to no address ({why})"}
+
+    run(work())
+    assert [record.message for record in caplog.records] == [f"{url} leads to no upstream: {why}"]
+
+
+def test_a_name_with_addresses_of_ipv6_alone_leads_to_these(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        found = {b"pods.example": ["fd00::2", "fd00::1"]}
+        async with named(found, "dns+http://pods.example:1", monkeypatch) as pool:
+            assert [one.url for one in pool] == ["http://[fd00::1]:1", "http://[fd00::2]:1"]
+            assert pool.astray == {}
+
+    run(work())
+
+
+def test_a_thousand_addresses_come_by_tcp(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        found = {b"pods.example": [f"10.0.{n // 250}.{n % 250 + 1}" for n in range(1000)]}
+        async with named(found, "dns+http://pods.example:1", monkeypatch) as pool:
+            assert [one.at for one in pool] == found[b"pods.example"]
+            assert pool.astray == {}
+
+    run(work())
+    assert ["leads to 1000 addresses" in record.message for record in caplog.records] == [True]

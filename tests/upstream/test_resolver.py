@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import aiodns
 import pytest
@@ -17,6 +15,7 @@ import uvloop
 
 from gateway.upstream import resolver
 from gateway.upstream.resolver import NameNotFound, Resolver, SystemLookup, system_lookup
+from tests.support.name_server import name_server
 from tests.upstream.test_connections import Run, run
 
 __all__ = ["run"]  # a fixture
@@ -182,38 +181,6 @@ def test_an_address_is_gone_once_no_answer_has_had_it_for_ten_seconds() -> None:
         assert names.resolver.gone == set()
 
     by_hand(work)
-
-
-@asynccontextmanager
-async def name_server(addresses: dict[bytes, str]) -> AsyncIterator[int]:
-    """Answers A by these names, others with NXDOMAIN, and those that begin with `hangs` with nothing."""
-
-    class Server(asyncio.DatagramProtocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            # Not asserted: uvloop's transports are no subclasses of asyncio's.
-            self.transport = cast(asyncio.DatagramTransport, transport)
-
-        def datagram_received(self, data: bytes, address: Any) -> None:
-            end = data.index(b"\0", 12) + 5
-            labels, at = [], 12
-            while data[at]:
-                labels.append(data[at + 1 : at + 1 + data[at]])
-                at += 1 + data[at]
-            name, kind = b".".join(labels), struct.unpack("!H", data[end - 4 : end - 2])[0]
-            if name.startswith(b"hangs"):
-                return
-            found = [addresses[name]] if name in addresses and kind == 1 else []
-            code = 0x8180 if name in addresses else 0x8183
-            answer = data[:2] + struct.pack("!HHHHH", code, 1, len(found), 0, 0) + data[12:end]
-            for one in found:
-                answer += struct.pack("!HHHIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(one)
-            self.transport.sendto(answer, address)
-
-    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Server, local_addr=("127.0.0.1", 0))
-    try:
-        yield transport.get_extra_info("sockname")[1]
-    finally:
-        transport.close()
 
 
 def asking(port: int, monkeypatch: pytest.MonkeyPatch) -> SystemLookup:
