@@ -12,9 +12,9 @@ import socket
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import orjson
@@ -73,29 +73,55 @@ class Figures:
         return self.before + self.answered + self.failed.total()
 
 
-def create_client(key: str | None, most: int, *, tls: bool) -> httpx.AsyncClient:
-    """A client for `most` calls at a time, which waits for answers for as long as the gateway does."""
-    # To read all of the system's certificates takes a while.
-    trusted = ssl.create_default_context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    options: list[Any] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    for name, value in _KEEPALIVE.items():
-        if (option := getattr(socket, name, None)) is not None:  # Linux has them all
-            options.append((socket.IPPROTO_TCP, option, value))
-    limits = httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=_IDLE_SECONDS)
-    return httpx.AsyncClient(
-        # No proxy that is set for downloads, and no redirect, gets prompts or a key.
-        transport=httpx.AsyncHTTPTransport(verify=trusted, trust_env=False, limits=limits, socket_options=options),
-        headers={"authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-        trust_env=False,
-    )
+class Clients:
+    """A client of one connection for each call that runs: httpx's pools look at all of their connections each time."""
+
+    def __init__(self, key: str | None, *, tls: bool) -> None:
+        # To read all of the system's certificates takes a while.
+        self._tls = ssl.create_default_context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._idle: list[httpx.AsyncClient] = []
+        self._all = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._all.aclose()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[httpx.AsyncClient]:
+        """One that nobody else has meanwhile. It waits for an answer for as long as the gateway does."""
+        client = self._idle.pop() if self._idle else self._new()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _new(self) -> httpx.AsyncClient:
+        options: list[Any] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+        for name, value in _KEEPALIVE.items():
+            if (option := getattr(socket, name, None)) is not None:  # Linux has them all
+                options.append((socket.IPPROTO_TCP, option, value))
+        limits = httpx.Limits(max_connections=1, keepalive_expiry=_IDLE_SECONDS)
+        client = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(
+                verify=self._tls, trust_env=False, limits=limits, socket_options=options
+            ),
+            headers=self._headers,
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            # No proxy that is set for downloads gets prompts or a key, and no redirect is followed.
+            trust_env=False,
+        )
+        self._all.push_async_callback(client.aclose)
+        return client
 
 
 class Sender:
     """One run of a batch, against the gateway at `url`; results go to `write`."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, write: Callable[[bytes], None], figures: Figures) -> None:
-        self._client = client
+    def __init__(self, clients: Clients, url: str, write: Callable[[bytes], None], figures: Figures) -> None:
+        self._clients = clients
         self._url = url
         self._write = write
         self._figures = figures
@@ -172,9 +198,10 @@ class Sender:
         """The answer, or why there is none. Raises Refused, and Unreachable where there never was one."""
         headers = {"content-type": request.kind} if request.kind else None
         try:
-            got = await self._client.request(
-                request.method, self._url + request.path, content=request.content or None, headers=headers
-            )
+            with self._clients.one() as client:
+                got = await client.request(
+                    request.method, self._url + request.path, content=request.content or None, headers=headers
+                )
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if not self._reached:
                 raise Unreachable(_why(error)) from None

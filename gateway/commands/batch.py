@@ -16,7 +16,7 @@ from gateway.batch import input_file, output_file
 from gateway.batch.input_file import BadInput
 from gateway.batch.output_file import OutputFile, Unwritable
 from gateway.batch.request import Request
-from gateway.batch.sending import Figures, Refused, Sender, Unreachable, create_client
+from gateway.batch.sending import Clients, Figures, Refused, Sender, Unreachable
 from gateway.config.settings import CLIENT_KEY
 from gateway.modelserver.progress import Display
 
@@ -92,10 +92,10 @@ class _Run:
     async def run(self, requests: Iterator[Request]) -> int:
         """Send them; the exit status."""
         options, figures = self._options, self._figures
-        client = create_client(options.key, options.most, tls=options.url.startswith("https:"))
-        sender = Sender(client, options.url, self._output.write, figures)
+        clients = Clients(options.key, tls=options.url.startswith("https:"))
+        sender = Sender(clients, options.url, self._output.write, figures)
         try:
-            async with client, _shown(figures) as display:
+            async with clients, _shown(figures) as display:
                 self._hear(sender, display)
                 await sender.send(requests, options.most)
         except asyncio.CancelledError:
