@@ -287,6 +287,59 @@ def list_gpus(wanted: str | None, as_json: bool) -> None:
         _stop(error)
 
 
+_model_name = click.argument("model", metavar="ORG/NAME", callback=_text)
+_FORMATS = ["safetensors", "bin", "pt", "gguf"]
+
+
+@main.command(
+    epilog="""\b
+Exit status: 0 all files are there, and their hashes are right; 1 something failed; 2 wrong usage;
+130 stopped by Ctrl-C. The same command goes on where the last one ended, within a file, too.
+HF_TOKEN opens restricted models, HF_ENDPOINT names another hub, HF_HUB_CACHE the cache."""
+)
+@_model_name
+@click.option("--revision", default="main", show_default=True, callback=_text, help="A branch, a tag or a commit.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like *.json; may be given several times.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like *.bin; may be given several times.")
+@click.option("--format", type=click.Choice(_FORMATS), help="Weights of this format alone; all that is no weights.")
+@click.option(
+    "--max-workers", type=click.IntRange(1, 64), default=8, show_default=True, help="Files that are fetched at once."
+)
+@click.option("--local-dir", type=click.Path(path_type=Path), help="A folder to put them into, in place of the cache.")
+@click.option("--save-as-tarfile", is_flag=True, help="Write NAME.tar, too, into this folder.")
+@click.option("--tarfile-name", metavar="NAME", help="Another name of it, without .tar.")
+@click.option("--gzip", is_flag=True, help="Write NAME.tar.gz.")
+def download(**given: Any) -> None:
+    """Fetch a model from a hub into its cache, a folder or a tarball, and print where it is.
+
+    Each file is checked by the hub's own hash of it. A tarball is the same bytes each time; unpacked, it is a cache
+    for HF_HUB_CACHE, and `up --model NAME.tar` serves it.
+    """
+    from gateway.commands import models
+
+    options = models.DownloadOptions(**given)
+    if options.local_dir and options.save_as_tarfile:
+        raise click.UsageError("--local-dir and --save-as-tarfile are two places: leave one of them out.")
+    if not options.save_as_tarfile and (options.gzip or options.tarfile_name is not None):
+        raise click.UsageError("--tarfile-name and --gzip are for --save-as-tarfile.")
+    with _moving(models.KEPT):
+        models.download(options, child_environment(), click.echo)
+
+
+@contextlib.contextmanager
+def _moving(stopped: str) -> Iterator[None]:
+    """What stops a command that moves models, told in a sentence."""
+    from gateway.models.failures import ModelError
+
+    try:
+        yield
+    except (ModelError, SettingsError) as error:
+        _stop(error, status=1)
+    except KeyboardInterrupt:
+        click.echo(f"vllm-gateway: {stopped}", err=True)
+        sys.exit(128 + signal.SIGINT)
+
+
 @main.command("demo-model")
 @click.argument("folder", type=click.Path(path_type=Path))
 def demo_model(folder: Path) -> None:

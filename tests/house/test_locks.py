@@ -49,10 +49,14 @@ def test_no_lock_names_a_host_or_a_folder(lock: Path) -> None:
 def test_each_lock_of_the_gateway_has_what_the_package_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    image, otel, dev = (entries(ROOT / "requirements" / f"{name}.lock") for name in ("image", "otel", "dev"))
+    names = ("image", "otel", "models", "dev")
+    image, otel, models, dev = (entries(ROOT / "requirements" / f"{name}.lock") for name in names)
     # The larger ones have the smaller ones' very lines.
     assert image.items() <= otel.items() <= dev.items()
-    for lock, wanted in ((image, []), (otel, extras["otel"]), (dev, extras["dev"])):
+    assert image.items() <= models.items() <= dev.items()
+    # What moves models is for neither the image nor tracing.
+    assert not {"boto3", "huggingface-hub"} & {entry.split("=")[0] for entry in otel}
+    for lock, wanted in ((image, []), (otel, extras["otel"]), (models, extras["models"]), (dev, extras["dev"])):
         found = {re.split(r"[\[=]", entry)[0] for entry in lock}
         assert {re.split(r"[\[=<>~ ]", need)[0] for need in [*project["dependencies"], *wanted]} <= found
 

@@ -1,0 +1,64 @@
+"""The hash by which a hub knows a file: SHA-256 of a large one, Git's own SHA-1 of a small one."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+_OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_PIECE = 1024 * 1024
+# Pieces that may wait to be hashed.
+_AHEAD = 8
+
+
+def is_oid(name: str) -> bool:
+    """Whether this is a hash of one of the two kinds, in hexadecimal."""
+    return _OID.fullmatch(name) is not None
+
+
+class FileHash:
+    """Hashes pieces in a thread of its own, beside who fetches them: hashing a piece takes as long as fetching one.
+
+    `close` ends the thread, after which `matches` is final.
+    """
+
+    def __init__(self, oid: str, size: int) -> None:
+        self._oid = oid
+        # Git's hash is of a file with this before it.
+        self._hash: Any = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._hash.update(piece)
+
+    def update(self, piece: bytes) -> None:
+        """Take the next piece; waits where too many are waiting."""
+        self._pieces.put(piece)
+
+    def close(self) -> None:
+        """Wait until all pieces are hashed."""
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+
+    def matches(self) -> bool:
+        """Whether all pieces together are the file that the hub means."""
+        return bool(self._hash.hexdigest() == self._oid)
+
+
+def is_whole(file: Path, oid: str, size: int) -> bool:
+    """Whether the file has these bytes and this hash. Raises OSError."""
+    if file.stat().st_size != size:
+        return False
+    found: Any = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with file.open("rb") as opened:
+        while piece := opened.read(_PIECE):
+            found.update(piece)
+    return bool(found.hexdigest() == oid)
