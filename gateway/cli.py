@@ -389,8 +389,8 @@ def check(upstreams: tuple[str, ...], env_file: str | None, as_json: bool) -> No
 
     Where no upstream is named and `up` runs on this machine, its gateway is asked, whatever its ports and model are.
     """
+    from gateway.cache import running
     from gateway.commands import check as command
-    from gateway.commands import running
     from gateway.modelserver.install import cache_folder
 
     try:
@@ -515,7 +515,7 @@ def usage(logs: tuple[str, ...], as_csv: bool) -> None:
 @click.option("--yes", is_flag=True, help="Remove without asking, as a script must.")
 def clean(yes: bool) -> None:
     """List what `up`, `quantize` and the benchmark keep in the user's cache folder, and remove it."""
-    from gateway.commands import clean as command
+    from gateway.cache import cleaning as command
     from gateway.modelserver.install import cache_folder
 
     cache = cache_folder(child_environment())

@@ -13,7 +13,7 @@ import httpx
 from pydantic import SecretStr
 
 from gateway.app import create_connections, create_credentials, create_discovery, create_prober
-from gateway.commands.running import Running
+from gateway.cache.running import Running
 from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings, names_of
 from gateway.config.urls import is_loopback

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway.commands.running import Running, announced, folder_in
+from gateway.cache.running import Running, announced, folder_in
 from gateway.config.model_server_settings import ModelServerSettings
 from gateway.config.settings import CLIENT_KEY, Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args

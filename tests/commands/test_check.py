@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cache.running import Running, announced, folder_in, found
 from gateway.cli import main
 from gateway.commands.check import examine, lines
-from gateway.commands.running import Running, announced, folder_in, found
 from gateway.config.secrets import read_secrets
 from gateway.config.settings import Settings
 from gateway.modelserver.preflight import CannotStart
@@ -164,7 +164,7 @@ def test_where_nothing_is_named_and_nothing_runs_it_says_what_to_do(check: Check
 
 def test_an_up_that_was_killed_is_not_found_and_its_file_goes(folder: Path) -> None:
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom gateway.commands.running import Running, announced\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom gateway.cache.running import Running, announced\n"
         "with announced(Path(sys.argv[1]), Running(os.getpid(), 'a', 'b', 'c', 'd')):\n"
         "    print('on', flush=True)\n    signal.pause()"
     )

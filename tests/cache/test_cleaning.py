@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cache.running import Running, announced, folder_in
 from gateway.cli import main
-from gateway.commands.running import Running, announced, folder_in
 
 Clean = Callable[..., tuple[int, str, str]]
 

@@ -1,4 +1,4 @@
-"""The command `clean`: what the gateway keeps in the user's cache folder, and its removal."""
+"""What `up`, `quantize` and the benchmark keep in the user's cache folder, and its removal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway.commands.running import folder_in, found
+from gateway.cache.running import folder_in, found
 
 # What lies in the cache folder, by the pattern of its name. What is not listed is not ours, and stays.
 _KEPT = {
