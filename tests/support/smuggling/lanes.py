@@ -179,6 +179,10 @@ class Way:
                 await asyncio.sleep(0)  # the gateway's turn to read
             client.send(write)
         await client.rest(quiet)
+        if len(answers(client.got)) < len(self.upstream.got):
+            # A machine that is slow is not one that says nothing.
+            await client.until(len(self.upstream.got))
+            await client.rest(quiet)
         seen = Seen(client.got, client.closed, self.upstream.got[:])
         client.transport.abort()
         return seen
