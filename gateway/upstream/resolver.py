@@ -10,7 +10,6 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 _log = logging.getLogger(__name__)
@@ -18,7 +17,6 @@ _log = logging.getLogger(__name__)
 # As getaddrinfo gives them: family, type, protocol, canonical name, and the socket's address.
 Address = tuple[int, int, int, str, tuple[Any, ...]]
 
-_RESOLV_CONF = Path("/etc/resolv.conf")
 # An answer is asked for anew after so many seconds, and stands in for one that does not come for so many.
 _FRESH = 5.0
 _KEPT = 300.0
@@ -27,6 +25,8 @@ _KEPT = 300.0
 _AGAIN = 1.0
 _PATIENCE = 5.0
 _RESTS = (2.0, 30.0)
+# What asks is made anew after so many seconds, and with it what it keeps.
+_CACHED = 0.5
 # An address is its name's own for so many seconds after the last answer that had it, as some servers give each time
 # others of many.
 _OWN_FOR = 10.0
@@ -164,10 +164,10 @@ class Resolver:
 
 
 class SystemLookup:
-    """c-ares, as resolv.conf and the hosts file have it. The event loop is the one that runs when it is made.
+    """c-ares, as resolv.conf and the hosts file have it. The event loop is the one that runs when it is asked.
 
-    It watches resolv.conf's folder, but a container's file is a mount, whose changes are seen in another folder; so it
-    is made anew where the file has changed.
+    It keeps answers for as long as they say, and one without addresses for an hour (c-ares/c-ares#1293), by which a
+    headless Service without a pod that is ready would have none. So it is made anew, by what resolv.conf has by then.
     """
 
     def __init__(self) -> None:
@@ -175,35 +175,29 @@ class SystemLookup:
         import aiodns
 
         self._make = partial(aiodns.DNSResolver, timeout=_PATIENCE / 2, tries=2)
-        self._made_of = _version_of(_RESOLV_CONF)
-        self._resolver = self._make()
+        self._made_at = -math.inf
+        self._resolver: Any = None
 
     async def find(self, host: str, family: int) -> list[str]:
         """As c-ares has them: by getaddrinfo, which reads the hosts file, `search` and `ndots`."""
-        version = _version_of(_RESOLV_CONF)
-        if version != self._made_of:
-            old, self._made_of, self._resolver = self._resolver, version, self._make()
-            await old.close()
-        answer = await self._resolver.getaddrinfo(host, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
+        now = asyncio.get_running_loop().time()
+        if now - self._made_at >= _CACHED:
+            self._made_at, self._resolver = now, self._make()
+        # The one before closes by itself once all that was asked of it is answered.
+        resolver = self._resolver
+        answer = await resolver.getaddrinfo(host, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
         # From the hosts file they are text.
         return [one.decode() if isinstance(one := node.addr[0], bytes) else one for node in answer.nodes]
 
     async def close(self) -> None:
         """Give up all lookups."""
-        await self._resolver.close()
+        if self._resolver is not None:
+            await self._resolver.close()
 
 
 def system_lookup(hosts: Iterable[str]) -> Lookup | None:
     """What asks where these hosts are; None where all are addresses."""
     return None if all(map(_is_address, hosts)) else SystemLookup()
-
-
-def _version_of(file: Path) -> tuple[int, int] | None:
-    try:
-        seen = file.stat()
-    except OSError:
-        return None
-    return seen.st_mtime_ns, seen.st_ino
 
 
 def _is_address(host: str) -> bool:

@@ -15,7 +15,7 @@ _NO_SUCH_NAME, _FAILED = 3, 2
 _PLAIN = 512
 
 
-def _answer(query: bytes, addresses: Mapping[bytes, str | Sequence[str]], most: int | None) -> bytes | None:
+def _answer(query: bytes, addresses: Mapping[bytes, str | Sequence[str]], ttl: int, most: int | None) -> bytes | None:
     """None for no answer; `most` bytes, and where it is longer a word that it is."""
     labels, at = [], 12
     while query[at]:
@@ -30,9 +30,9 @@ def _answer(query: bytes, addresses: Mapping[bytes, str | Sequence[str]], most: 
         return query[:2] + struct.pack("!HHHHH", 0x8180 | _NO_SUCH_NAME, 1, 0, 0, 0) + query[12:end]
     kind = int.from_bytes(query[at + 1 : at + 3])
     given = addresses[name]
-    every = map(ipaddress.ip_address, [given] if isinstance(given, str) else given)
+    every = map(ipaddress.ip_address, given.split() if isinstance(given, str) else given)
     found = [one.packed for one in every if kind == (_A if one.version == 4 else _AAAA)]
-    records = b"".join(struct.pack("!HHHIH", 0xC00C, kind, 1, 1, len(one)) + one for one in found)
+    records = b"".join(struct.pack("!HHHIH", 0xC00C, kind, 1, ttl, len(one)) + one for one in found)
     head = query[:2] + struct.pack("!HHHHH", 0x8180, 1, len(found), 0, 0)
     if most is None or len(head) + end - 12 + len(records) <= _taken(query, end, most):
         return head + query[12:end] + records
@@ -48,9 +48,9 @@ def _taken(query: bytes, end: int, most: int) -> int:
 
 @contextlib.asynccontextmanager
 async def name_server(
-    addresses: Mapping[bytes, str | Sequence[str]], host: str = "127.0.0.1", port: int = 0
+    addresses: Mapping[bytes, str | Sequence[str]], host: str = "127.0.0.1", port: int = 0, ttl: int = 1
 ) -> AsyncIterator[int]:
-    """Answers A and AAAA by these names, others with NXDOMAIN; yields its port.
+    """Answers A and AAAA by these names, others with NXDOMAIN; yields its port. `ttl` is what answers say of their age.
 
     To names that begin with `hangs` it says nothing, and to those that begin with `fails` SERVFAIL.
     """
@@ -61,7 +61,7 @@ async def name_server(
             self.transport = cast(asyncio.DatagramTransport, transport)
 
         def datagram_received(self, data: bytes, address: Any) -> None:
-            if (answer := _answer(data, addresses, _PLAIN)) is not None:
+            if (answer := _answer(data, addresses, ttl, _PLAIN)) is not None:
                 self.transport.sendto(answer, address)
 
     class Streams(asyncio.Protocol):
@@ -73,7 +73,7 @@ async def name_server(
             self.data += data
             while len(self.data) >= 2 and len(self.data) >= (end := 2 + int.from_bytes(self.data[:2])):
                 query, self.data = self.data[2:end], self.data[end:]
-                if (answer := _answer(query, addresses, None)) is not None:
+                if (answer := _answer(query, addresses, ttl, None)) is not None:
                     self.transport.write(struct.pack("!H", len(answer)) + answer)
 
     opened: list[asyncio.Transport] = []

@@ -6,7 +6,6 @@ import asyncio
 import socket
 from collections.abc import Callable, Coroutine
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import aiodns
@@ -222,17 +221,40 @@ def test_what_asks_is_made_where_a_host_is_a_name() -> None:
     uvloop.run(work())
 
 
-def test_a_changed_resolv_conf_is_read_again(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where c-ares does not see the change by itself, too."""
-    file = tmp_path / "resolv.conf"
-    monkeypatch.setattr(resolver, "_RESOLV_CONF", file)
+def test_an_answer_holds_for_half_a_second_whatever_it_says_of_itself(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without addresses, too, as of a Service none of whose pods is ready."""
+
+    async def work() -> None:
+        addresses = {b"vllm.example": ""}
+        async with name_server(addresses, ttl=3600) as port:
+            asks = asking(port, monkeypatch)
+            for address in ("", "127.0.0.5", "127.0.0.6", ""):
+                addresses[b"vllm.example"] = address
+                async with asyncio.timeout(10):
+                    while await found(asks, "vllm.example") != address:  # noqa: ASYNC110 - what changes is elsewhere
+                        await asyncio.sleep(0.05)
+            await asks.close()
+
+    run(work())
+
+
+async def found(lookup: SystemLookup, host: str) -> str:
+    try:
+        return "".join(await lookup.find(host, socket.AF_INET))
+    except aiodns.error.DNSError:
+        return ""
+
+
+def test_a_changed_resolv_conf_is_read_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what reads it is made anew, and only then."""
 
     async def work() -> None:
         lookup = SystemLookup()
         seen = []
-        for text in ("nameserver 192.0.2.1\n", None, "nameserver 192.0.2.2\n"):
-            if text:
-                file.write_text(text)
+        for cached in (3600, 3600, 0):
+            monkeypatch.setattr(resolver, "_CACHED", cached)
             await lookup.find("127.0.0.1", socket.AF_UNSPEC)
             seen.append(lookup._resolver)
         assert seen[0] is seen[1]
