@@ -15,16 +15,23 @@ from pydantic_settings import (
 
 from gateway.config.secret_files import BadSecretFile, with_files
 
-# Kubernetes puts these into every container beside a Service that is named `gateway`.
-_KUBERNETES = re.compile(r"GATEWAY_(SERVICE_.*|PORT_\d.*)$")
+# What Kubernetes puts into the containers beside a Service that is named `gateway`, `gateway-…` or `llm-usvc`: names
+# that no setting has, and `…_PORT`, which may be one, with a URL.
+_SERVICES = re.compile(
+    r"(GATEWAY(?:_\w+?)??|LLM_USVC)_(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?|(PORT))"
+)
 
 
 class SettingsError(Exception):
     """One or more settings are wrong; the text has a sentence for each, a line each."""
 
 
-def _injected_by_kubernetes(name: str, value: str | None) -> bool:
-    return bool(_KUBERNETES.match(name)) or (name == "GATEWAY_PORT" and bool(re.match(r"\w+://", value or "")))
+def service_of(name: str, value: str | None) -> str | None:
+    """The Service that Kubernetes has made this variable of; None where it may be a setting."""
+    found = _SERVICES.fullmatch(name)
+    if found is None or (found[2] and not re.match(r"(tcp|udp|sctp)://", value or "")):
+        return None
+    return found[1].lower().replace("_", "-")
 
 
 def unquoted(found: Mapping[str, str | None]) -> dict[str, str]:
@@ -43,7 +50,7 @@ def usable(found: Mapping[str, str | None]) -> dict[str, str]:
         given = with_files(unquoted(found))
     except BadSecretFile as error:
         raise SettingsError(str(error)) from None
-    return {name: value for name, value in given.items() if value and not _injected_by_kubernetes(name, value)}
+    return {name: value for name, value in given.items() if value and service_of(name, value) is None}
 
 
 class _Environment(EnvSettingsSource):

@@ -13,7 +13,7 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from gateway.config.environment import EnvironmentSettings, SettingsError, unquoted, usable
+from gateway.config.environment import EnvironmentSettings, SettingsError, service_of, unquoted, usable
 from gateway.config.secret_files import NAMES, paths
 from gateway.config.secrets import Secrets, doubts_about_tokens, read_secrets
 from gateway.config.settings import CLIENT_KEY, CLOSING_TIME, Settings, names_of
@@ -42,6 +42,7 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Se
     doubts = (
         *doubts_about_tokens(settings, secrets.token_client),
         *_doubts_about_stopping(settings),
+        *_doubts_about_services(os.environ),
         *_doubts_about_traces(),
     )
     return settings, secrets, [*_differing_names(Settings, sources), *doubts]
@@ -70,6 +71,18 @@ def _doubts_about_stopping(settings: Settings) -> Iterable[str]:
         yield (
             f"GATEWAY_DRAIN_DELAY and GATEWAY_DRAIN_TIMEOUT let the gateway end in up to {longest:g} s, and it is "
             f"killed after {settings.stop_grace:g} (GATEWAY_STOP_GRACE): raise that, or lower them."
+        )
+
+
+def _doubts_about_services(environment: Mapping[str, str]) -> Iterable[str]:
+    found: dict[str, str] = {}
+    for name, value in sorted(environment.items(), key=lambda item: len(item[0])):
+        if service := service_of(name, value):
+            found.setdefault(service, f"{name}={value}")
+    for service, variable in found.items():
+        yield (
+            f"the environment has variables of a Kubernetes Service named {service} ({variable}), which are no "
+            "settings and ignored: set enableServiceLinks: false in the pod's spec, or give the Service another name."
         )
 
 

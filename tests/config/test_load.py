@@ -326,24 +326,47 @@ def test_a_name_that_is_not_ours_is_left_alone(name: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "service"),
     [
-        ("GATEWAY_SERVICE_HOST", "10.0.0.1"),
-        ("GATEWAY_SERVICE_PORT", "9000"),
-        ("GATEWAY_SERVICE_PORT_HTTP", "9000"),
-        ("GATEWAY_PORT", "tcp://10.0.0.1:9000"),
-        ("GATEWAY_PORT_9000_TCP", "tcp://10.0.0.1:9000"),
-        ("GATEWAY_PORT_9000_TCP_ADDR", "10.0.0.1"),
+        ("GATEWAY_SERVICE_HOST", "10.0.0.1", "gateway"),
+        ("GATEWAY_SERVICE_PORT", "9000", "gateway"),
+        ("GATEWAY_SERVICE_PORT_HTTP", "9000", "gateway"),
+        ("GATEWAY_PORT", "tcp://10.0.0.1:9000", "gateway"),
+        ("GATEWAY_PORT_9000_TCP", "tcp://10.0.0.1:9000", "gateway"),
+        ("GATEWAY_PORT_9000_TCP_ADDR", "10.0.0.1", "gateway"),
+        ("GATEWAY_PORT_9000_TCP_PORT", "9000", "gateway"),
+        ("GATEWAY_METRICS_PORT", "tcp://10.0.0.1:9464", "gateway-metrics"),
+        ("GATEWAY_METRICS_SERVICE_HOST", "10.0.0.1", "gateway-metrics"),
+        ("GATEWAY_CANARY_PORT", "udp://10.0.0.1:9000", "gateway-canary"),
+        ("LLM_USVC_PORT", "tcp://10.0.0.1:9000", "llm-usvc"),
     ],
 )
-def test_what_kubernetes_injects_is_ignored_and_an_alias_still_honoured(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+def test_what_kubernetes_injects_is_ignored_and_told_of(
+    name: str, value: str, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert load()[0].port == 9000
-    monkeypatch.setenv("LLM_USVC_PORT", "9100")
     settings, _, warnings = load()
-    assert (settings.port, warnings) == (9100, [])
+    assert (settings.port, settings.metrics_port) == (9000, None)
+    assert warnings == [
+        f"the environment has variables of a Kubernetes Service named {service} ({name}={value}), which are no "
+        "settings and ignored: set enableServiceLinks: false in the pod's spec, or give the Service another name."
+    ]
+
+
+def test_a_service_is_told_of_once_and_an_alias_still_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("GATEWAY_PORT", "tcp://10.0.0.1:9000")
+    monkeypatch.setenv("LLM_USVC_PORT", "9100")
+    settings, _, (warning,) = load()
+    assert settings.port == 9100
+    assert "named gateway (GATEWAY_PORT=tcp://10.0.0.1:9000)" in warning
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_SERVICE_NAME", "GATEWAY_PORT_NAME"])
+def test_what_only_begins_as_a_services_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SettingsError, match=f"{name} is not a setting"):
+        load()
 
 
 def test_an_environment_of_kubernetes_does_not_hide_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
