@@ -48,7 +48,7 @@ test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellc
 	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py tests/heavy/compose/runpod.py
 
 test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed, links set down, three vLLM; needs nginx and root (5 min)
-	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/links.py tests/heavy/trio.py tests/heavy/systemd.py
+	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/batch.py tests/heavy/links.py tests/heavy/trio.py tests/heavy/systemd.py
 
 test-routing: $(VENV)/.installed-dev  ## Prefix hits of real vLLM, gateways behind nginx, upstreams killed and joined; needs nginx and root (4 min)
 	$(BIN)/python -m pytest tests/heavy/routing.py tests/heavy/fleet.py

@@ -26,6 +26,7 @@ from gateway.dialects.field_names import VLLM_FIELDS
 from gateway.modelserver.demo_model import ensure_demo_model
 from gateway.modelserver.install import ensure_environment
 from gateway.wire.routes import REFUSED, ROUTES
+from tests.commands import test_cli
 from tests.support.examples import examples
 from tests.support.gateway_process import running
 from tests.support.paths import ROOT
@@ -437,6 +438,47 @@ def test_a_client_that_leaves_stops_the_generation(stack: Stack, streamed: bool)
     wait_for_running(stack, 0)
 
     assert time.monotonic() - left < 3, "vLLM went on for a client that had left"
+
+
+def test_plan_counts_the_cache_as_vllm_logs_it(stack: Stack) -> None:
+    found = re.search(r"vLLM's log: (.+)", stack.said)
+    assert found
+    logged = re.search(r"KV cache size: ([\d,]+) tokens, Maximum .*: ([\d.]+)x", Path(found[1]).read_text())
+    assert logged
+    argv = ["plan", str(ensure_demo_model(os.environ)), "--gpu", "24GiB", "--gpus", "1", "--dtype", "float32", "--json"]
+    planned = json.loads(test_cli.command(*argv).stdout)["plans"][0]["sizes"][0]
+
+    # The demo model has a cache of one gibibyte.
+    for figure, told in (("tokens", logged[1].replace(",", "")), ("concurrency", logged[2])):
+        of_a_gibibyte = planned[figure]["likely"] / planned["kv_cache_gib"]["likely"]
+        assert of_a_gibibyte == pytest.approx(float(told), rel=0.002), figure
+
+
+def test_a_batch_that_is_killed_five_times_has_each_answer_once(stack: Stack, tmp_path: Path) -> None:
+    names = [f"{number:02}" for number in range(60)]
+    requests = [{"messages": {"user": "What is vLLM?"}, "max_new_tokens": 60}, {**GREEDY}]
+    lines = [
+        {"custom_id": name, "method": "POST", "url": CHAT, "body": requests[number % 2]}
+        for number, name in enumerate(names)
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    out.touch()
+    argv = [sys.executable, "-m", "gateway", "batch", str(source), "-o", str(out), "--url", stack.gateway_url]
+    for kill in range(1, 6):
+        with subprocess.Popen([*argv, "--max-concurrency", "4"], stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 120
+            while out.read_bytes().count(b"\n") < kill * len(names) // 10:
+                assert time.monotonic() < until, "it goes on no more"
+                time.sleep(0.01)
+            process.kill()
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    results = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert sorted(result["custom_id"] for result in results) == names
+    texts = {result["response"]["body"]["choices"][0]["message"]["content"] for result in results}
+    assert (len(texts), {result["response"]["status_code"] for result in results}) == (1, {200})
 
 
 OPENAI = """
