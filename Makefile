@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-routing test-smuggling test-clients test-browser test-docker test-kubernetes lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-docker test-kubernetes lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -48,7 +48,10 @@ test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellc
 	$(BIN)/python -m pytest tests/heavy/compose/rendered.py tests/heavy/compose/running.py tests/heavy/compose/gaudi.py tests/heavy/compose/runpod.py
 
 test-restarts: $(VENV)/.installed-dev  ## Gateways restarted behind nginx, vLLM killed, links set down, three vLLM; needs nginx and root (5 min)
-	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/batch.py tests/heavy/links.py tests/heavy/trio.py tests/heavy/systemd.py
+	$(BIN)/python -m pytest tests/heavy/restarts.py tests/heavy/links.py tests/heavy/trio.py tests/heavy/systemd.py
+
+test-batch: $(VENV)/.installed-dev  ## A file of requests through a gateway and the real vLLM, both killed under it; needs root (3 min)
+	$(BIN)/python -m pytest tests/heavy/batch.py
 
 test-routing: $(VENV)/.installed-dev  ## Prefix hits of real vLLM, gateways behind nginx, upstreams killed and joined; needs nginx and root (4 min)
 	$(BIN)/python -m pytest tests/heavy/routing.py tests/heavy/fleet.py

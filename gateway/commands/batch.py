@@ -66,8 +66,10 @@ def batch(options: BatchOptions, warn: Callable[[str], None]) -> int:
 
         began = time.monotonic()
         status = asyncio.run(_Run(options, output, figures, warn).run(requests()))
-        if status != UNREAD:
-            warn(_summary(figures, time.monotonic() - began))
+        # Whoever reads the notes may have left: that is no failure.
+        with contextlib.suppress(BrokenPipeError):
+            if status != UNREAD:
+                warn(_summary(figures, time.monotonic() - began))
         if changed:
             raise changed[0]
         return status
@@ -200,8 +202,9 @@ def _summary(figures: Figures, seconds: float) -> str:
         told.append(f"{figures.failed.total():,} failed ({reasons})")
     if left := figures.total - figures.done:
         told.append(f"{left:,} are left")
-    rate = (figures.answered + figures.failed.total()) / max(seconds, 1e-3)
-    return f"{'; '.join(told)}. It took {_time(seconds)}, {rate:.1f} a second."
+    if not (now := figures.done - figures.before):
+        return f"{'; '.join(told)}."
+    return f"{'; '.join(told)}. It took {_time(seconds)}, {now / max(seconds, 1e-3):.1f} a second."
 
 
 def _time(seconds: float) -> str:
