@@ -54,7 +54,11 @@ def serve(upstreams: tuple[str, ...], env_file: str | None, **given: Any) -> Non
 
 
 @main.command(epilog=_EPILOG)
-@click.option("--model", metavar="ORG/NAME|FOLDER", help="The model to serve; without it a tiny demo model.")
+@click.option(
+    "--model",
+    metavar="ORG/NAME|FOLDER|TARBALL|s3://…",
+    help="The model to serve, also from `download`'s tarball or `upload`'s bucket; without it a tiny demo model.",
+)
 @_vllm_python
 @_env_file
 def up(model: str | None, python: str | None, env_file: str | None) -> None:

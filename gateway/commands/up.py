@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NamedTuple
 
 import httpx
@@ -48,6 +48,7 @@ class Served(NamedTuple):
     name: str
     demo: bool
     local: bool
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 def up(
@@ -104,6 +105,7 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     served = _prepare(settings, settings.model or app.model, environ, display)
     cache = install.cache_folder(environ)
     log = cache / "logs" / f"vllm-{settings.port}.log"
+    environ = {**environ, **served.environment}
     command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
     key = gateway.upstream_api_key.get_secret_value() if gateway.upstream_api_key else None
     # Minutes may have gone by since these were free.
@@ -178,7 +180,7 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     """The model is looked for before the environment is installed, which takes minutes."""
     demo = model in (None, DEMO_NAME)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    found = None if demo or model is None else model_source.find_model(model, environ, token)
+    found = None if demo or model is None else _find_model(model, environ, token, display)
     python = settings.python
     if python is None:
         python = install.ensure_environment(environ, display)
@@ -189,7 +191,17 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     if found is None:
         folder = demo_model.ensure_demo_model(environ, python, display)
         return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)
-    return Served(python, found.name, settings.served_name or found.name, demo=False, local=found.local)
+    name = settings.served_name or found.name
+    return Served(python, found.name, name, demo=False, local=found.local, environment=found.environment)
+
+
+def _find_model(model: str, environ: Mapping[str, str], token: str | None, display: Display) -> model_source.Model:
+    with display.task("Unpacking the model") as update:
+
+        def watch(done: int, total: int) -> None:
+            update(done / total)
+
+        return model_source.find_model(model, environ, token, watch=watch)
 
 
 def _check_has_vllm(python: Path) -> None:

@@ -33,7 +33,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])
 
 from gateway.config.secret_files import BadSecretFile, with_files
-from gateway.modelserver import vllm_app, vllm_args
+from gateway.modelserver import hub_cache, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child
 
 PORT = 8008
@@ -45,7 +45,7 @@ _PORTS = ("GATEWAY_PORT", "LLM_USVC_PORT", "PORT")
 _HEALTH_PORTS = ("GATEWAY_HEALTH_PORT", "PORT_HEALTH")
 
 # What may be in a data folder that was made for this.
-_OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus"}
+_OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus", "unpacked"}
 
 _SCRIPTS = Path(__file__).with_name("scripts")
 # Where quantize's image for Gaudi has vLLM-Gaudi's scripts. By a model's name they block what FP8 would spoil.
@@ -65,7 +65,7 @@ def own(folder: Path, uid: int, gid: int) -> None:
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
-    for kept in (folder, *(folder / name for name in ("cache", "fp8", "home", "hub", "inc", "prometheus"))):
+    for kept in (folder, *(folder / name for name in ("cache", "fp8", "home", "hub", "inc", "prometheus", "unpacked"))):
         if kept.exists() and not os.access(kept, os.R_OK | os.W_OK | os.X_OK):
             owner = kept.stat().st_uid
             raise vllm_args.OptionError(
@@ -129,6 +129,8 @@ def _vllm(environ: Mapping[str, str], data: Path, host: str, port: str) -> tuple
     app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
     found = vllm_args.vllm_environment(environ)
+    if cached := hub_cache.find(Path(model), data / "unpacked"):
+        model, found = cached.name, {**found, **cached.environment()}
     options = app.options + vllm_args.options(environ)
     # The files of settings come with values for what vllm-app has other names for.
     for sentence in vllm_args.differing(environ):
@@ -154,7 +156,8 @@ def _model(environ: Mapping[str, str], app: vllm_app.App) -> str:
     if model := named or app.model:
         return model
     raise vllm_args.OptionError(
-        "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, or a folder as /data/NAME, but it is not set."
+        "LLM_VLLM_MODEL_NAME must be a hub's ORG/NAME, a folder or a tarball as /data/NAME, or s3://BUCKET/FOLDER, but "
+        "it is not set."
     )
 
 

@@ -1,30 +1,55 @@
-"""Where a model comes from, asked before a model server starts: a folder, the local cache or the hub."""
+"""Where a model comes from, asked before a model server starts: a folder, a tarball, a bucket, the cache or the hub."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import httpx
 
+from gateway.modelserver import hub_cache
+from gateway.modelserver.install import cache_folder
 from gateway.modelserver.preflight import CannotStart
+from gateway.modelserver.vllm_args import OptionError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]+/[\w!'()*./=-]*[\w!'()*.=-]/?", re.ASCII)
 _TIMEOUT = 10
 
 
 class Model(NamedTuple):
-    """What vLLM is told to serve; `local` means that nothing has to be fetched."""
+    """What vLLM is told to serve; `local` means that nothing has to be fetched, `environment` where it is found."""
 
     name: str
     local: bool
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
-def find_model(name: str, environ: Mapping[str, str], token: str | None = None) -> Model:
-    """The model of a folder or of a hub's name (ORG/NAME). Raises CannotStart for one that cannot be served."""
+def find_model(
+    name: str,
+    environ: Mapping[str, str],
+    token: str | None = None,
+    *,
+    watch: hub_cache.Watch = lambda done, total: None,
+) -> Model:
+    """The model of a folder, a tarball or a bucket's address, or of a hub's name (ORG/NAME).
+
+    A tarball is unpacked once, into our own cache folder, and `watch` is told. Raises CannotStart.
+    """
+    if is_bucket(name):
+        return Model(name, local=False)
     folder = Path(name).expanduser()
+    if hub_cache.is_tarball(name) and not folder.is_file():
+        raise CannotStart(f"There is no tarball {name}: `vllm-gateway download ORG/NAME --save-as-tarfile` makes one.")
+    try:
+        cached = hub_cache.find(folder, cache_folder(environ) / "models", watch)
+    except OptionError as error:
+        raise CannotStart(str(error)) from None
+    if cached is not None:
+        return Model(cached.name, local=True, environment=cached.environment())
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CannotStart(f"The folder {name} holds no model: it has no config.json.")
@@ -35,6 +60,15 @@ def find_model(name: str, environ: Mapping[str, str], token: str | None = None) 
         return Model(name, local=True)
     _ask_hub(name, environ, token)
     return Model(name, local=False)
+
+
+def is_bucket(name: str) -> bool:
+    """Whether this is the address of a model in a bucket, which vLLM streams. Raises CannotStart for an odd one."""
+    if not name.startswith("s3://"):
+        return False
+    if not _BUCKET.fullmatch(name):
+        raise CannotStart(f"The address {name!r} names no model: it is s3://BUCKET/FOLDER, as `upload` prints it.")
+    return True
 
 
 def _is_cached(name: str, environ: Mapping[str, str]) -> bool:

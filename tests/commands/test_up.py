@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gateway.commands import up
+from tests.modelserver.test_hub_cache import GOOD, make
 from tests.modelserver.test_vllm_process import eventually, is_gone
 from tests.support.paths import CERTIFICATES, ROOT
 from tests.support.ports import free_port
@@ -47,6 +48,7 @@ if os.environ.get("STAND_IN_IS_LATE"):
     ctypes.CDLL(None).prctl(1, 9)  # ends with its parent, from which it is another program all the same
     os.setsid()
 print("pid", os.getpid(), flush=True)
+print(os.environ.get(os.environ.get("STAND_IN_SHOWS", "")), flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -128,6 +130,17 @@ def test_a_signal_ends_both(tmp_path: Path, number: signal.Signals) -> None:
         assert rest.endswith("Stopped.\n")
         assert "Traceback" not in rest
         assert is_gone(vllm)
+
+
+def test_a_tarball_is_unpacked_and_served_offline(tmp_path: Path) -> None:
+    tarball = make(tmp_path / "n.tar", GOOD)
+    with running(tmp_path, LLM_VLLM_MODEL_NAME=str(tarball), STAND_IN_SHOWS="HF_HUB_CACHE") as process:
+        said = until_ready(process)
+        assert "Unpacking the model: 100 %" in said
+        assert "Starting vLLM with org/name; " in said
+        (cache,) = (tmp_path / "vllm-gateway" / "models").glob("*/n")
+        (log,) = (tmp_path / "vllm-gateway" / "logs").glob("vllm-*.log")
+        assert log.read_text().splitlines()[1] == str(cache)
 
 
 def test_ctrl_c_ends_make_up_without_a_word_of_makes(tmp_path: Path) -> None:

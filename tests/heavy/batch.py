@@ -1,6 +1,6 @@
 """The command `batch` where it takes minutes, a real vLLM that dies, or a disk that fills: needs root.
 
-Not among the tests that `make test` finds; `make test-restarts` runs it.
+Not among the tests that `make test` finds; `make test-batch` runs it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from gateway.modelserver import container as entrypoint
 from gateway.modelserver import vllm_args
+from tests.modelserver.test_hub_cache import GOOD, make
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 
@@ -30,7 +32,8 @@ class Container:
         script = "import os, sys; print(os.environ.get('HF_TOKEN'), os.environ.get('VLLM_TP_SIZE'), *sys.argv)"
         (folder / "gateway/modelserver/scripts/quantize.py").write_text(script)
         vllm = folder / "vllm"
-        vllm.write_text("#!/bin/sh\necho $QUANT_CONFIG $HF_TOKEN $*\n")
+        # One more variable, if it is named.
+        vllm.write_text('#!/bin/sh\necho $QUANT_CONFIG $HF_TOKEN ${SHOWN:+$(printenv "$SHOWN")} $*\n')
         vllm.chmod(0o755)
 
     def file(self, name: str) -> None:
@@ -87,6 +90,35 @@ def test_of_several_nodes_the_first_alone_is_asked_how_it_is(container: Containe
     assert container.run("healthy", port).returncode == 1
     assert container.run("healthy", port, VLLM_NODE_RANK="0").returncode == 1
     assert container.run("healthy", port, VLLM_NODE_RANK="1").returncode == 0
+
+
+@pytest.mark.parametrize("path", ["models", "models/n", "models/n.tar"])
+def test_a_hubs_cache_is_served_by_its_models_name(container: Container, tmp_path: Path, path: str) -> None:
+    (tmp_path / "models").mkdir()
+    tarball = make(tmp_path / "models" / "n.tar", GOOD)
+    cache = tmp_path / "models" / "n"
+    if path != "models/n.tar":
+        with tarfile.open(tarball) as tar:
+            tar.extractall(cache.parent, filter="data")
+        tarball.unlink()
+    done = container.serve(LLM_VLLM_MODEL_NAME=str(tmp_path / path), SHOWN="HF_HUB_CACHE")
+    where, started = done.stdout.split(" ", 1)
+    assert started == "serve org/name --host 0.0.0.0 --port 8008\n"
+    if path == "models/n.tar":
+        (cache,) = (container.data / "unpacked").glob("*/n")
+    assert where == str(cache)
+
+
+def test_a_tarball_that_is_damaged_is_told(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "n.tar").write_bytes(b"x" * 10_000)
+    done = container.serve(LLM_VLLM_MODEL_NAME=str(tmp_path / "n.tar"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{tmp_path}/n.tar is no whole tarball" in done.stderr
+
+
+def test_a_bucket_is_vllms_to_read(container: Container) -> None:
+    done = container.serve(LLM_VLLM_MODEL_NAME="s3://bucket/models/name", AWS_ACCESS_KEY_ID="me", AWS_REGION="")
+    assert done.stdout == "serve s3://bucket/models/name --host 0.0.0.0 --port 8008\n"
 
 
 def test_a_secret_may_stand_in_a_file(container: Container, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.model_source import Model, find_model
 from gateway.modelserver.preflight import CannotStart
 from gateway.modelserver.vllm_process import Launch, ModelServer, launch
+from tests.modelserver.test_hub_cache import GOOD, make
 from tests.support.ports import free_port
 from tests.support.unmeasured import unmeasured
 
@@ -375,6 +376,32 @@ def test_a_folder_is_a_model_if_it_has_a_config(tmp_path: Path) -> None:
         find_model(str(tmp_path), {})
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path), {}) == Model(str(tmp_path), local=True)
+
+
+def test_a_tarball_is_served_by_its_models_name(tmp_path: Path) -> None:
+    found = find_model(str(make(tmp_path / "n.tar.gz", GOOD)), {"XDG_CACHE_HOME": str(tmp_path)})
+    assert (found.name, found.local) == ("org/name", True)
+    (cache,) = (tmp_path / "vllm-gateway" / "models").glob("*/n")
+    assert found.environment == {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+def test_what_is_wrong_with_a_tarball_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CannotStart, match=r"^There is no tarball .*/none\.tar: `vllm-gateway download"):
+        find_model(str(tmp_path / "none.tar"), {"XDG_CACHE_HOME": str(tmp_path)})
+    (tmp_path / "odd.tar").write_bytes(b"x" * 10_000)
+    with pytest.raises(CannotStart, match=r"odd\.tar is no whole tarball"):
+        find_model(str(tmp_path / "odd.tar"), {"XDG_CACHE_HOME": str(tmp_path)})
+
+
+def test_a_bucket_is_vllms_to_read() -> None:
+    for name in ("s3://bucket/models/llama/0123456", "s3://my.bucket-1/x/"):
+        assert find_model(name, {}) == Model(name, local=False)
+
+
+@pytest.mark.parametrize("name", ["s3://", "s3://bucket", "s3://bucket/", "s3://bucket/a b", "s3://Bucket/a"])
+def test_an_address_without_a_model_is_told(name: str) -> None:
+    with pytest.raises(CannotStart, match="names no model: it is s3://BUCKET/FOLDER"):
+        find_model(name, {})
 
 
 def test_a_model_in_the_local_cache_needs_no_hub(tmp_path: Path) -> None:
