@@ -18,7 +18,7 @@ from gateway.batch.output_file import OutputFile, Unwritable
 from gateway.batch.request import Request
 from gateway.batch.sending import Clients, Figures, Refused, Sender, Unreachable
 from gateway.config.settings import CLIENT_KEY
-from gateway.modelserver.progress import Display
+from gateway.progress import Display
 
 # Exit statuses; 2 is click's, for wrong usage.
 FAILED = 1

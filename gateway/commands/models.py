@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from gateway.models.failures import ModelError, shown
-from gateway.modelserver.progress import Display
+from gateway.progress import Display
 
 # Seconds over which a rate is measured.
 _WINDOW = 10

@@ -24,8 +24,8 @@ from gateway.config.settings import CLIENT_KEY, Settings, names_of, own_url
 from gateway.modelserver import demo_model, install, model_source, preflight, vllm_app, vllm_args
 from gateway.modelserver.child_process import Child
 from gateway.modelserver.preflight import GIB, CannotStart
-from gateway.modelserver.progress import Display
 from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
+from gateway.progress import Display
 
 _TICK = 0.2
 # Seconds that a start takes on two cores; only the progress display believes it.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gateway.modelserver.install import Runner, alone, cache_folder, ensure_environment, make_folder, remove_others
 from gateway.modelserver.preflight import CannotStart
-from gateway.modelserver.progress import Display
+from gateway.progress import Display
 
 _DEMO_SCRIPT = Path(__file__).with_name("scripts") / "demo_model.py"
 

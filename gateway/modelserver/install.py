@@ -19,7 +19,7 @@ from pathlib import Path
 from gateway.modelserver import preflight
 from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.preflight import GIB, CannotStart
-from gateway.modelserver.progress import Display, Update
+from gateway.progress import Display, Update
 
 _LOCKS = Path(__file__).with_name("locks")
 _TORCH_LOCK = _LOCKS / "modelserver-torch-cpu.lock"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from gateway.modelserver import install, preflight, vllm_args
 from gateway.modelserver.preflight import GIB, CannotStart
-from gateway.modelserver.progress import Display
+from gateway.progress import Display
 
 _LOCK = Path(__file__).with_name("locks") / "quantize.lock"
 _SCRIPT = Path(__file__).with_name("scripts") / "quantize.py"

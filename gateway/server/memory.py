@@ -79,6 +79,8 @@ def _trim() -> None:
     # Of each name that C code has asked a type for; a full collection leaves them.
     if sys.version_info < (3, 13):
         sys._clear_type_cache()
+    else:
+        sys._clear_internal_caches()
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()  # one for all: Python keeps 255 of them
     timers = [loop.call_later(1, _nothing, context=context) for _ in range(_HANDLES)]

@@ -37,7 +37,8 @@ def test_the_hooks_run_the_tools_of_lint_and_types() -> None:
 
 
 def test_contributing_is_short_and_every_file_that_it_names_is_there() -> None:
-    assert len(CONTRIBUTING.splitlines()) <= 130
+    # The table of targets is as long as there are targets.
+    assert len([line for line in CONTRIBUTING.splitlines() if not line.startswith("| `make ")]) <= 110
     named = re.findall(r"`([\w.*-]+(?:/[\w.*-]+)+)/?`", CONTRIBUTING)
     assert len(named) > 20
     for name in named:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gateway.modelserver import demo_model, install
 from gateway.modelserver.preflight import CannotStart
-from gateway.modelserver.progress import Display
+from gateway.progress import Display
 
 
 def quiet() -> Display:
