@@ -40,8 +40,8 @@ test-browser: $(VENV)/.installed-dev  ## The page in Chromium; needs it, install
 test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor; installs it, 450 MB (4 min)
 	$(BIN)/python -m pytest tests/heavy/fp8/datasets.py tests/heavy/fp8/checkpoints.py
 
-test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; needs kubectl, installs their schemas (1 min)
-	$(BIN)/python -m pytest tests/heavy/kubernetes/rendered.py tests/heavy/kubernetes/schemas.py
+test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; needs kubectl and Prometheus, installs their schemas (1 min)
+	$(BIN)/python -m pytest tests/heavy/kubernetes/rendered.py tests/heavy/kubernetes/schemas.py tests/heavy/kubernetes/prometheus.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh

@@ -41,6 +41,7 @@ def test_every_object_is_what_its_schema_says(renderings: dict[str, list[Object]
         "NetworkPolicy",
         "PersistentVolumeClaim",
         "PodDisruptionBudget",
+        "PrometheusRule",
         "ScaledObject",
         "Service",
         "ServiceMonitor",
@@ -54,9 +55,10 @@ def test_what_is_misspelt_is_found(renderings: dict[str, list[Object]]) -> None:
     pod["containers"][0]["startupProbez"] = pod["containers"][0].pop("startupProbe")
     named(everything, "ScaledObject", "model-server")["spec"]["triggers"][0]["metadatas"] = {}
     named(everything, "ServiceMonitor", "vllm-gateway")["spec"]["endpoints"][0]["ports"] = "metrics"
+    named(everything, "PrometheusRule", "vllm-gateway")["spec"]["groups"][0]["rules"][0]["fors"] = "1m"
     lws = named(group, "LeaderWorkerSet", "model-server")["spec"]["leaderWorkerTemplate"]
     lws["sizes"] = lws.pop("size")
     lws["workerTemplate"]["spec"]["containers"][0]["envs"] = []
     found = "\n".join(problems({"everything": everything, "group": group}))
-    for misspelt in ("startupProbez", "metadatas", "'ports'", "'sizes'", "'envs'"):
+    for misspelt in ("startupProbez", "metadatas", "'ports'", "'fors'", "'sizes'", "'envs'"):
         assert misspelt in found, misspelt

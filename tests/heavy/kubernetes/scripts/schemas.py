@@ -15,10 +15,10 @@ import jsonschema
 import kubernetes_validate
 import kubernetes_validate.utils
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
 GROUP = json.loads((Path(__file__).parents[1] / "leaderworkerset.json").read_text())
-MODELS = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor}
+MODELS = {"PrometheusRule": PrometheusRule, "ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor}
 # The newest three, which are those that Kubernetes' people keep up.
 VERSIONS = [version.rsplit(".", 1)[0] for version in kubernetes_validate.utils.all_versions()][-3:]
 
