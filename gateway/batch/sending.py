@@ -178,15 +178,16 @@ class Sender:
     async def _ask(self, request: Request) -> tuple[bytes, str]:
         """The result of a request, and why it failed, if it did. Raises Refused, Unreachable, _Left."""
         figures = self._figures
-        before, tries = figures.answered, 0
+        before = answered = figures.answered
+        tries = 0
         while True:
-            answered = figures.answered
             got = await self._ask_once(request)
             if isinstance(got, httpx.Response) and got.status_code not in _AGAIN:
                 return _result(request, got), "" if got.is_success else _why(got)
             # No room is no fault of this one's, for as long as there is some for others.
             if not (_has_no_room(got) and figures.answered > answered):
                 tries += 1
+            answered = figures.answered
             if tries >= _most_tries(got):
                 if self._is_gone(got) and figures.answered == before:
                     raise Unreachable(_why(got))
@@ -262,7 +263,7 @@ def _seconds(got: httpx.Response | httpx.HTTPError, tries: int) -> float:
     asked = _retry_after(got.headers.get("retry-after")) if isinstance(got, httpx.Response) else 0
     # Who has no room knows when there is some; others only hope.
     known = asked and _has_no_room(got)
-    least = asked if known else max(asked, min(_LONGEST_WAIT / 2, _FIRST_WAIT * 2 ** (tries - 1)))
+    least = asked if known else max(asked, min(_LONGEST_WAIT / 2, _FIRST_WAIT * 2 ** max(0, tries - 1)))
     return random.uniform(least, 2 * least)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -316,28 +317,27 @@ def test_it_waits_as_long_as_it_is_told(
 
 
 def test_who_finds_no_room_is_patient_for_as_long_as_there_is_some_for_others(
-    send: Send, fake: FakeVllm, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, waits: list[Any]
+    send: Send, fake: FakeVllm, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = response("429 No", b"{}", "retry-after: 1")
-    names = [f"b{number}" for number in range(12)]
+    refused: list[Step] = [response("429 No", b"{}", "retry-after: 1")]
+    names = [f"b{number:02}" for number in range(20)]
 
-    def answer(text: str) -> Sequence[Step]:
-        # The other one's is answered once this one was refused once more.
-        before = sum(name in ("a",) for name in asked(fake))
-        others = len(fake.received) - before
-        if text == "a":
-            return [refused] if others < len(names) else OK
-        return OK
+    async def wait_for_another(self: sending.Sender, seconds: float, why: str) -> None:
+        answered = self._figures.answered
+        while self._figures.answered == answered < len(names):  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0.001)
 
-    answering(monkeypatch, fake, answer)
+    monkeypatch.setattr(sending.Sender, "_wait", wait_for_another)
+    answering(monkeypatch, fake, lambda text: refused if text == "a" and not set(names) <= set(asked(fake)) else OK)
     source = written(tmp_path / "in", *map(line, ["a", *names]))
-    ended = send(source, "--url", fake.url, "--max-concurrency", "2")
-    assert ended.status == 0
-    assert set(statuses(out).values()) == {200}
+    assert send(source, "--url", fake.url, "--max-concurrency", "2").status == 0
+    assert statuses(out) == dict.fromkeys(["a", *names], 200)
+    assert asked(fake).count("a") > 10
 
-    monkeypatch.setattr(fake, "answer_to", lambda request: [refused])
-    alone = send(written(tmp_path / "in", line("a")), "--url", fake.url, output=f"{out}.alone")
-    assert (alone.status, statuses(f"{out}.alone")) == (1, {"a": 429})
+    monkeypatch.setattr(sending.Sender, "_wait", lambda self, seconds, why: asyncio.sleep(0))
+    monkeypatch.setattr(fake, "answer_to", lambda request: refused)
+    alone = send(written(tmp_path / "in", line("c")), "--url", fake.url, output=f"{out}.alone")
+    assert (alone.status, statuses(f"{out}.alone"), asked(fake).count("c")) == (1, {"c": 429}, 10)
 
 
 # What ends it early

@@ -163,12 +163,12 @@ def test_ctrl_c_is_not_taken_for_a_model_that_does_not_fit() -> None:
     assert process.returncode == 130
 
 
-def test_a_server_does_not_import_what_sizes_models() -> None:
+def test_a_server_does_not_import_what_sizes_models_and_sends_files() -> None:
     code = (
         "import contextlib, sys; from gateway.__main__ import main; sys.argv[1:] = ['--help']\n"
         "with contextlib.suppress(SystemExit): main()\n"
         "assert 'gateway.app' in sys.modules\n"
-        "sys.exit(any(name.startswith('gateway.sizing') for name in sys.modules))"
+        "sys.exit(any(name.startswith(('gateway.sizing', 'gateway.batch')) for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
