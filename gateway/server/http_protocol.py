@@ -190,6 +190,7 @@ class HttpProtocol(HttpToolsProtocol):
     # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
     __slots__ = (
         "_awaited_since",
+        "_ends",
         "_feeds_rest",
         "_first_read",
         "_has_all",
@@ -221,6 +222,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = False
         # Why no more is read, once that is so.
         self._refusal: GatewayError | None = None
+        self._ends = False
         self._idle_since: float | None = None
         # The application's running request; uvicorn knows only the newest, which may wait behind it.
         self._running: RequestResponseCycle | None = None
@@ -485,6 +487,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._idle_since = self.loop.time()
             if self.timeout_keep_alive_task is None:
                 self._arm(self.timeout_keep_alive)
+            if self._ends:
+                self.shutdown()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -634,10 +638,15 @@ class HttpProtocol(HttpToolsProtocol):
         return self.owner
 
     def shutdown(self) -> None:
-        """No more is accepted: one that is idle may still get one request, whose answer closes it."""
+        """No more is accepted: one that is idle may still get one request, whose answer closes it.
+
+        So may one whose answer has begun, once that is complete: its head did not say that the connection closes, and
+        the client's next request may be on its way by then.
+        """
+        self._ends = True
         if self.cycle is None or self.cycle.response_complete:
             self.loop.call_later(DRAIN_GRACE, self._close_if_idle)
-        else:
+        elif not self.cycle.response_started:
             super().shutdown()
 
     def _close_if_idle(self) -> None:

@@ -43,9 +43,15 @@ def wait_until_it_accepts_no_more(gateway: Gateway) -> None:
 @contextlib.contextmanager
 def streaming(gateway: Gateway, fake: FakeVllm) -> Iterator[tuple[Hold, httpx.Response]]:
     """A stream that has begun and goes on once the hold is released."""
+    with gateway.client() as client, streaming_by(client, fake) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def streaming_by(client: httpx.Client, fake: FakeVllm) -> Iterator[tuple[Hold, httpx.Response]]:
     hold = Hold()
     fake.queue([STREAM_HEAD + chunk(EVENTS[0]), hold, *map(chunk, EVENTS[1:]), STREAM_END])
-    with gateway.client() as client, client.stream("POST", CHAT, json=STREAM) as answer:
+    with client.stream("POST", CHAT, json=STREAM) as answer:
         assert hold.reached.wait(10)
         yield hold, answer
 
@@ -93,6 +99,35 @@ def test_an_idle_connection_gets_one_more_answer(fake: FakeVllm, monkeypatch: py
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         with pytest.raises(httpx.ConnectError):
             client.post(CHAT, json=WHOLE)
+
+
+def test_a_connection_whose_answer_had_begun_gets_one_more_answer(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its head did not say that it closes, the client may have sent its next request."""
+    monkeypatch.setattr(http_protocol, "DRAIN_GRACE", 20.0)
+    with running(fake.url, drain_timeout=20) as gateway, gateway.client() as client:
+        with streaming_by(client, fake) as (hold, answer):
+            gateway.signal()
+            wait_until_it_accepts_no_more(gateway)
+            hold.release()
+            assert answer.read() == b"".join(EVENTS)
+        more = client.post(CHAT, json=WHOLE)
+        assert (more.status_code, more.headers["connection"]) == (200, "close")
+
+
+def test_a_connection_whose_answer_had_begun_is_closed_soon(fake: FakeVllm) -> None:
+    with running(fake.url, drain_timeout=20) as gateway, gateway.connect() as connection:
+        hold, body = Hold(), orjson.dumps(STREAM)
+        fake.queue([STREAM_HEAD + chunk(EVENTS[0]), hold, *map(chunk, EVENTS[1:]), STREAM_END])
+        connection.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body)))
+        connection.sendall(body)
+        assert hold.reached.wait(10)
+        gateway.signal()
+        wait_until_it_accepts_no_more(gateway)
+        hold.release()
+        with connection.makefile("rb") as answer:
+            assert answer.read().endswith(b"0\r\n\r\n")
 
 
 def test_an_idle_connection_is_closed_soon(fake: FakeVllm) -> None:
