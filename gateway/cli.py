@@ -330,10 +330,34 @@ def download(**given: Any) -> None:
         models.download(options, child_environment(), click.echo)
 
 
+@main.command(
+    epilog="""\b
+Exit status: 0 all of it is there; 1 something failed; 2 wrong usage; 130 stopped by Ctrl-C.
+Credentials and region are those of AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION and all else that
+boto3 knows."""
+)
+@click.argument("source", metavar="FILE|FOLDER", type=click.Path(path_type=Path))
+@click.argument("address", metavar="s3://BUCKET[/PREFIX]", callback=_text)
+@click.option("--family", callback=_text, help="The name to keep it under; else the model's own.")
+@click.option("--revision", callback=_text, help="Its commit, of which seven letters count; else what it says itself.")
+@click.option("--endpoint-url", metavar="URL", envvar="AWS_ENDPOINT_URL", show_envvar=True, help="Another than AWS's.")
+@click.option("--overwrite", is_flag=True, help="Write over what is there, and remove what the folder does not have.")
+def upload(**given: Any) -> None:
+    """Write a model into a bucket, as PREFIX/models/FAMILY/REVISION/…, and print its address.
+
+    A folder goes up file by file, config.json last, so that nobody serves half of it: `up --model s3://…` takes the
+    address. Of two that write at once, one is refused, where the server can.
+    """
+    from gateway.commands import models
+
+    with _moving(models.NOT_WRITTEN):
+        models.upload(models.UploadOptions(**given), click.echo)
+
+
 @contextlib.contextmanager
 def _moving(stopped: str) -> Iterator[None]:
     """What stops a command that moves models, told in a sentence."""
-    from gateway.models.failures import ModelError
+    from gateway.models import ModelError
 
     try:
         yield

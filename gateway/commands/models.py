@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from gateway.models.failures import ModelError, shown
+from gateway.models import ModelError, shown
 from gateway.progress import Display
 
 # Seconds over which a rate is measured.
 _WINDOW = 10
 KEPT = "Stopped. What has come is kept, and the same command goes on from there."
+NOT_WRITTEN = "Stopped. What was on its way is not there, and the model is not whole: the same command writes it anew."
 
 
 class DownloadOptions(NamedTuple):
@@ -90,6 +91,32 @@ def download(options: DownloadOptions, environ: Mapping[str, str], say: Callable
         tarball.write(target, content, zipped=options.gzip, watch=_Rate(update))
     display.say(f"All hashes are right. The tarball has {shown(target.stat().st_size)}.")
     say(str(target))
+
+
+class UploadOptions(NamedTuple):
+    """What `upload` was asked for."""
+
+    source: Path
+    address: str
+    family: str | None
+    revision: str | None
+    endpoint_url: str | None
+    overwrite: bool
+
+
+def upload(options: UploadOptions, say: Callable[[str], None]) -> None:
+    """Write a model into a bucket, and `say` where it is. Raises ModelError."""
+    with extra("upload"):
+        from gateway.models import s3
+        from gateway.models import upload as steps
+    display = _display()
+    address = s3.parse(options.address)
+    source = steps.source_of(options.source, options.family, options.revision)
+    bucket = s3.Bucket(address, options.endpoint_url)
+    display.say(f"{source.family} at {source.revision}: {_counted(len(source.files))}, {shown(source.size)}")
+    with display.task("Uploading") as update:
+        where = steps.upload(bucket, source, _Rate(update), overwrite=options.overwrite)
+    say(where)
 
 
 def _display() -> Display:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from huggingface_hub.utils import WeakFileLock
 
-from gateway.models.failures import ModelError, shown
+from gateway.models import ModelError, shown
 from gateway.models.fetching import Fetcher
 from gateway.models.hub import Hub, Snapshot
 from gateway.models.places import CONFIG, Place

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from gateway.models.failures import ModelError, shown
+from gateway.models import ModelError, shown
 from gateway.models.hashes import FileHash
 from gateway.models.hub import Hub
 from gateway.models.selection import RemoteFile

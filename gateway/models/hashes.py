@@ -20,6 +20,12 @@ def is_oid(name: str) -> bool:
     return _OID.fullmatch(name) is not None
 
 
+def hash_of(oid: str, size: int) -> Any:
+    """A hash of the kind of `oid` for a file of so many bytes, none of which it has yet."""
+    # Git's is of a file with its size before it.
+    return hashlib.sha1(b"blob %d\0" % size) if len(oid) == 40 else hashlib.sha256()
+
+
 class FileHash:
     """Hashes pieces in a thread of its own, beside who fetches them: hashing a piece takes as long as fetching one.
 
@@ -28,8 +34,7 @@ class FileHash:
 
     def __init__(self, oid: str, size: int) -> None:
         self._oid = oid
-        # Git's hash is of a file with this before it.
-        self._hash: Any = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        self._hash = hash_of(oid, size)
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -57,7 +62,7 @@ def is_whole(file: Path, oid: str, size: int) -> bool:
     """Whether the file has these bytes and this hash. Raises OSError."""
     if file.stat().st_size != size:
         return False
-    found: Any = hashlib.sha256() if len(oid) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    found = hash_of(oid, size)
     with file.open("rb") as opened:
         while piece := opened.read(_PIECE):
             found.update(piece)

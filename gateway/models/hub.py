@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
-from gateway.models.failures import ModelError
+from gateway.models import ModelError
 from gateway.models.hashes import is_oid
 from gateway.models.selection import RemoteFile, check_path
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from gateway.models.failures import ModelError
+from gateway.models import ModelError
 from gateway.models.hashes import is_whole
 from gateway.models.selection import RemoteFile
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub.utils import filter_repo_objects
 
-from gateway.models.failures import ModelError
+from gateway.models import ModelError
 
 # The formats that can be asked for, and the endings of their weights.
 FORMATS = {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from gateway.models.failures import ModelError
+from gateway.models import ModelError
 from gateway.models.selection import RemoteFile
 
 SUFFIXES = (".tar", ".tar.gz")

@@ -33,7 +33,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])
 
 from gateway.config.secret_files import BadSecretFile, with_files
-from gateway.modelserver import hub_cache, vllm_app, vllm_args
+from gateway.models import ModelError, hub_cache
+from gateway.modelserver import vllm_app, vllm_args
 from gateway.modelserver.child_process import Child
 
 PORT = 8008
@@ -346,7 +347,7 @@ def main(arguments: list[str]) -> int:
                 return 0 if healthy(os.environ, *where) else 1
             case _:
                 raise vllm_args.OptionError(f"no such command: {shlex.join(arguments)}")
-    except (vllm_args.OptionError, BadSecretFile, OSError) as error:
+    except (vllm_args.OptionError, ModelError, BadSecretFile, OSError) as error:
         sys.stderr.write(f"vllm-gateway: {error}\n")
         return 1
     return 0

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import httpx
 
-from gateway.modelserver import hub_cache
+from gateway.models import ModelError, hub_cache
 from gateway.modelserver.install import cache_folder
 from gateway.modelserver.preflight import CannotStart
-from gateway.modelserver.vllm_args import OptionError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]+/[\w!'()*./=-]*[\w!'()*.=-]/?", re.ASCII)
@@ -46,7 +45,7 @@ def find_model(
         raise CannotStart(f"There is no tarball {name}: `vllm-gateway download ORG/NAME --save-as-tarfile` makes one.")
     try:
         cached = hub_cache.find(folder, cache_folder(environ) / "models", watch)
-    except OptionError as error:
+    except ModelError as error:
         raise CannotStart(str(error)) from None
     if cached is not None:
         return Model(cached.name, local=True, environment=cached.environment())

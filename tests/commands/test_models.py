@@ -29,7 +29,9 @@ def run(folder: Path, *arguments: str, code: str | None = None, **environ: str) 
     )
 
 
-@pytest.mark.parametrize(("command", "library"), [("download org/model", "huggingface_hub")])
+@pytest.mark.parametrize(
+    ("command", "library"), [("download org/model", "huggingface_hub"), ("upload . s3://models", "boto3")]
+)
 def test_without_the_extra_it_says_how_to_install_it(tmp_path: Path, command: str, library: str) -> None:
     done = run(tmp_path, *command.split(), code=WITHOUT)
     assert done.returncode == 1
@@ -44,6 +46,8 @@ def test_without_the_extra_it_says_how_to_install_it(tmp_path: Path, command: st
     ("arguments", "sentence"),
     [
         ("download", "Missing argument 'ORG/NAME'"),
+        ("upload", "Missing argument 'FILE|FOLDER'"),
+        ("upload .", "Missing argument 's3://BUCKET[/PREFIX]'"),
         ("download org/model --format onnx", "'onnx' is not one of 'safetensors', 'bin', 'pt', 'gguf'"),
         ("download org/model --max-workers 0", "0 is not in the range 1<=x<=64"),
         ("download org/model --gzip", "--tarfile-name and --gzip are for --save-as-tarfile."),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gateway.commands import up
-from tests.modelserver.test_hub_cache import GOOD, make
+from tests.models.test_hub_cache import GOOD, make
 from tests.modelserver.test_vllm_process import eventually, is_gone
 from tests.support.paths import CERTIFICATES, ROOT
 from tests.support.ports import free_port

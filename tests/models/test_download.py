@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from gateway.models import ModelError
 from gateway.models import download as steps
-from gateway.models.failures import ModelError
 from gateway.models.hashes import is_whole
 from gateway.models.places import commit_of
 from tests.models.conftest import FILES, NAME, Download, contents, partials

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.models.failures import ModelError
+from gateway.models import ModelError
 from gateway.models.selection import FORMATS, RemoteFile, Wanted, check_path, select
 from tests.models.conftest import FILES
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
-from gateway.models import tarball
-from gateway.models.failures import ModelError
+from gateway.models import ModelError, tarball
 from gateway.models.selection import RemoteFile
 from tests.models.conftest import FILES, NAME, Download, contents
 from tests.support.whole_hub import WholeHub, oid

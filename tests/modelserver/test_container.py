@@ -16,7 +16,7 @@ import pytest
 
 from gateway.modelserver import container as entrypoint
 from gateway.modelserver import vllm_args
-from tests.modelserver.test_hub_cache import GOOD, make
+from tests.models.test_hub_cache import GOOD, make
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 

@@ -22,7 +22,7 @@ from gateway.modelserver.child_process import Child, last_lines
 from gateway.modelserver.model_source import Model, find_model
 from gateway.modelserver.preflight import CannotStart
 from gateway.modelserver.vllm_process import Launch, ModelServer, launch
-from tests.modelserver.test_hub_cache import GOOD, make
+from tests.models.test_hub_cache import GOOD, make
 from tests.support.ports import free_port
 from tests.support.unmeasured import unmeasured
 

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
-from gateway.modelserver.vllm_args import OptionError
+from gateway.models import ModelError, shown
+from gateway.models.hashes import hash_of, is_oid
 
 _TARBALL = re.compile(r".+\.(tar|tar\.gz|tgz)")
-_OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PIECE = 1024 * 1024
-_GB = 10**9
 
 Watch = Callable[[int, int], None]
 """Told of the bytes of a tarball that are read, and of all of them."""
@@ -46,7 +45,7 @@ def is_tarball(name: str) -> bool:
 def find(path: Path, unpacked: Path, watch: Watch = lambda done, total: None) -> CachedModel | None:
     """The model of a tarball, which is unpacked below `unpacked`; or of a folder with a cache or a tarball in it.
 
-    None for a folder that has a model's own files, or none of these. Raises OptionError.
+    None for a folder that has a model's own files, or none of these. Raises ModelError.
     """
     if path.is_file() and is_tarball(path.name):
         return _only_model(_unpacked(path, unpacked, watch), path)
@@ -56,7 +55,7 @@ def find(path: Path, unpacked: Path, watch: Watch = lambda done, total: None) ->
         return _only_model(path, path)
     tarballs = sorted(one for one in path.iterdir() if is_tarball(one.name) and one.is_file())
     if len(tarballs) > 1:
-        raise OptionError(f"The folder {path} has {len(tarballs)} tarballs: name one of them, as {tarballs[0]}.")
+        raise ModelError(f"The folder {path} has {len(tarballs)} tarballs: name one of them, as {tarballs[0]}.")
     return find(tarballs[0], unpacked, watch) if tarballs else None
 
 
@@ -66,15 +65,15 @@ def _only_model(folder: Path, source: Path) -> CachedModel:
     whole = [model for model in models if any(model.glob("snapshots/*/config.json"))]
     if len(whole) != 1:
         names = " and ".join(model.name for model in whole) or "none with a config.json"
-        raise OptionError(f"{source} must hold one model of a hub's cache, but it holds {names}.")
+        raise ModelError(f"{source} must hold one model of a hub's cache, but it holds {names}.")
     (model,) = whole
     if not (model / "refs" / "main").is_file():
-        raise OptionError(f"{source} has no {model.name}/refs/main, which says what is served: download it anew.")
+        raise ModelError(f"{source} has no {model.name}/refs/main, which says what is served: download it anew.")
     return CachedModel("/".join(model.name.split("--", 2)[1:]), model.parent)
 
 
 def _unpacked(tarball: Path, folder: Path, watch: Watch) -> Path:
-    """Where the tarball's content is; another time or size is another content. Raises OptionError."""
+    """Where the tarball's content is; another time or size is another content. Raises ModelError."""
     try:
         found = tarball.stat()
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,16 +87,16 @@ def _unpacked(tarball: Path, folder: Path, watch: Watch) -> Path:
                     if other != kept:
                         shutil.rmtree(other, ignore_errors=True)
     except OSError as error:
-        raise OptionError(f"{tarball} cannot be unpacked into {folder}: {error.strerror or error}.") from None
+        raise ModelError(f"{tarball} cannot be unpacked into {folder}: {error.strerror or error}.") from None
     return kept
 
 
 def _unpack(tarball: Path, size: int, kept: Path, watch: Watch) -> None:
     free = shutil.disk_usage(kept.parent).free
     if size > free:
-        raise OptionError(
-            f"{tarball} needs {size / _GB:.2f} GB or more on the disk of {kept.parent}, but {free / _GB:.2f} GB are "
-            "free: make room."
+        raise ModelError(
+            f"{tarball} needs {shown(size)} or more on the disk of {kept.parent}, but {shown(free)} are free: "
+            "make room."
         )
     part = kept.with_name(f"{kept.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -109,7 +108,7 @@ def _unpack(tarball: Path, size: int, kept: Path, watch: Watch) -> None:
                 _Unpacking(part, tarball).take(tar)
         part.rename(kept)
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise OptionError(f"{tarball} is no whole tarball ({error}): fetch it again.") from None
+        raise ModelError(f"{tarball} is no whole tarball ({error}): fetch it again.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -171,8 +170,8 @@ class _Unpacking:
 
     def _write(self, tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> None:
         """A file of a hub's cache is named after its hash, by which it is checked."""
-        oid = path.name if path.parent.name == "blobs" and _OID.fullmatch(path.name) else ""
-        found = hashlib.sha1(b"blob %d\0" % entry.size) if len(oid) == 40 else hashlib.sha256()
+        oid = path.name if path.parent.name == "blobs" and is_oid(path.name) else ""
+        found = hash_of(oid, entry.size)
         source = tar.extractfile(entry)
         assert source is not None
         with path.open("xb") as file:
@@ -182,5 +181,5 @@ class _Unpacking:
         if oid and found.hexdigest() != oid:
             raise self._refusal(entry.name, "is damaged: its bytes are not those of its hash")
 
-    def _refusal(self, name: str, why: str) -> OptionError:
-        return OptionError(f"{self._tarball}: {name!r} {why}. Nothing of it is unpacked.")
+    def _refusal(self, name: str, why: str) -> ModelError:
+        return ModelError(f"{self._tarball}: {name!r} {why}. Nothing of it is unpacked.")
