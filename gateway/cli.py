@@ -354,6 +354,20 @@ def upload(**given: Any) -> None:
         models.upload(models.UploadOptions(**given), click.echo)
 
 
+@main.command("serving-template", epilog="docs/models.md has the way to it: the image, the artifact, the first answer.")
+@_model_name
+@click.option("--image", required=True, callback=_text, help="The image with vLLM and the gateway, in your registry.")
+@click.option("--resource-plan", "plan", default="infer2.l", show_default=True, callback=_text, help="The platform's.")
+@click.option("--revision", callback=_text, help="A commit of the artifact; else the one that it is of.")
+@click.option("--artifact", callback=_text, help="The input artifact's name, of letters, digits and _.")
+def serving_template(**given: Any) -> None:
+    """Print the ServingTemplate by which SAP AI Core serves a model."""
+    from gateway.commands import models
+
+    with _moving(""):
+        click.echo(models.serving_template(**given), nl=False)
+
+
 @contextlib.contextmanager
 def _moving(stopped: str) -> Iterator[None]:
     """What stops a command that moves models, told in a sentence."""

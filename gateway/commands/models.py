@@ -119,6 +119,13 @@ def upload(options: UploadOptions, say: Callable[[str], None]) -> None:
     say(where)
 
 
+def serving_template(model: str, image: str, plan: str, revision: str | None, artifact: str | None) -> str:
+    """The document for a model. Raises ModelError."""
+    with extra("serving-template"):
+        from gateway.models.serving_template import Template, render
+    return render(Template(model, image, plan, revision, artifact))
+
+
 def _display() -> Display:
     """On standard error, so that standard output has the result alone."""
     return Display(Console(stderr=True, highlight=False, soft_wrap=True))

@@ -30,7 +30,12 @@ def run(folder: Path, *arguments: str, code: str | None = None, **environ: str) 
 
 
 @pytest.mark.parametrize(
-    ("command", "library"), [("download org/model", "huggingface_hub"), ("upload . s3://models", "boto3")]
+    ("command", "library"),
+    [
+        ("download org/model", "huggingface_hub"),
+        ("upload . s3://models", "boto3"),
+        ("serving-template org/model --image x", "yaml"),
+    ],
 )
 def test_without_the_extra_it_says_how_to_install_it(tmp_path: Path, command: str, library: str) -> None:
     done = run(tmp_path, *command.split(), code=WITHOUT)
@@ -46,6 +51,7 @@ def test_without_the_extra_it_says_how_to_install_it(tmp_path: Path, command: st
     ("arguments", "sentence"),
     [
         ("download", "Missing argument 'ORG/NAME'"),
+        ("serving-template org/model", "Missing option '--image'"),
         ("upload", "Missing argument 'FILE|FOLDER'"),
         ("upload .", "Missing argument 's3://BUCKET[/PREFIX]'"),
         ("download org/model --format onnx", "'onnx' is not one of 'safetensors', 'bin', 'pt', 'gguf'"),
