@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ _STEPS = (
     (b"Loading weights took", "trying the model"),
     (b"Starting vLLM server", "opening its port"),
 )
+# The end of a traceback in its log, and so many lines above that say where it was.
+_ERROR = re.compile(r"^\(.*\) ERROR .*\] [\w.]+(Error|Exception)\b")
+_ABOVE = 3
 _HOST = "127.0.0.1"
 _GRACE = 20
 _TICK = 0.25
@@ -175,9 +179,18 @@ class ModelServer:
         """Raises CannotStart, with the end of its log, if it has died."""
         code = self.exit_code()
         if code is not None:
+            end = last_lines(self.log)
             raise CannotStart(
-                f"The model server ended with {code}. The end of its log, {self.log}:\n{last_lines(self.log)}"
+                f"The model server ended with {code}. {self._cause(end)}The end of its log, {self.log}:\n{end}"
             )
+
+    def _cause(self, end: str) -> str:
+        """The first error that it logged, where `end` does not have it: as one worker of several dies, more follow."""
+        lines = last_lines(self.log, 1000).splitlines()
+        at = next((number for number, line in enumerate(lines) if _ERROR.match(line)), None)
+        if at is None or lines[at] in end:
+            return ""
+        return "Its first error:\n" + "\n".join(lines[max(0, at - _ABOVE) : at + 1]) + "\n"
 
     def stop(self) -> None:
         """End it with all its processes; may be called again."""

@@ -271,6 +271,37 @@ def test_one_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
         server.wait_ready()
 
 
+# As vLLM 0.32 logs a worker that dies: the others' ends follow, then its own, which is in good order.
+DIES = """
+mark = "(Worker_PP1 pid=7) ERROR 12-01 16:28:28 [multiproc_executor.py:1063]"
+print(mark, 'Traceback (most recent call last):')
+print(mark, '  File "gpu_model_runner.py", line 3175, in sync_and_gather_intermediate_tensors')
+print(mark, '    assert self.intermediate_tensors is not None')
+print(mark, '           ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^')
+print(mark, 'AssertionError')
+print('(EngineCore pid=5) ERROR 12-01 16:28:28 [core.py:1512] KeyError: 7')
+for line in range(30):
+    print('INFO: Shutting down', line)
+"""
+
+
+def test_one_whose_worker_died_is_told_with_that_ones_error(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    server = ModelServer(Launch([sys.executable, "-c", DIES], {}), free_port(), log)
+    with server, pytest.raises(CannotStart) as raised:
+        server.wait_ready()
+    told, end = str(raised.value).split(f"The end of its log, {log}:\n")
+    sentence, *lines = told.splitlines()
+    assert sentence == "The model server ended with 0. Its first error:"
+    assert [line.partition("] ")[2].strip(" ^") for line in lines[1:]] == [
+        "assert self.intermediate_tensors is not None",
+        "",
+        "AssertionError",
+    ]
+    assert "line 3175" in lines[0]
+    assert end.splitlines()[-1] == "INFO: Shutting down 29"
+
+
 def test_what_a_start_is_about_is_told_by_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     server = ModelServer(Launch(["python"], {}), 1, log)
