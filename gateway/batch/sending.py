@@ -22,6 +22,7 @@ import orjson
 from gateway.batch.output_file import result_of
 from gateway.batch.request import Request
 from gateway.upstream.connect_errors import describe_error
+from gateway.wire import sse
 
 # What may be otherwise in a while; no other 4xx is ever asked twice.
 _TOO_MANY = 429
@@ -35,6 +36,9 @@ _LONGEST_RETRY_AFTER = 600.0
 # Bytes of requests that are held: a few long ones are enough.
 _MOST_HELD = 64 * 1024 * 1024
 _CONNECT_SECONDS = 5
+_BROKEN = "broken_stream"
+# An error in the style `answer_part`, which no text can hold: its quotes are escaped.
+_STYLED_ERROR = b'data: {"type":"error"'
 # Less than the five seconds for which a gateway keeps a connection.
 _IDLE_SECONDS = 3
 # Who is gone without a word is missed after two minutes.
@@ -183,7 +187,7 @@ class Sender:
         while True:
             got = await self._ask_once(request)
             if isinstance(got, httpx.Response) and got.status_code not in _AGAIN:
-                return _result(request, got), "" if got.is_success else _why(got)
+                return _result(request, got), _failure(got)
             # No room is no fault of this one's, for as long as there is some for others.
             if not (_has_no_room(got) and figures.answered > answered):
                 tries += 1
@@ -274,7 +278,17 @@ def _no_answer(request: Request, error: httpx.HTTPError, tries: int) -> bytes:
 
 def _result(request: Request, got: httpx.Response) -> bytes:
     told = {"status_code": got.status_code, "request_id": got.headers.get("x-request-id"), "body": _body(got)}
-    return result_of(request.custom_id, response=told, error=None)
+    error = {"code": _BROKEN, "message": "The answer is a stream that ends with an error."}
+    return result_of(request.custom_id, response=told, error=error if _failure(got) == _BROKEN else None)
+
+
+def _failure(got: httpx.Response) -> str:
+    """Why an answer is none; empty where it is one."""
+    if not got.is_success:
+        return _why(got)
+    # One route answers in streams alone, which say at their end that they broke.
+    streamed = got.headers.get("content-type", "").startswith("text/event-stream")
+    return _BROKEN if streamed and (sse.has_error(got.content) or _STYLED_ERROR in got.content) else ""
 
 
 def _body(got: httpx.Response) -> Any:

@@ -21,7 +21,20 @@ from gateway.batch import input_file, sending
 from gateway.batch.sending import Figures
 from gateway.cli import main
 from gateway.commands import batch as command
-from tests.support.fake_vllm import CLOSE, RESET, FakeVllm, Hold, Received, Step, completion, response
+from tests.support.fake_vllm import (
+    CLOSE,
+    DONE,
+    RESET,
+    STREAM_HEAD,
+    FakeVllm,
+    Hold,
+    Received,
+    Step,
+    chunk,
+    completion,
+    response,
+    stream,
+)
 from tests.support.gateway_process import Gateway, running
 from tests.support.paths import AUTHORITY, CERTIFICATES
 from tests.support.ports import free_port
@@ -193,6 +206,27 @@ def test_pipes_are_read_and_written(send: Send, fake: FakeVllm, tmp_path: Path, 
     with subprocess.Popen([sys.executable, "-c", f"open({str(pipe)!r}, 'wb').write({content!r})"]):
         assert send(str(pipe), "--url", fake.url).status == 0
     assert statuses(out) == {"a": 200, "b": 200}
+
+
+def test_a_stream_that_says_that_it_broke_is_no_answer(
+    send: Send, fake: FakeVllm, gateway: Gateway, tmp_path: Path, out: str
+) -> None:
+    """vllm-app's path is answered in streams alone."""
+    told = [orjson.dumps({"choices": [{"index": 0, "text": text}]}) for text in ("a", "b")]
+    events = [b"data: " + one + b"\n\n" for one in told]
+    fake.queue([STREAM_HEAD, *map(chunk, events), CLOSE], stream([*events, DONE]))
+    source = written(tmp_path / "in", line("a", {"question": "Hi"}, "/api/v1/ask"))
+
+    ended = send(source, "--url", gateway.url)
+    assert ended.status == 1
+    assert "1 failed (broken_stream: 1)" in ended.err
+    found = results(Path(out).read_bytes())["a"]
+    assert found["error"]["code"] == "broken_stream"
+    assert '"type":"error"' in found["response"]["body"]
+
+    assert send(source, "--url", gateway.url).status == 0
+    found = results(Path(out).read_bytes())["a"]
+    assert (found["error"], found["response"]["body"].count("answer_part")) == (None, 2)
 
 
 # Again
