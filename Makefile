@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-docker test-kubernetes lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-docker test-kubernetes test-cluster lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -42,6 +42,9 @@ test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor;
 
 test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; needs kubectl and Prometheus, installs their schemas (1 min)
 	$(BIN)/python -m pytest tests/heavy/kubernetes/rendered.py tests/heavy/kubernetes/schemas.py tests/heavy/kubernetes/prometheus.py
+
+test-cluster: $(VENV)/.installed-dev  ## The manifests' pods run on Docker under load, by a kubelet in small; needs it, kubectl and root (5 min)
+	$(BIN)/python -m pytest tests/heavy/cluster/running.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh

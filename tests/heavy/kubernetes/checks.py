@@ -223,7 +223,7 @@ def accelerators(objects: list[Object]) -> Iterator[str]:
 
 
 def volumes(objects: list[Object]) -> Iterator[str]:
-    """Where a volume is of one node, the pod that has it goes before the next one comes."""
+    """Where a volume is of one node, there is one pod that has it, which goes before the next one comes."""
     claims = {one["metadata"]["name"]: one["spec"]["accessModes"] for one in of_kind(objects, "PersistentVolumeClaim")}
     for one in of_kind(objects, "Deployment", "LeaderWorkerSet"):
         for name, pod in templates([one]):
@@ -231,6 +231,8 @@ def volumes(objects: list[Object]) -> Iterator[str]:
                 recreated = one["spec"].get("strategy", {}).get("type") == "Recreate"
                 if recreated != (claims[claim] == ["ReadWriteOnce"]):
                     yield f"{name}: {claim} is {claims[claim]}"
+                elif recreated and one["spec"].get("replicas", 1) > 1:
+                    yield f"{name}: {one['spec']['replicas']} pods have {claim}, which is of one node"
 
 
 def restricted(objects: list[Object]) -> Iterator[str]:

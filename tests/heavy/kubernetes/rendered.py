@@ -143,6 +143,12 @@ def test_a_group_without_its_accelerators_or_its_worker_in_time_is_found(renderi
     assert list(checks.endings(objects)) == ["model-server's workerTemplate: its answers are cut off"]
 
 
+def test_two_pods_with_a_volume_of_one_node_are_found(renderings: Renderings) -> None:
+    objects = copy.deepcopy(renderings["components/vllm"])
+    named(objects, "Deployment", "model-server")["spec"]["replicas"] = 2
+    assert list(checks.volumes(objects)) == ["model-server: 2 pods have model-cache, which is of one node"]
+
+
 def test_the_files_are_few_and_plain() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(len(file.read_text().splitlines()) for file in files if file.parent.name == "base") <= 250
