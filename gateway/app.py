@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import httpx
@@ -35,6 +34,7 @@ from gateway.dialects.reader import BodyReader, Models
 from gateway.housekeeping import FinishedRequests, run_periodic_work
 from gateway.observability.logs import LineWriter, RequestLog
 from gateway.observability.metrics import Metrics
+from gateway.observability.own_version import own_version
 from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.page.document import Document
 from gateway.page.sampler import Sampler
@@ -163,7 +163,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             traced=None if tracer is None else tracer.to_upstream,
             tells_route=settings.route_headers,
         )
-        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, version("vllm-gateway"))
+        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, own_version())
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
