@@ -5,13 +5,11 @@ A change that adds half again is to be seen in review: then the numbers here are
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import hashlib
-import math
-import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import FrameType
@@ -20,33 +18,15 @@ from typing import Any
 import pytest
 import uvloop
 
-from gateway.app import create_app
-from gateway.config.secrets import read_secrets
-from gateway.config.settings import Settings
-from gateway.observability.logs import LineWriter
 from gateway.pool.upstream_pool import How, Upstream, UpstreamPool
-from gateway.server.http_protocol import SharedState
-from gateway.server.shortcut import Shortcut
-from gateway.server.uvicorn_server import create_server
-from gateway.upstream.connections import UpstreamConnection
-from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk, completion, response
-from tests.support.sink import Sink
+from tests.support.by_hand import SIMPLIFIED, WHOLE, gateway_by_hand, post
+from tests.support.fake_vllm import MODEL, completion, response
 
 REQUEST, SIMPLE, EVENT, KEYED, LIMITED, HEALTH = 46, 69, 5, 53, 60, 57
 # A choice among several upstreams: by a prompt's key, where all of the prompt is popular, and by load alone.
 CHOICES: dict[How, int] = {"first": 8, "hot": 8, "least": 6}
 
-WHOLE = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo"}'
-SIMPLIFIED = b'{"messages":{"system":"Be brief.","user":"Hi"},"max_new_tokens":64,"temperature":0,"streaming":false}'
-STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"model":"demo","stream":true}'
-
-
 SECRET = "sk-4f7d0c9a2b6e81d35a"
-
-
-def post(body: bytes, more: str = "") -> bytes:
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAccept: */*\r\nContent-Type: application/json\r\n"
-    return f"{head}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def calls_in(work: Callable[[], None]) -> int:
@@ -77,30 +57,10 @@ async def counted(
     `asked` is the body of such a request. With a file of `keys` those of a request whose header for the key is
     `brought`; the objects are not counted. Or those of a health check alone. `given` are more settings.
     """
-    own: dict[str, Any] = {
-        "GATEWAY_UPSTREAMS": ("http://127.0.0.1:9",),
-        "GATEWAY_PORT": 0,
-        "GATEWAY_API_KEYS_FILE": keys,
-    }
-    settings = Settings(**own, **given)
-    secrets = read_secrets(settings)
-    log = LineWriter(os.open(os.devnull, os.O_WRONLY))
-    app = create_app(settings, secrets, log)
-    async with app.router.lifespan_context(app) as state:
-        assert state is not None
-        config = create_server(settings, secrets, app).config
-        config.load()
-        assert config.http_protocol_class is Shortcut
-        loop = asyncio.get_running_loop()
-        connection = Shortcut(config, SharedState(), dict(state), _loop=loop)
-        client = Sink()
-        connection.connection_made(client)
-        pool: UpstreamPool = state["parts"].data_path.pool
-        (upstream,) = pool
-        upstream.models, upstream.state = (MODEL,), "serving"
-        server = UpstreamConnection(state["parts"].data_path.transport, upstream, "192.0.2.1", math.inf, 10**6)
-        server.connection_made(Sink())
-        server._owner.keep(server)
+    if keys is not None:
+        given["GATEWAY_API_KEYS_FILE"] = keys
+    async with gateway_by_hand(**given) as ends:
+        connection, server, client = ends.client, ends.upstream, ends.to_client
         answer = response("200 OK", completion())
         many = 100
 
@@ -108,21 +68,15 @@ async def counted(
             connection.data_received(post(asked))
             server.data_received(answer)
 
-        def streamed(events: int) -> None:
-            connection.data_received(post(STREAM, brought))
-            server.data_received(STREAM_HEAD)
-            for _ in range(events):
-                server.data_received(chunk(EVENTS[1]))
-            server.data_received(chunk(DONE) + STREAM_END)
-
         def keyed() -> None:
             connection.data_received(post(WHOLE, brought))
             if brought:
                 server.data_received(answer)
 
         def an_event() -> float:
-            streamed(1)
-            return (calls_in(lambda: streamed(2 * many)) - calls_in(lambda: streamed(many))) / many
+            ends.streamed(1, brought)
+            twice, once = (calls_in(partial(ends.streamed, events, brought)) for events in (2 * many, many))
+            return (twice - once) / many
 
         if asks_health:
             health_check = b"GET /v1/health_check HTTP/1.1\r\nHost: x\r\nAccept: */*\r\n\r\n"
@@ -135,7 +89,7 @@ async def counted(
             assert client.written.count(b"HTTP/1.1 200 OK" if brought else b"HTTP/1.1 401 ") == 4
             return calls, an_event() if brought else 0, 0
         whole()
-        streamed(1)
+        ends.streamed(1)
         assert client.written.count(b"HTTP/1.1 200 OK") == 2
         request, event = calls_in(whole), an_event()
         gc.collect()
@@ -144,11 +98,10 @@ async def counted(
         gc.disable()
         for _ in range(100):
             whole()
-            streamed(3)
+            ends.streamed(3)
         garbage = gc.collect()
         gc.enable()
         gc.unfreeze()
-    log.close()
     return request, event, garbage
 
 
