@@ -31,11 +31,13 @@ from gateway.config.settings import Settings
 from gateway.config.urls import is_loopback
 from gateway.dialects.body_limits import BodyLimits
 from gateway.dialects.reader import BodyReader, Models
-from gateway.housekeeping import FinishedRequests, run_periodic_work
-from gateway.observability.logs import LineWriter, RequestLog
+from gateway.finished_requests import FinishedRequests
+from gateway.housekeeping import run_periodic_work
+from gateway.observability.logs import LineWriter
 from gateway.observability.metrics import Metrics
 from gateway.observability.own_version import own_version
 from gateway.observability.recent_requests import PageFigures, RecentRequests
+from gateway.observability.request_log import RequestLog
 from gateway.page.document import Document
 from gateway.page.sampler import Sampler
 from gateway.pool.aliases import Alias
@@ -119,7 +121,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             lambda: () if keys is None else keys.names,
             lambda: reloading.certificate_ends_at,
         )
-        finished = FinishedRequests(metrics, recent, request_log, tracer)
+        finished = FinishedRequests(metrics.requests, recent, request_log, tracer)
         data_path = DataPath(
             routes={
                 (one.method.encode(), one.path.encode()): one

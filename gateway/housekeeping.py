@@ -5,25 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from typing import TYPE_CHECKING
 
-from gateway.observability.logs import RequestLog
-from gateway.observability.metrics import Metrics
-from gateway.observability.recent_requests import RecentRequests
+from gateway.finished_requests import FinishedRequests
 from gateway.page.sampler import Sampler
 from gateway.relay.data_path import DataPath
-from gateway.relay.record import Record
 from gateway.server.memory import MemoryTrimmer
 
-if TYPE_CHECKING:
-    from gateway.observability.tracing import Tracer
-
 _log = logging.getLogger(__name__)
-
-# Ended requests are counted and logged so many at a time, or after so many seconds: the same work in a row costs half
-# of what it costs between two requests, but a longer row would hold up other requests' events.
-_SETTLED_TOGETHER = 16
-
 
 _LOOK_AFTER = 0.1
 
@@ -31,40 +19,6 @@ _LOOK_AFTER = 0.1
 # The time limits are looked at after so many, or after a tenth of the shortest: to look at thousands of calls holds up
 # their events, too.
 _LIMITS_AFTER = 1.0
-
-
-class FinishedRequests:
-    """Data-path requests that have ended and are to be counted, traced and logged."""
-
-    def __init__(
-        self, metrics: Metrics, recent: RecentRequests, request_log: RequestLog, tracer: Tracer | None
-    ) -> None:
-        self._metrics = metrics
-        self._recent = recent
-        self._request_log = request_log
-        self._tracer = tracer
-        self._waiting: list[Record] = []
-
-    def add(self, record: Record) -> None:
-        """One more."""
-        self._waiting.append(record)
-        if len(self._waiting) >= _SETTLED_TOGETHER:
-            try:
-                self.flush()
-            except Exception:
-                # The call that has ended has yet to be answered.
-                _log.exception("requests that have ended could not be counted or logged")
-
-    def flush(self) -> None:
-        """Count, trace and log those that wait."""
-        if not self._waiting:
-            return
-        finished, self._waiting = self._waiting, []
-        self._metrics.requests.finished(finished)
-        self._recent.add(finished)
-        if self._tracer is not None:
-            self._tracer.finished(finished)  # before their lines, which name the traces
-        self._request_log.records(finished)
 
 
 async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sampler: Sampler | None) -> None:

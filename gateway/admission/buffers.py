@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from gateway.admission.owners import Owner
 
 # An owner may hold so many times what is free. One alone gets seven eighths, and something is always free; as calls
 # end, those who hold much get no more until the others have as much: the dynamic thresholds of Choudhury and Hahne
 # (1998), by which switches share their memory.
-SHARE = 7
+SHARE: Final = 7
 
 
 class Buffers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-_MINUTE = 60.0
+from typing import Final
+
+_MINUTE: Final = 60.0
 # So large a part of a minute's tokens may be saved up: over ten minutes that is half a per cent more than the limit.
-_SAVED = 1 / 20
+_SAVED: Final = 1 / 20
 # How much of the mean is the last call's.
-_LAST = 1 / 8
+_LAST: Final = 1 / 8
 
 
 class TokenBudget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from gateway.dialects.json_body import in_parts, shown
 from gateway.dialects.media_urls import NAME
@@ -12,33 +12,43 @@ from gateway.wire.errors import BadRequest, Rejected, TooLarge
 from gateway.wire.routes import BodyKind
 
 # What the parser itself takes.
-DEEPEST = 1024
+DEEPEST: Final = 1024
 
-_COPIES = ("n", "best_of")
-_TOKENS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "min_tokens")
+_COPIES: Final = ("n", "best_of")
+_TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "min_tokens")
 # What a call brings several of: prompts, texts, documents to rank, the two sides of pairs.
-_PROMPTS = ("prompt", "prompt_embeds")
-_INPUTS = (*_PROMPTS, "input", "documents", "text_1", "text_2", "data_1", "data_2", "queries", "items")
-_COUNTED = frozenset((*_INPUTS, "data"))
+_PROMPTS: Final[tuple[str, ...]] = ("prompt", "prompt_embeds")
+_INPUTS: Final[tuple[str, ...]] = (
+    *_PROMPTS,
+    "input",
+    "documents",
+    "text_1",
+    "text_2",
+    "data_1",
+    "data_2",
+    "queries",
+    "items",
+)
+_COUNTED: Final = frozenset((*_INPUTS, "data"))
 
 # By the kind of a call how it may say how long its answer is: else that is all of the model's context.
-_OWN_LIMITS: dict[BodyKind, tuple[str, ...]] = {
+_OWN_LIMITS: Final[dict[BodyKind, tuple[str, ...]]] = {
     "chat": ("max_completion_tokens", "max_tokens"),
     "batch": ("max_completion_tokens", "max_tokens"),
     "completion": ("max_tokens",),
     "response": ("max_output_tokens",),
 }
-_COMPLETION_TOKENS = 16
+_COMPLETION_TOKENS: Final = 16
 # An object whose fields vLLM hands to its engine together with those of the body itself.
-_MORE = "vllm_xargs"
+_MORE: Final = "vllm_xargs"
 
 # One value in so many may be an array or an object, and one a name, which cost a parser ten times what others do.
-_FLAT = 10
+_FLAT: Final = 10
 # What tells nothing of where strings end and values begin: all but quotes, brackets and commas, and but a backslash and
 # what may come behind it (RFC 8259, 7). Without it what is left to look through is a third of most texts.
-_MEANINGLESS = bytes(set(range(256)).difference(b'"{[,:\\/bfnrtu'))
+_MEANINGLESS: Final = bytes(set(range(256)).difference(b'"{[,:\\/bfnrtu'))
 
-_ASCII = bytes(range(128))
+_ASCII: Final = bytes(range(128))
 
 
 class BodyLimits:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationE
 
 from gateway.dialects.langchain import Flattened
 from gateway.dialects.simplified import Simplified
-from gateway.dialects.streams import ChunkStream, Style, TextStream
+from gateway.dialects.streams import EVENTS_HEAD, ChunkStream, Style, TextStream
 from gateway.wire import sse
 from gateway.wire.errors import BadRequest, GatewayError, UpstreamBroken
 
@@ -141,7 +141,7 @@ class ReleasedStream:
     does not begin with `data:`.
     """
 
-    head = TextStream.head
+    head = EVENTS_HEAD
     paced = True
 
     def __init__(self, texts: TextStream | None, hider: ChunkStream, sources: Json | None) -> None:

@@ -6,11 +6,12 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterable
+from typing import Final
 
 from gateway.wire.errors import BadRequest
 
 # Of the chat call of vLLM 0.32, and of 0.33 `return_weight_versions`. vLLM ignores any other field, without a word.
-VLLM_FIELDS = frozenset(
+VLLM_FIELDS: Final = frozenset(
     [
         "add_generation_prompt",
         "add_special_tokens",
@@ -83,7 +84,7 @@ VLLM_FIELDS = frozenset(
         "watermarking",
     ]
 )
-OWN_FIELDS = frozenset(
+OWN_FIELDS: Final = frozenset(
     [
         "data",
         "input_guardrail_params",
@@ -96,8 +97,8 @@ OWN_FIELDS = frozenset(
 )
 
 # Shorter ones are near to too many others; and of a body so many names are looked at.
-_SHORTEST = 6
-_LOOKS = 8
+_SHORTEST: Final = 6
+_LOOKS: Final = 8
 
 
 def refuse_misspelt(names: Iterable[str]) -> None:

@@ -6,27 +6,28 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Generator, Iterable, Iterator
 from json import detect_encoding
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from gateway.wire.errors import BadRequest
 
 # The field whose value the parser stopped in: the last `"name":` before that point.
-_FIELD_BEFORE = re.compile(r'"([A-Za-z0-9_]{1,64})"\s*:\s*"?[^",:{}\[\]]*$')
+_FIELD_BEFORE: Final = re.compile(r'"([A-Za-z0-9_]{1,64})"\s*:\s*"?[^",:{}\[\]]*$')
 # From so many bytes on a body is worth a look at its strings, and a string at what it is without.
-LONG_BODY = 32_768
-_LONG = 1024
+LONG_BODY: Final = 32_768
+_LONG: Final = 1024
 # So many strings and escaped quotes may come before a long one, and one more for each so many bytes: past that the
 # parser is quicker.
-_LOOKS, _LOOK_EACH = 48, 1024
-_MOST_QUOTES = 65_536
+_LOOKS: Final = 48
+_LOOK_EACH: Final = 1024
+_MOST_QUOTES: Final = 65_536
 # Most that is looked at in one step, in bytes: whatever is refused is refused early.
-PART = 128 * 1024
+PART: Final = 128 * 1024
 # The most backslashes before a quote that are counted.
-_RUN = 64
-_BACKSLASH = ord("\\")
-_NOT_JSON_NUMBER = re.compile(r"-?(NaN|Infinity)", re.IGNORECASE)
+_RUN: Final = 64
+_BACKSLASH: Final = ord("\\")
+_NOT_JSON_NUMBER: Final = re.compile(r"-?(NaN|Infinity)", re.IGNORECASE)
 
 
 def to_object(body: bytes) -> dict[str, Any]:

@@ -7,21 +7,21 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from gateway.wire.errors import ForeignMedia, Rejected
 
 # Of the plainest form alone: what two parsers may read in two ways is refused.
-_PLAIN = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
+_PLAIN: Final = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 
 # A part's own name, by which vLLM keeps what it makes of the part's media, and the lists that parts stand in. Deeper
 # than in a batch's chats stand tools' arguments, in which the same words mean something else.
-NAME = "uuid"
-_LISTS = ("content", "output")
-_DEEPEST_PART = 5
+NAME: Final = "uuid"
+_LISTS: Final = ("content", "output")
+_DEEPEST_PART: Final = 5
 
 # So many values are looked at in a step.
-_TOGETHER = 10_000
+_TOGETHER: Final = 10_000
 
 
 def parts_of(body: dict[str, Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from orjson import JSONDecodeError, loads
 
@@ -98,8 +98,8 @@ class Alias(Protocol):
 
 # How a body says how long its answer may be.
 # More than any call can have: of larger numbers a budget would lose the small ones.
-_MOST_TOKENS = 1_000_000_000
-_ANSWER = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_MOST_TOKENS: Final = 1_000_000_000
+_ANSWER: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 # The body that goes upstream, unless there is a translation; form, model, streaming, translation, whether the upstream
 # is asked for a stream's tokens, which the client is not told, the `cache_salt` that goes upstream, and by which other

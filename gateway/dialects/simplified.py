@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 import orjson
 
@@ -25,30 +25,30 @@ from gateway.wire.errors import BadRequest, Rejected, UpstreamBroken
 
 Json = dict[str, Any]
 
-MAX_NEW_TOKENS = 1024
-TEMPERATURE = 0.01
-TOP_P = 0.95
+MAX_NEW_TOKENS: Final = 1024
+TEMPERATURE: Final = 0.01
+TOP_P: Final = 0.95
 
 # Names of one field, the first of them our own.
-_MAX_TOKENS = ("max_new_tokens", "max_tokens", "max_completion_tokens")
-_STREAMING = ("streaming", "stream")
+_MAX_TOKENS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+_STREAMING: Final = ("streaming", "stream")
 
 # vLLM counts tokens in 32 bits; what fits there is for the model's own limit to judge.
-_MOST_TOKENS = 2**31 - 1
+_MOST_TOKENS: Final = 2**31 - 1
 
 # What most requests are made of.
-_USUAL_FIELDS = frozenset({"max_new_tokens", "messages", "model", "streaming", "temperature", "top_p"})
+_USUAL_FIELDS: Final = frozenset({"max_new_tokens", "messages", "model", "streaming", "temperature", "top_p"})
 
 # What OpenAI's call with a list of messages does not have.
-_FIELDS_OF_LISTS = frozenset(
+_FIELDS_OF_LISTS: Final = frozenset(
     {"data", "input_guardrail_params", "max_new_tokens", "output_guardrail_params", "streaming"}
 )
 
 # `id` is of the class that messages were made of.
-_OF_MESSAGES = frozenset({"id", "system", "user"})
+_OF_MESSAGES: Final = frozenset({"id", "system", "user"})
 
 # Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
-_OWN_FIELDS = OWN_FIELDS | {
+_OWN_FIELDS: Final = OWN_FIELDS | {
     "id",
     "max_completion_tokens",
     "max_tokens",
@@ -77,8 +77,7 @@ class Simplified:
     echoed: Json
     citations: list[Json]
     hides_usage: bool
-
-    target = "/v1/chat/completions"
+    target: str = "/v1/chat/completions"
 
     def to_call(self, model: str) -> bytes:
         """The chat call's body; raises BadRequest for what cannot be written."""

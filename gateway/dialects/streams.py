@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import orjson
 
@@ -19,12 +19,18 @@ Style = Literal["openai", "repr", "answer_part"]
 
 
 # The largest event that is read, in bytes.
-_LARGEST = 1024 * 1024
+_LARGEST: Final = 1024 * 1024
 # Inside a JSON string each of these quotes is escaped.
-FINISH = b'"finish_reason":"'
-_USAGE = b'"usage":{'
-_USAGE_CHUNK = re.compile(rb'"choices":\[\],.*"usage":\{')
-_FINGERPRINT = re.compile(rb'"system_fingerprint":("(?:[^"\\]|\\.)*")')
+FINISH: Final = b'"finish_reason":"'
+_USAGE: Final = b'"usage":{'
+_USAGE_CHUNK: Final = re.compile(rb'"choices":\[\],.*"usage":\{')
+_FINGERPRINT: Final = re.compile(rb'"system_fingerprint":("(?:[^"\\]|\\.)*")')
+
+
+# Of a stream of our own.
+EVENTS_HEAD: Final = AnswerHead(
+    200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
+)
 
 
 class TextStream:
@@ -37,9 +43,6 @@ class TextStream:
     place.
     """
 
-    head = AnswerHead(
-        200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
-    )
     paced = False
     fingerprint: bytes | None = None
 
@@ -47,6 +50,7 @@ class TextStream:
         self, style: Style, data: Json | None, citations: list[Json], text_of: Callable[[Json], str | None]
     ) -> None:
         """`text_of` takes a choice of a chunk."""
+        self.head = EVENTS_HEAD
         self._decoder = sse.Decoder(_LARGEST)
         self._as_repr = style == "repr"
         self._text_of = text_of
@@ -110,11 +114,11 @@ class ChunkStream:
     With `--enable-force-include-usage` vLLM tells every client, and in every chunk: then nothing is kept back.
     """
 
-    head = TextStream.head
     paced = False
 
     def __init__(self, citations: list[Json], *, hides_usage: bool, kind: str = "chat.completion.chunk") -> None:
         """`kind` is what the chunks are called, in case that none has come."""
+        self.head = EVENTS_HEAD
         self.hides_usage = hides_usage
         self.fingerprint: bytes | None = None
         self._citations = citations

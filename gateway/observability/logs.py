@@ -1,24 +1,16 @@
-"""Log lines: one a request, and those of the program, as JSON or as text."""
+"""The program's own log lines, as JSON or as text, and the thread that writes them and those of requests."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections import deque
-from datetime import UTC, datetime
-from functools import lru_cache
 from queue import SimpleQueue
-from typing import Any, Literal
 
-import orjson
-
-from gateway.relay.record import Record
-
-Format = Literal["json", "text"]
+from gateway.observability.request_log import Format, iso
 
 # Past this many unwritten lines new ones are dropped and counted: a stuck reader must not eat the memory.
 _PENDING = 50_000
@@ -107,7 +99,7 @@ class LineWriter:
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": _iso(int(record.created * 1000)),
+            "time": iso(int(record.created * 1000)),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -122,7 +114,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         # What an upstream said may stand in a message, and must not start a line of its own.
         message = record.getMessage().replace("\n", "\\n")
-        text = f"{_iso(int(record.created * 1000))} {record.levelname:<7} {message}"
+        text = f"{iso(int(record.created * 1000))} {record.levelname:<7} {message}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -143,107 +135,3 @@ def configure(writer: LineWriter, log_format: Format, log_level: str) -> None:
     # httpx tells of every probe, urllib3 of every batch of spans, uvicorn of every start and stop of its own.
     for name in ("httpx", "httpcore", "urllib3", "uvicorn"):
         logging.getLogger(name).setLevel("WARNING")
-
-
-class RequestLog:
-    """One line a request: never a prompt, a reply or a key."""
-
-    def __init__(self, writer: LineWriter | None, log_format: Format) -> None:
-        """`writer` None: no lines."""
-        self._writer = writer
-        self._log_format = log_format
-
-    def records(self, records: list[Record]) -> None:
-        """The lines of data-path requests that have ended."""
-        if self._writer is not None:
-            # What the wall's clock shows more than the records'.
-            ahead = time.time() - time.monotonic()
-            # As one piece: thousands of small ones a second would fill megabytes before the thread has its turn.
-            lines = [self._request_line(record, ahead) for record in records]
-            if lines:
-                self._writer.write(b"\n".join(lines), len(lines))
-            # Made amid a thousand requests and kept when they are gone, it would keep a megabyte.
-            _second.cache_clear()
-
-    def _request_line(self, record: Record, ahead: float) -> bytes:
-        started, first, ended = record.started_at, record.first_byte_at, record.ended_at
-        tokens, trace = record.tokens, record.trace
-        fields = {
-            "time": _iso(int((started + ahead) * 1000)),
-            "request_id": record.request_id,
-            "upstream_request_id": None if record.sent_at is None else record.upstream_id,
-            "method": record.route.method,
-            "path": record.route.path,
-            "client": record.address or None,
-            "key": record.key.name if record.key else None,
-            "form": record.form or None,
-            "model": record.model and record.model[:200],
-            "upstream": record.upstream.url if record.upstream else None,
-            "status": record.status,
-            "first_token_s": None if first is None else _in_microseconds(first - started),
-            "total_s": _in_microseconds((ended or started) - started),
-            "prompt_tokens": tokens[0] if tokens else None,
-            "completion_tokens": tokens[1] if tokens else None,
-            "tokens_estimated": tokens[2] if tokens else None,
-            "bytes": record.bytes_out,
-            "outcome": record.outcome,
-        }
-        if record.cached_tokens:
-            fields["cached_tokens"] = record.cached_tokens
-        if record.alias is not None:
-            fields["alias"] = record.alias[:200]
-        if trace is not None:
-            fields["trace_id"], fields["span_id"] = trace.trace_id, trace.span_id
-        return self._line(fields)
-
-    def other(self, request_id: str, method: str, path: str, client: str, status: int, total: float) -> None:
-        """The line of a request that is not relayed; `client` is its address, if any, `total` in seconds."""
-        if self._writer is None:
-            return
-        line = self._line(
-            {
-                "time": _iso(int((time.time() - total) * 1000)),
-                "request_id": request_id,
-                "method": method,
-                "path": path,
-                "client": client or None,
-                "status": status,
-                "total_s": _in_microseconds(total),
-                "outcome": "done",
-            }
-        )
-        self._writer.write(line)
-
-    def _line(self, fields: dict[str, Any]) -> bytes:
-        if self._log_format == "json":
-            line = orjson.dumps(fields)
-            # Beyond ASCII are characters, too, that a terminal obeys.
-            return line if line.isascii() else json.dumps(fields, separators=(",", ":")).encode()
-        return _as_text(fields).encode(errors="backslashreplace")
-
-
-def _as_text(fields: dict[str, Any]) -> str:
-    """`time status method path`, then `name=value` for what is known."""
-    head = f"{fields.pop('time')} {fields.pop('status')} {fields.pop('method')} {_word(fields.pop('path'))}"
-    return " ".join([head, *(f"{name}={_word(value)}" for name, value in fields.items() if value is not None)])
-
-
-def _word(value: Any) -> str:
-    """As it is where that is plain, else quoted and escaped, so that nothing can forge a field or a line."""
-    text = str(value)[:200]
-    return text if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text) else json.dumps(text)
-
-
-def _in_microseconds(seconds: float) -> float:
-    return int(seconds * 1e6) / 1e6
-
-
-def _iso(milliseconds: int) -> str:
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{_second(seconds)}.{rest:03d}Z"
-
-
-@lru_cache(maxsize=4)
-def _second(seconds: int) -> str:
-    # Where so many lines are written that their cost matters, most begin in the same second.
-    return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]

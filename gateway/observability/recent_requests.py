@@ -6,16 +6,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from gateway.observability.ring import Ring
 from gateway.relay.record import Record
 
 # How many times and failures are kept: older ones say nothing about now, and memory must not grow.
-_LAST = 1000
-_FAILURES = 20
+_LAST: Final = 1000
+_FAILURES: Final = 20
 # So much of a sentence is kept: some name all models.
-_LONGEST_SENTENCE = 400
+_LONGEST_SENTENCE: Final = 400
 
 
 class PageFigures:

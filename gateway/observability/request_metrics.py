@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
@@ -13,11 +13,29 @@ from gateway.observability.histograms import Histogram
 from gateway.observability.labels import UNKNOWN, Labels
 from gateway.relay.record import Record
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+    1800.0,
+)
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _by_model = partial(defaultdict[str, list[float]], list)
-_SOURCES = ("reported", "estimated")
-_LIMITED = 429
+_SOURCES: Final = ("reported", "estimated")
+_LIMITED: Final = 429
 
 
 L = TypeVar("L", bound=tuple[object, ...])

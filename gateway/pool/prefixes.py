@@ -10,28 +10,30 @@ import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise
+from typing import Final
 from zlib import crc32
 
 # Where a key's beginning may end, in bytes, as pairs with the end before.
 _MARKS = tuple(pairwise((0, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)))
-_FIRST_MARK = _MARKS[0][1]
+_FIRST_MARK: Final = _MARKS[0][1]
 # What a prompt is called, looked for in so many bytes of a body: what stands before it, as a model, is none of it.
-_MESSAGES = b'"messages"'
-_OTHER_NAMES = (b'"prompt"', b'"input"')
-_LOOKED_AT = 4096
+_MESSAGES: Final = b'"messages"'
+_OTHER_NAMES: Final = (b'"prompt"', b'"input"')
+_LOOKED_AT: Final = 4096
 # A beginning is too popular above so many of the last ten to twenty thousand calls, or so many where what it begins
 # with is too popular itself, lest each mark of what all calls share has to be learned at length; and above such a part
 # of what an upstream has of its model's calls.
-_FEW, _FEW_MORE = 8, 2
-_PART = 4
-_GENERATION = 10_000
+_FEW: Final = 8
+_FEW_MORE: Final = 2
+_PART: Final = 4
+_GENERATION: Final = 10_000
 # A prime number of orders, and so many places of each are told.
-_SLOTS = 8191
-_PLACES = 8
+_SLOTS: Final = 8191
+_PLACES: Final = 8
 # The key of a prompt of which every beginning is too popular, and what is added to one that was never seen, which
 # leaves its order as it is.
-HOT = -1
-NEW = 2**32 * _SLOTS
+HOT: Final = -1
+NEW: Final = 2**32 * _SLOTS
 
 
 class PrefixCounts:

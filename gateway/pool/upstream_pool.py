@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 from urllib.parse import urlsplit
 
 from gateway.admission.owners import Owner
@@ -18,18 +18,18 @@ _log = logging.getLogger(__name__)
 State = Literal["serving", "loading", "down", "draining"]
 
 # An upstream is failing after so many broken calls in a row, and gets one call for a trial each so many seconds.
-BROKEN_IN_A_ROW = 3
+BROKEN_IN_A_ROW: Final = 3
 TRIAL_AFTER = 15.0
 # Calls that may be tried again at once, and the part of all calls that may be in the long run: when all goes wrong,
 # twice the calls would make it worse.
-_RETRIES = 100.0
-_RETRIED_PART = 0.25
+_RETRIES: Final = 100.0
+_RETRIED_PART: Final = 0.25
 # What a place down in its key's order costs a call, and one whose key was never seen, which has little to find there;
 # and what a streamed call that awaits its first byte, as it is in its prefill, costs an upstream: as much as so many
 # calls in flight (docs/routing.md).
-_PLACE_DOWN = 64.0
-_NEW_PLACE_DOWN = 8.0
-_AWAITED = 7
+_PLACE_DOWN: Final = 64.0
+_NEW_PLACE_DOWN: Final = 8.0
+_AWAITED: Final = 7
 # How an upstream was found: by its key's first place, by a later one as that was busy, by load as all of the prompt is
 # popular or as it has no key, or in the place of one that did not take the call.
 How = Literal["first", "spilled", "hot", "least", "retried"]

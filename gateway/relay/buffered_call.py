@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
-from typing import Any
+from typing import Any, Final
 
 from gateway.admission.arrivals import no_room
 from gateway.dialects.json_body import LONG_BODY, to_object, without_long_strings
@@ -17,11 +17,11 @@ from gateway.wire.heads import UNCOMPRESSED, AnswerHead
 from gateway.wire.pieces import add_piece
 
 # From so many bytes on a body is read step by step; what one read may bring is less.
-LARGE = 256 * 1024
+LARGE: Final = 256 * 1024
 # So much of it is joined in a step.
-_WRITTEN = 1024 * 1024
+_WRITTEN: Final = 1024 * 1024
 # A reused connection that closes this soon after a request was already closing when it was sent, in seconds.
-STALE_WITHIN = 0.1
+STALE_WITHIN: Final = 0.1
 
 
 class BufferedCall(Exchange):
@@ -33,7 +33,7 @@ class BufferedCall(Exchange):
 
     def request_body(self, data: bytes) -> None:
         """A piece of the request's body."""
-        if self._state is not RECEIVING:
+        if self._state != RECEIVING:
             return
         self._last_read_at = self._path.time()
         self._size += len(data)
@@ -46,7 +46,7 @@ class BufferedCall(Exchange):
 
     def request_end(self) -> None:
         """The request is complete."""
-        if self._state is not RECEIVING:
+        if self._state != RECEIVING:
             return
         if self._size < LARGE:
             self._call(b"".join(self._body), self._path.time())
@@ -71,7 +71,7 @@ class BufferedCall(Exchange):
             content = joined.getvalue()
             marks = None if self.key is None else self._marks()
             steps = self._path.reader.read_in_steps(self.route.body, content, marks)
-            while self._state is READING:
+            while self._state == READING:
                 yield
                 try:
                     next(steps)
@@ -81,7 +81,7 @@ class BufferedCall(Exchange):
             else:
                 return
             self.prompt_bytes = yield from prompt_size_in_steps(content)
-            if self._state is READING:
+            if self._state == READING:
                 self._call(content, self._path.time(), reading)
         except GatewayError as error:
             self.fail(error)
@@ -91,7 +91,7 @@ class BufferedCall(Exchange):
     def request(self, content: bytes) -> None:
         """The whole request is there."""
         self.begin(len(content))
-        if self._state is RECEIVING:
+        if self._state == RECEIVING:
             self._call(content, self.started_at)
 
     def _call(self, content: bytes, now: float, reading: Reading | None = None) -> None:
@@ -178,7 +178,7 @@ class BufferedCall(Exchange):
 
     def credentials_renewed(self, error: GatewayError | None) -> None:
         """There are other credentials, unless there is an error; once a request."""
-        if self._state is not RENEWING:
+        if self._state != RENEWING:
             return
         if error is not None:
             self._upstream_failed(error)

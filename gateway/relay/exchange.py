@@ -11,8 +11,8 @@ State is changed first and acted on last, as an action may call back at once.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from abc import abstractmethod
+from typing import Final
 
 from gateway.admission.arrivals import no_room
 from gateway.dialects.reader import TranslatedStream, Translation
@@ -51,39 +51,39 @@ from gateway.wire.routes import Route
 _log = logging.getLogger(__name__)
 
 # An unfinished event is held back up to this size, so that an error event starts on a boundary.
-HELD_EVENT = 64 * 1024
+HELD_EVENT: Final = 64 * 1024
 # A whole answer that has to be rewritten is collected up to this size.
 COLLECTED = 64 * 1024 * 1024
 
-NO_TOKEN = "The gateway has no token for the model server yet: try again soon."
-FAILED = "The gateway failed; its log says why under this request id."
+NO_TOKEN: Final = "The gateway has no token for the model server yet: try again soon."
+FAILED: Final = "The gateway failed; its log says why under this request id."
 
 # An exchange's state. Plain ints: to read an Enum's member costs as much as a function call.
-RECEIVING = 0  # the request comes in
-QUEUED = 1  # there is no room upstream
-CONNECTING = 2  # a connection is awaited
-WAITING = 3  # the request is sent, no answer yet
-RENEWING = 4  # the upstream has refused our credentials, and new ones are awaited
-ANSWERING = 5  # the answer's head is there
-ENDED = 6
-READING = 7  # the request is there, and is read when its turn comes
+RECEIVING: Final = 0  # the request comes in
+QUEUED: Final = 1  # there is no room upstream
+CONNECTING: Final = 2  # a connection is awaited
+WAITING: Final = 3  # the request is sent, no answer yet
+RENEWING: Final = 4  # the upstream has refused our credentials, and new ones are awaited
+ANSWERING: Final = 5  # the answer's head is there
+ENDED: Final = 6
+READING: Final = 7  # the request is there, and is read when its turn comes
 
 # What happens to the answer's body.
-_RELAYED = 0  # piece by piece, as it comes
-_IN_EVENTS = 1  # in whole events
-_COLLECTED = 2  # rewritten at its end
+_RELAYED: Final = 0  # piece by piece, as it comes
+_IN_EVENTS: Final = 1  # in whole events
+_COLLECTED: Final = 2  # rewritten at its end
 
 # What a stream that waits for its client holds beside what was written last, in bytes: what waited before that for the
 # system to take it (server/http_protocol.py), the objects of a call and its two connections, and what malloc loses.
-_OF_A_STREAM = 32 * 1024
+_OF_A_STREAM: Final = 32 * 1024
 
-_LINE_FEED = ord("\n")
-_REPLY = AnswerHead(200, [JSON])
+_LINE_FEED: Final = ord("\n")
+_REPLY: Final = AnswerHead(200, [JSON])
 # Statuses that may be no answer: for others to give, or for nobody.
-_REFUSALS = REDIRECTS | {401, 503}
+_REFUSALS: Final = REDIRECTS | {401, 503}
 
 
-class Exchange(StreamedAnswer, ABC):
+class Exchange(StreamedAnswer):
     """One request and its answer. Attributes without an underscore are for observers to read."""
 
     __slots__ = (
@@ -98,6 +98,7 @@ class Exchange(StreamedAnswer, ABC):
         "_hides_usage",
         "_length",
         "_lines",
+        "_needs_audio",
         "_prefix",
         "_queued_until",
         "_refusal",
@@ -106,9 +107,6 @@ class Exchange(StreamedAnswer, ABC):
         "_state",
         "_translation",
     )
-
-    # Whether an upstream is needed that takes speech.
-    _needs_audio: ClassVar[bool] = False
 
     def __init__(self, path: DataPath, client: Client, route: Route, target: str, head: RequestHead) -> None:
         now = path.time()
@@ -135,6 +133,8 @@ class Exchange(StreamedAnswer, ABC):
         self._queued_until = now
         self._translation: Translation | None = None
         self._hides_usage = False
+        # Whether an upstream is needed that takes speech.
+        self._needs_audio = False
         # The upstream; the key of the prompt's beginning, by which it is found, and whether its first byte is awaited.
         self._prefix: int | None = None
         self._awaited = False
@@ -191,7 +191,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def awaits_more(self) -> None:
         """What one read brought of the request is there, and more is to come."""
-        if self._state is RECEIVING:
+        if self._state == RECEIVING:
             self._path.arrivals.grow(self, self.owner, self._size)
 
     @abstractmethod
@@ -223,7 +223,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def try_admit(self) -> bool:
         """There may be room upstream; True if it was taken."""
-        return self._state is not QUEUED or self._try_start(self._path.time())
+        return self._state != QUEUED or self._try_start(self._path.time())
 
     def _try_start(self, now: float) -> bool:
         path, owner = self._path, self.owner
@@ -232,7 +232,7 @@ class Exchange(StreamedAnswer, ABC):
         upstream = path.pool.select(self.model, now, audio=self._needs_audio, key=self._prefix)
         if upstream is None:
             return False
-        if self._state is QUEUED:
+        if self._state == QUEUED:
             path.queue.leave(self)
         owner.in_flight += 1
         self._attempt_started_at = now
@@ -280,7 +280,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def upstream_connected(self, connection: Connection) -> None:
         """A connection is there; one that comes too late goes to the idle ones."""
-        if self._state is not CONNECTING:
+        if self._state != CONNECTING:
             connection.release()
             return
         upstream = self.upstream
@@ -319,7 +319,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
         """No connection: `why`, or the limit in seconds that passed."""
-        if self._state is not CONNECTING:
+        if self._state != CONNECTING:
             return
         upstream = self.upstream
         assert upstream is not None
@@ -367,7 +367,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
         """The head of the answer; it goes out with the first byte of the body."""
-        if self._state is not WAITING or (head.status in _REFUSALS and self._is_no_answer(head)):
+        if self._state != WAITING or (head.status in _REFUSALS and self._is_no_answer(head)):
             return
         self._state = ANSWERING
         self._body.clear()
@@ -427,9 +427,9 @@ class Exchange(StreamedAnswer, ABC):
 
     def upstream_body(self, data: bytes) -> None:
         """What one read brought of the answer's body."""
-        if self._state is not ANSWERING:
+        if self._state != ANSWERING:
             return
-        if self._body_mode is _IN_EVENTS:
+        if self._body_mode == _IN_EVENTS:
             events = self._events
             assert events is not None
             # What is not whole, or does not begin with `data` or `event`, may be a comment; a response's first events
@@ -448,7 +448,7 @@ class Exchange(StreamedAnswer, ABC):
         self._last_read_at = self._path.time()
         if self.first_byte_at is None:
             self._first_byte(self._last_read_at)
-        if self._body_mode is _COLLECTED:
+        if self._body_mode == _COLLECTED:
             self._collect(data)
             return
         self._first_usage = first_usage(self._first_usage, data) if self._events is None else b""
@@ -489,7 +489,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def upstream_end(self) -> None:
         """The answer is complete."""
-        if self._state is not ANSWERING:
+        if self._state != ANSWERING:
             return
         connection, self._connection = self._connection, None
         self.upstream_ended_at = self._path.time()
@@ -502,7 +502,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def _lacks_end(self) -> bool:
         events = self._events
-        if events is None or self.status != 200 or self._body_mode is _COLLECTED:
+        if events is None or self.status != 200 or self._body_mode == _COLLECTED:
             return False
         return not self._has_end(self._before_last + self._last + events.held)
 
@@ -518,7 +518,7 @@ class Exchange(StreamedAnswer, ABC):
             if content:
                 self.upstream_body(content)
             self.upstream_end()
-        elif self._state is WAITING:
+        elif self._state == WAITING:
             if head.status in _REFUSALS and self._is_no_answer(head):
                 return
             connection, self._connection = self._connection, None
@@ -554,7 +554,7 @@ class Exchange(StreamedAnswer, ABC):
             self.fail(no_room(self._path.buffers))
 
     def _complete(self) -> None:
-        if self._body_mode is _COLLECTED:
+        if self._body_mode == _COLLECTED:
             assert self._head is not None
             self._answer(self._head, b"".join(self._collected or ()))
             return
@@ -572,7 +572,7 @@ class Exchange(StreamedAnswer, ABC):
             failed = failed or sse.has_error(end)
             if self._stream is not None and self.upstream is not None:
                 self.upstream.fingerprint = self._stream.fingerprint
-        if self._state is ENDED:  # the client has left while it was written to, or what it got was an error
+        if self._state == ENDED:  # the client has left while it was written to, or what it got was an error
             return
         client = self._client
         if not self._started:
@@ -624,7 +624,7 @@ class Exchange(StreamedAnswer, ABC):
     def client_paused(self) -> None:
         """The client reads more slowly than the upstream writes."""
         self._paused = True
-        if self._started and self._state is ANSWERING and self._collected is None:
+        if self._started and self._state == ANSWERING and self._collected is None:
             # What nobody reads is to hold little: its end, in which the usage is, and what is written of it.
             written, self._last = len(self._last), sse.last_events(self._before_last + self._last, HELD_EVENT)
             self._before_last = b""
@@ -639,14 +639,14 @@ class Exchange(StreamedAnswer, ABC):
         """The client has caught up."""
         self._paused = False
         self._last_read_at = self._path.time()
-        if self._started and self._state is ANSWERING and self._collected is None:
+        if self._started and self._state == ANSWERING and self._collected is None:
             self._hold(0)
         if self._connection is not None:
             self._connection.resume()
 
     def client_gone(self, outcome: str = "client_left") -> None:
         """The client has left, or reads no more; the upstream is told at once, by a closed connection."""
-        if self._state is ENDED:
+        if self._state == ENDED:
             return
         self._drop_connection()
         if outcome == "shortage":
@@ -659,20 +659,20 @@ class Exchange(StreamedAnswer, ABC):
 
     def check_timeouts(self) -> None:
         """End with what is due if a limit has passed, or set `deadline` to when one may."""
-        if self._state is ENDED:
+        if self._state == ENDED:
             return
         now = self._path.time()
         limits = self._path.limits
         if now >= self._path.drain.ends_at:
             self.fail(Draining("The gateway ends, and the time for what was still running is over: try again."))
-        elif self._state is QUEUED and now - self.started_at < limits.total_timeout:
+        elif self._state == QUEUED and now - self.started_at < limits.total_timeout:
             if now >= self._queued_until:
                 seconds = limits.queue_timeout
                 self.fail(TooMany(f"There was no room for {seconds:g} s (GATEWAY_QUEUE_TIMEOUT): try again later."))
                 return
             self._beat_if_due(now)
             self.deadline = min(self._queued_until, self._next_heartbeat())
-        elif self._state is RECEIVING:
+        elif self._state == RECEIVING:
             if late_body := self._late_body(now, self.started_at):
                 self.fail(late_body)
             else:
@@ -705,7 +705,7 @@ class Exchange(StreamedAnswer, ABC):
     def crashed(self, error: BaseException) -> None:
         """A bug of ours, or a shortage of memory: the client is told, and the upstream's standing stays as it is."""
         _log.error("the exchange failed (request id %s)", self.request_id, exc_info=error)
-        if self._state is ENDED:
+        if self._state == ENDED:
             self._client.abort()  # it was being answered
         elif isinstance(error, MemoryError) or is_shortage(error):
             what = "memory" if isinstance(error, MemoryError) else "descriptors (ulimit -n)"
@@ -715,7 +715,7 @@ class Exchange(StreamedAnswer, ABC):
 
     def fail(self, error: GatewayError) -> None:
         """End with an error of our own: an answer, an event in a stream, or, where neither is possible, a cut."""
-        if self._state is ENDED:
+        if self._state == ENDED:
             return
         self._drop_connection()
         self.error = error.code, error.message  # not the exception, whose traceback holds the body

@@ -42,6 +42,16 @@ class Client(Protocol):
         """Whether nothing can reach it any more."""
 
 
+class UploadingClient(Client, Protocol):
+    """A client whose request can be waited with."""
+
+    def pause(self) -> None:
+        """Read no more of the request."""
+
+    def resume(self) -> None:
+        """Read on."""
+
+
 class Connection(Protocol):
     """One connection to an upstream, lent to one exchange at a time."""
 

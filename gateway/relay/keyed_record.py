@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 from urllib.parse import quote
 
 from gateway.admission.keys import Key, Keys
@@ -13,16 +14,16 @@ from gateway.wire.errors import GatewayError, NoSuchResponse, NotServed, RateLim
 from gateway.wire.heads import AnswerHead, Header
 from gateway.wire.key_marks import KeyMarks, check_owner
 
-LIMIT_HEADERS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
-TOKEN_HEADERS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
-ROUTE_HEADERS = (b"x-gateway-upstream", b"x-gateway-model")
+LIMIT_HEADERS: Final = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
+TOKEN_HEADERS: Final = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+ROUTE_HEADERS: Final = (b"x-gateway-upstream", b"x-gateway-model")
 # What stands in these as it is; else it is percent-encoded (RFC 3986, 2.1).
-_PLAIN = "/:@+"
-_LONGEST_NAME = 200
-JSON = (b"content-type", b"application/json")
+_PLAIN: Final = "/:@+"
+_LONGEST_NAME: Final = 200
+JSON: Final = (b"content-type", b"application/json")
 # An upstream's answer for a path that it has not.
-NO_SUCH_PATH = b'{"detail":"Not Found"}'
-KEY_NEEDED = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key or api-key."
+NO_SUCH_PATH: Final = b'{"detail":"Not Found"}'
+KEY_NEEDED: Final = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key or api-key."
 
 
 class KeyedRecord(TimedRecord):
@@ -124,7 +125,9 @@ class KeyedRecord(TimedRecord):
             if self.model:
                 alias = f"; alias={_plain(self.alias)}" if self.alias else ""
                 own.append((ROUTE_HEADERS[1], f"{_plain(self.model)}{alias}".encode()))
-        return head.with_more(own) if own else head
+        if not own:
+            return head
+        return AnswerHead(head.status, own, streams=head.streams, encoding=head.encoding, behind=head)
 
     def _settle(self, reserved: float) -> None:
         """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from gateway.admission.keys import Key
 from gateway.pool.upstream_pool import Upstream
@@ -10,7 +10,7 @@ from gateway.relay.usage import TOKEN, cached_in, usage_in
 from gateway.wire.heads import RequestHead, new_request_id
 from gateway.wire.routes import Route
 
-CLIENT_LEFT = 499  # as nginx logs it; never sent
+CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
 
 
 class Trace(Protocol):

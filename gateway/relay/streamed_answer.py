@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Final
 
 from gateway.dialects.reader import TranslatedStream
-from gateway.dialects.streams import FINISH, ChunkStream, TextStream
+from gateway.dialects.streams import EVENTS_HEAD, FINISH, ChunkStream
 from gateway.relay.interfaces import Client
 from gateway.relay.keyed_record import KeyedRecord
 from gateway.wire import sse
@@ -14,9 +15,9 @@ from gateway.wire.errors import GatewayError, NotServed, UpstreamRefused
 from gateway.wire.heads import AnswerHead
 
 # As vLLM writes them.
-HEARTBEAT = b": keep-alive\n\n"
+HEARTBEAT: Final = b": keep-alive\n\n"
 # Of an answer whose own head has not come when a heartbeat is due.
-_STREAM = TextStream.head
+_STREAM: Final = EVENTS_HEAD
 
 
 class StreamedAnswer(KeyedRecord):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from gateway.relay.data_path import DataPath
 from gateway.relay.record import Record
 from gateway.wire.errors import RequestTimeout, UpstreamTimeout
 
 # The slowest that a body may come, in bytes a second, past its time limit.
-_BODY_RATE = 1024
+_BODY_RATE: Final = 1024
 
 
 class TimedRecord(Record):

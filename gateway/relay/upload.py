@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final
 
 from gateway.admission.arrivals import no_room
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.data_path import DataPath
 from gateway.relay.exchange import RECEIVING, RENEWING, Exchange
-from gateway.relay.interfaces import Client, Connection
+from gateway.relay.interfaces import Connection, UploadingClient
 from gateway.relay.usage import ITEM
 from gateway.wire.errors import BadRequest, GatewayError, NoneReady, UnsupportedType, UpstreamBroken, body_too_large
 from gateway.wire.heads import AnswerHead, RequestHead
@@ -16,17 +16,7 @@ from gateway.wire.pieces import add_piece
 from gateway.wire.routes import Route
 
 # What is held of a body while there is no connection yet, before the client is paused.
-HELD = 64 * 1024
-
-
-class UploadingClient(Client, Protocol):
-    """A client whose request can be waited with."""
-
-    def pause(self) -> None:
-        """Read no more of the request."""
-
-    def resume(self) -> None:
-        """Read on."""
+HELD: Final = 64 * 1024
 
 
 class Upload(Exchange):
@@ -39,10 +29,9 @@ class Upload(Exchange):
 
     __slots__ = ("_all_came", "_blocked", "_uploader")
 
-    _needs_audio = True
-
     def __init__(self, path: DataPath, client: UploadingClient, route: Route, target: str, head: RequestHead) -> None:
         super().__init__(path, client, route, target, head)
+        self._needs_audio = True
         self._uploader = client
         self._all_came = False
         self._blocked = False  # the client, by us
@@ -86,7 +75,7 @@ class Upload(Exchange):
 
     def _go(self, now: float) -> None:
         """There is something to send: only now is a place upstream taken for it."""
-        if self._state is not RECEIVING:
+        if self._state != RECEIVING:
             return
         self._path.arrivals.leave(self)
         if self._has_room(self._size) and not self._try_start(now):
@@ -171,7 +160,7 @@ class Upload(Exchange):
 
     def credentials_renewed(self, error: GatewayError | None) -> None:
         """There may be other credentials, but nothing is left to send."""
-        if self._state is not RENEWING:
+        if self._state != RENEWING:
             return
         if error is not None:
             self._upstream_failed(error)

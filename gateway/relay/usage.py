@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from typing import Final
 
-_NAME = b'"usage":'
+_NAME: Final = b'"usage":'
 # Responses and Messages call them input and output. Inside a JSON string every quote is escaped, so a model that writes
 # this text is not mistaken for vLLM.
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
-_COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
+_PROMPT: Final = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
+_COMPLETION: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
+_USUAL: Final = b'"usage":{"prompt_tokens":'
+_USUAL_SIZE: Final = len(_USUAL)
+_COMPLETION_NAME: Final = b'"completion_tokens":'
 # What Messages leave out of theirs.
-_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens":\s*(\d{1,18})\b')
+_CACHED: Final = re.compile(rb'"cache_(?:read|creation)_input_tokens":\s*(\d{1,18})\b')
 # Those of them that it had, in the details of a prompt's.
-_FOUND_TOKENS = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)":\s*(\d{1,18})\b')
+_FOUND_TOKENS: Final = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)":\s*(\d{1,18})\b')
 # An object and those in it, up to its end or its first that holds others.
-_OBJECT = re.compile(rb'"usage":\s*\{(?:[^{}]++|\{[^{}]*+\})*+')
+_OBJECT: Final = re.compile(rb'"usage":\s*\{(?:[^{}]++|\{[^{}]*+\})*+')
 # Enough for an object whose details are of each turn of a long conversation.
-_LONG = 4096
+_LONG: Final = 4096
 
 # A text is a quarter as many tokens as bytes; a picture or a recording, whose bytes say nothing, a thousand.
-TOKEN = 4
-ITEM = 1000 * TOKEN
+TOKEN: Final = 4
+ITEM: Final = 1000 * TOKEN
 # So many are told from text, and so much is looked through in a step.
-_MOST_ITEMS = 256
-_STEP = 1024 * 1024
+_MOST_ITEMS: Final = 256
+_STEP: Final = 1024 * 1024
 # One byte in so many says what a body is made of.
-_SAMPLED = 61
+_SAMPLED: Final = 61
 # Where one is in a body. What is written of one inside a text has its quotes escaped.
-_MARKS = (b";base64,", b'"data":', b'_embeds":')
-_BEFORE_URL = re.compile(rb'url"\s*:\s*"data:[^"\s]*$', re.IGNORECASE)
-_BASE64 = re.compile(rb'\s{0,8}"([A-Za-z0-9+/=_\\-]{256})')
+_MARKS: Final = (b";base64,", b'"data":', b'_embeds":')
+_BEFORE_URL: Final = re.compile(rb'url"\s*:\s*"data:[^"\s]*$', re.IGNORECASE)
+_BASE64: Final = re.compile(rb'\s{0,8}"([A-Za-z0-9+/=_\\-]{256})')
 
-_EVENT = re.compile(rb"^(?:event|data):", re.MULTILINE)
-_TEXT = re.compile(
+_EVENT: Final = re.compile(rb"^(?:event|data):", re.MULTILINE)
+_TEXT: Final = re.compile(
     rb'"(?:content|reasoning(?:_content)?|text|delta|arguments|partial_json|thinking)":\s*"([^"\\]*+(?:\\.[^"\\]*+)*+)'
 )
 
@@ -68,6 +72,29 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
 
     A call that completes nothing, as an embedding does, may leave out the second.
     """
+    # As vLLM mostly writes it, by its bytes: a regular expression takes ten times as long.
+    if text[:_USUAL_SIZE] == _USUAL:
+        end = text.find(b"}")
+        at = text.find(_COMPLETION_NAME, _USUAL_SIZE, end) if end > 0 else -1
+        if at > 0:
+            first = last = 0
+            place = _USUAL_SIZE
+            while 48 <= text[place] <= 57:
+                first = first * 10 + text[place] - 48
+                place += 1
+            at += len(_COMPLETION_NAME)
+            stop = at
+            while 48 <= text[stop] <= 57:
+                last = last * 10 + text[stop] - 48
+                stop += 1
+            # A comma comes next, or the object's end.
+            if (
+                0 < place - _USUAL_SIZE < 19
+                and 0 < stop - at < 19
+                and (text[place] == 44 or text[place] == 125)
+                and (text[stop] == 44 or text[stop] == 125)
+            ):
+                return first, last
     told = _OBJECT.match(text)
     if told is None or (prompt := _PROMPT.search(told[0])) is None:
         return None

@@ -9,9 +9,9 @@ from typing import NotRequired, TypedDict, cast
 from starlette.responses import Response
 from starlette.types import Scope
 
-from gateway.observability.logs import RequestLog
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent_requests import RecentRequests
+from gateway.observability.request_log import RequestLog
 from gateway.page.sampler import Sampler
 from gateway.relay.data_path import DataPath
 from gateway.upstream.prober import Prober

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 # In JSON a quote inside a string is escaped, so that this is a name wherever it stands.
-_MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]')
-_DEPTH = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
+_MODEL: Final = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
+_TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]')
+_DEPTH: Final = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
 # Of a body so much is looked at, in bytes, to see whether a name is its own.
-_LOOKS = 64 * 1024
+_LOOKS: Final = 64 * 1024
 
 
 def edited(content: bytes, body: dict[str, Any], *, model: str | None = None, **added: Any) -> bytes:

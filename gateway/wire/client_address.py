@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Final
 
 Network = IPv4Network | IPv6Network
 
 # Proxies stand behind each other, but no more than this: what else a header says is the client's own invention.
-_MOST_PROXIES = 16
+_MOST_PROXIES: Final = 16
 # Some proxies add the port.
-_WITH_PORT = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+):\d+")
+_WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+):\d+")
 # A customer of IPv6 has a network of at least so many addresses, and one call from each.
-_CUSTOMERS_OWN = 64
+_CUSTOMERS_OWN: Final = 64
 
 
 def client_address(peer: str, forwarded_for: bytes, trusted: tuple[Network, ...]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 # A head of lines that end in CR LF and in nothing else, with its length set apart.
-_HEAD = re.compile(rb"((?:[^\r\n]+\r\n)+?content-length: )(\d{1,9})(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.IGNORECASE)
+_HEAD: Final = re.compile(rb"((?:[^\r\n]+\r\n)+?content-length: )(\d{1,9})(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.IGNORECASE)
 
 
 # Most of a head that is remembered, in bytes.
-_REMEMBERED = 4096
+_REMEMBERED: Final = 4096
 
 
 class SameHead:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
+from typing import Final
 
 from gateway.wire.errors import BadRequest, GatewayError, HeadTooLarge, UnsupportedEncoding, UrlTooLong
 
 Header = tuple[bytes, bytes]
 
 # RFC 9110, 7.6.1, and those that older agents treat alike; `connection` names more of them.
-HOP_BY_HOP = frozenset(
+HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
         b"http2-settings",
@@ -30,7 +31,7 @@ HOP_BY_HOP = frozenset(
 
 # Of a request's: ours to write (host, length, id), answered here (expect, and origin, as vLLM would let the pages of
 # every one read), or the client's secret and not the upstream's.
-NOT_TO_UPSTREAM = HOP_BY_HOP | {
+NOT_TO_UPSTREAM: Final = HOP_BY_HOP | {
     b"api-key",
     b"authorization",
     b"content-length",
@@ -46,8 +47,8 @@ NOT_TO_UPSTREAM = HOP_BY_HOP | {
 # others, join their sessions or be told of the server's load. The beginnings cover what vLLM may name alike later, what
 # Amazon's containers of it obey, and the Kubernetes Inference Gateway and llm-d, whose proxies call the host that a
 # header names.
-OBEYED = frozenset({b"endpoint-load-metrics-format", b"x-session-id"})
-_BEGINNINGS = (
+OBEYED: Final = frozenset({b"endpoint-load-metrics-format", b"x-session-id"})
+_BEGINNINGS: Final = (
     b"proxy-",
     b"x-amzn-sagemaker-",
     b"x-data-parallel-",
@@ -59,7 +60,7 @@ _BEGINNINGS = (
 
 # Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
 # none. Which pages may read it is not the upstream's to say.
-NOT_TO_CLIENT = HOP_BY_HOP | {
+NOT_TO_CLIENT: Final = HOP_BY_HOP | {
     b"access-control-allow-credentials",
     b"access-control-allow-origin",
     b"access-control-expose-headers",
@@ -90,25 +91,25 @@ NOT_TO_CLIENT = HOP_BY_HOP | {
 }
 
 # Asks for an answer that can be read: where nothing is said of it, any coding would do (RFC 9110, 12.5.3).
-UNCOMPRESSED = b"accept-encoding: identity\r\n"
+UNCOMPRESSED: Final = b"accept-encoding: identity\r\n"
 
 # What sends a client elsewhere; a 304 (Not Modified) does not.
-REDIRECTS = frozenset({300, 301, 302, 303, 305, 306, 307, 308})
+REDIRECTS: Final = frozenset({300, 301, 302, 303, 305, 306, 307, 308})
 
 # RFC 9110, 7.2, without user information; with the underscores that containers' names have.
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
 
 # Zeros may stand before it, more than Python reads.
-_LENGTH = re.compile(rb"0*(\d{1,19})")
+_LENGTH: Final = re.compile(rb"0*(\d{1,19})")
 
 # HTTP/1.1's, and those that an ASGI server calls so which really speaks them; in a request line 2.0 is nobody's.
-_VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
+_VERSIONS: Final = frozenset({"1.0", "1.1", "2", "3"})
 
-_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_SANE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 # Of C, as a comprehension is a call more.
-_AS_LINE: Callable[[Header], bytes] = b"%b: %b\r\n".__mod__
+_AS_LINE: Final[Callable[[Header], bytes]] = b"%b: %b\r\n".__mod__
 
 
 def lines(headers: list[Header]) -> bytes:
@@ -239,21 +240,27 @@ class AnswerHead:
 
     __slots__ = ("closes", "encoding", "headers", "lines", "status", "streams")
 
-    def __init__(self, status: int, headers: list[Header], *, streams: bool = False, encoding: bytes = b"") -> None:
+    def __init__(
+        self,
+        status: int,
+        headers: list[Header],
+        *,
+        streams: bool = False,
+        encoding: bytes = b"",
+        behind: AnswerHead | None = None,
+    ) -> None:
+        """The headers stand behind those of another head, `behind`, if any: none of them then ends the connection."""
         self.status = status
-        self.headers = headers
-        self.lines = lines(headers)
         self.streams = streams
         self.encoding = encoding
-        self.closes = (b"connection", b"close") in headers
-
-    def with_more(self, more: list[Header]) -> AnswerHead:
-        """The same with these as well, of which none says how the body is, or that the connection ends."""
-        head = AnswerHead.__new__(AnswerHead)
-        head.status, head.streams, head.encoding, head.closes = self.status, self.streams, self.encoding, self.closes
-        head.headers = self.headers + more
-        head.lines = self.lines + b"".join(map(_AS_LINE, more))
-        return head
+        if behind is None:
+            self.headers = headers
+            self.lines = b"".join(map(_AS_LINE, headers))
+            self.closes = (b"connection", b"close") in headers
+        else:
+            self.headers = behind.headers + headers
+            self.lines = behind.lines + b"".join(map(_AS_LINE, headers))
+            self.closes = behind.closes
 
 
 def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes | None]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hmac
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from gateway.wire.errors import NoSuchResponse
 
-_RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})([0-9a-f]{32})")
+_RESPONSE_ID: Final = re.compile(r"resp_([0-9a-f]{32})([0-9a-f]{32})")
 # In bytes: as many as the random part has.
-_MARK = 16
+_MARK: Final = 16
 
 
 @dataclass(frozen=True, slots=True)

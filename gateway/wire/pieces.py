@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 # A piece of fewer bytes is held together with its neighbours, as each object has a cost of some 60 bytes.
-_SMALL = 1024
+_SMALL: Final = 1024
 
 
 def add_piece(pieces: list[bytes | bytearray], piece: bytes) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from gateway.wire.sse import Ends
 
-_COUNT_TOKENS = "/v1/messages/count_tokens"
+_COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 
 BodyKind = Literal["chat", "batch", "completion", "response", "json", "none", "generate", "ask", "upload"]
 
@@ -63,9 +63,9 @@ class Route:
 
 
 # As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
-RESPONSE_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")
+RESPONSE_ID: Final = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")
 
-ROUTES = (
+ROUTES: Final = (
     Route("chat", "POST", "/v1/chat/completions", "A chat, in OpenAI's or the simplified form.", "chat", True),
     Route("chat", "POST", "/v1/chat/completions/batch", "Several chats, each with its completion.", "batch"),
     Route("completions", "POST", "/v1/completions", "A text, completed.", "completion", True),
@@ -97,14 +97,14 @@ ROUTES = (
 # What GATEWAY_ROUTES may name.
 NAMES = tuple(dict.fromkeys(route.name for route in ROUTES))
 
-_OPERATORS = "changes or stops the server for everyone"
-_INSIDE = "tells of the server's inside"
-_OTHER_WAY_IN = "another way into calls that have paths of their own"
-_EXPERIMENT = "an experiment of vLLM's"
-_OURS = "the gateway's own"
+_OPERATORS: Final = "changes or stops the server for everyone"
+_INSIDE: Final = "tells of the server's inside"
+_OTHER_WAY_IN: Final = "another way into calls that have paths of their own"
+_EXPERIMENT: Final = "an experiment of vLLM's"
+_OURS: Final = "the gateway's own"
 
 # Not relayed, and why: whatever is not above is not, and these are all that vLLM is known to have.
-REFUSED = {
+REFUSED: Final = {
     "/health": _OURS,
     "/metrics": _OURS,
     "/ping": _OURS,

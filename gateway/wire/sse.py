@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Literal
+from typing import Final, Literal
 
 # How a stream ends: by `[DONE]`, as OpenAI's Responses do, or as Anthropic's Messages do.
 Ends = Literal["done", "responses", "messages"]
 
-DONE = b"[DONE]"
+DONE: Final = b"[DONE]"
 # Each ends with one of these events; inside JSON a line cannot begin so.
-_END_EVENT = {
+_END_EVENT: Final = {
     "done": re.compile(rb"(?:^|[\r\n])data: ?\[DONE\](?:[\r\n]|$)"),
     "responses": re.compile(rb"(?:^|[\r\n])event: ?(?:response\.(?:completed|failed|incomplete)|error)(?:[\r\n]|$)"),
     "messages": re.compile(rb"(?:^|[\r\n])event: ?(?:message_stop|error)(?:[\r\n]|$)"),
 }
-END_NAMES = {"done": "[DONE]", "responses": "response.completed", "messages": "message_stop"}
-_ERROR_EVENT = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"|event: ?(?:error|response\.failed)[\r\n])')
+END_NAMES: Final = {"done": "[DONE]", "responses": "response.completed", "messages": "message_stop"}
+_ERROR_EVENT: Final = re.compile(rb'(?:^|[\r\n])(?:data: ?\{"error"|event: ?(?:error|response\.failed)[\r\n])')
 # What vLLM writes of a response before its engine has begun: no sign of the model.
-_ANNOUNCED = re.compile(rb"response\.(?:created|queued|in_progress)")
-_EVENT_NAME = re.compile(rb"(?:^|[\r\n])event: ?([^\r\n]*)")
-_SEQUENCE = re.compile(rb'"sequence_number": ?(\d{1,9})\b')
+_ANNOUNCED: Final = re.compile(rb"response\.(?:created|queued|in_progress)")
+_EVENT_NAME: Final = re.compile(rb"(?:^|[\r\n])event: ?([^\r\n]*)")
+_SEQUENCE: Final = re.compile(rb'"sequence_number": ?(\d{1,9})\b')
 
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
-_BLANK = (b"\n\n", b"\n\r\n", b"\r\r")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+_EVENT_END: Final = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_BLANK: Final = (b"\n\n", b"\n\r\n", b"\r\r")
 # What is kept of an event that passes in pieces: its first line names it.
-_BEGINNING = 64
+_BEGINNING: Final = 64
 
 
 def end_of_last_event(data: bytes) -> int:

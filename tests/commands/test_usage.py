@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from gateway.commands.usage import Usage, UsageError, as_csv, as_table, read
-from gateway.observability.logs import Format
+from gateway.observability.request_log import Format
 from tests.commands.test_cli import address, serving
 from tests.support.fake_vllm import FakeVllm, response
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.observability.logs import Format, LineWriter, RequestLog, _iso, configure
+from gateway.observability.logs import LineWriter, configure
+from gateway.observability.request_log import Format, RequestLog, iso
 from tests.support.paths import ROOT
 from tests.support.recorders import Conversation
 
@@ -164,7 +165,7 @@ def ended(model: str = "demo") -> Conversation:
 
 @given(st.integers(min_value=0, max_value=4_000_000_000_000))
 def test_a_time_is_in_utc_and_has_milliseconds(milliseconds: int) -> None:
-    told = _iso(milliseconds)
+    told = iso(milliseconds)
     assert len(told) == len("2026-11-23T08:08:08.123Z")
     assert datetime.fromisoformat(told) == datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission.owners import Owner
 from gateway.dialects.streams import Style
 from gateway.relay import exchange as exchange_module
 from gateway.relay.buffered_call import BufferedCall
@@ -1415,13 +1416,16 @@ def test_a_place_that_a_second_try_gives_up_goes_to_the_next() -> None:
     assert (talk.exchange.upstream, one.upstream) == (other, first)
 
 
-def test_one_that_is_refused_costs_those_that_wait_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = busy(max_queue=1)
-    looks: list[str | None] = []
-    monkeypatch.setattr(talk.path.pool, "select", lambda model, now, **_: looks.append(model))
+def test_one_that_is_refused_costs_those_that_wait_nothing() -> None:
+    talk = Conversation(max_in_flight_per_upstream=1, max_queue=1)
+    talk.crowd(1)
+    looks: list[None] = []
+    # As a call that waits, which is asked where there may be room.
+    waiting: Any = type("Waiting", (), {"try_admit": lambda _: looks.append(None)})()
+    assert talk.path.queue.add(waiting, talk.path.pool.group(None), Owner())
     one = BufferedCall(talk.path, ClientRecorder(), CHAT, CHAT.path, RequestHead([]))
     one.request(orjson.dumps(OPENAI_WHOLE))
-    assert (one.status, len(looks)) == (429, 1)
+    assert (one.status, looks) == (429, [])
 
 
 def test_room_for_several_is_for_as_many() -> None:

@@ -18,7 +18,7 @@ from gateway.pool.upstream_pool import UpstreamPool
 from gateway.server.http_protocol import SharedState
 from gateway.server.shortcut import Shortcut
 from gateway.server.uvicorn_server import create_server
-from gateway.upstream.connections import UpstreamConnection
+from gateway.upstream.connection import UpstreamConnection
 from tests.support.fake_vllm import DONE, EVENTS, MODEL, STREAM_END, STREAM_HEAD, chunk
 from tests.support.sink import Sink
 

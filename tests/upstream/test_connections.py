@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
 from gateway.upstream import connections
-from gateway.upstream.connections import HEADER_BYTES, IDLE_FOR, ConnectionLimits, ConnectionPool, UpstreamConnection
+from gateway.upstream.connection import HEADER_BYTES, UpstreamConnection
+from gateway.upstream.connections import IDLE_FOR, ConnectionLimits, ConnectionPool
 from gateway.upstream.resolver import Resolver
 from gateway.wire.heads import AnswerHead, Header, answer_head
 from tests.support.examples import examples

@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.pool.upstream_pool import Upstream
 from gateway.relay.interfaces import Connection
-from gateway.upstream.connections import IDLE_FOR, ConnectionLimits, ConnectionPool, UpstreamConnection
+from gateway.upstream.connection import UpstreamConnection
+from gateway.upstream.connections import IDLE_FOR, ConnectionLimits, ConnectionPool
 from gateway.upstream.resolver import Resolver
 from tests.upstream.test_connections import ANSWERS, LIMITS, REQUEST, Answer, Caller, well_formed
 
