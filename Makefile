@@ -87,6 +87,7 @@ lock: $(VENV)/.installed-dev  ## The lock files anew, after a change of pyprojec
 	$(COMPILE) pyproject.toml --extra otel -c requirements/image.lock -o requirements/otel.lock
 	$(COMPILE) pyproject.toml --extra models -c requirements/otel.lock -o requirements/models.lock
 	$(COMPILE) pyproject.toml --extra dev --extra models --extra otel -c requirements/models.lock -c requirements/otel.lock -o requirements/dev.lock
+	$(COMPILE) requirements/compile.in -c requirements/dev.lock -o requirements/compile.lock
 	$(COMPILE) requirements/audit.in -o requirements/audit.lock
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock

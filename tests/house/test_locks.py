@@ -51,6 +51,8 @@ def test_each_lock_of_the_gateway_has_what_the_package_needs() -> None:
     extras = project["optional-dependencies"]
     names = ("image", "otel", "models", "dev")
     image, otel, models, dev = (entries(ROOT / "requirements" / f"{name}.lock") for name in names)
+    # It compiles with what checks the types.
+    assert entries(ROOT / "requirements/compile.lock").items() <= dev.items()
     # The larger ones have the smaller ones' very lines.
     assert image.items() <= otel.items() <= dev.items()
     assert image.items() <= models.items() <= dev.items()
