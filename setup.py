@@ -43,8 +43,6 @@ COMPILED = (
     "gateway/observability/request_metrics.py",
     "gateway/observability/request_log.py",
     "gateway/observability/histograms.py",
-    "gateway/observability/recent_requests.py",
-    "gateway/observability/ring.py",
     "gateway/finished_requests.py",
 )
 

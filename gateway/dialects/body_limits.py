@@ -83,8 +83,9 @@ class BodyLimits:
         max_json_bytes: int,
         refused_fields: Collection[str],
     ) -> None:
-        self.max_new_tokens = math.inf if max_new_tokens is None else max_new_tokens
-        self._fields: dict[str, tuple[float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
+        # A float alone would make 64.0 of 64 where this is compiled.
+        self.max_new_tokens: int | float = math.inf if max_new_tokens is None else max_new_tokens
+        self._fields: dict[str, tuple[int | float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
         self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
         self._refused = frozenset(refused_fields) - {NAME}
         self.refuses_media_names = NAME in refused_fields
@@ -158,7 +159,7 @@ class BodyLimits:
                 f"The request's body is nested more than {self._max_json_depth} deep (GATEWAY_MAX_JSON_DEPTH)."
             )
 
-    def missing_limit(self, kind: BodyKind, body: dict[str, Any]) -> dict[str, float] | None:
+    def missing_limit(self, kind: BodyKind, body: dict[str, Any]) -> dict[str, int | float] | None:
         """The field by which a call that names no limit of its answer is held to `max_new_tokens`, and that."""
         names = _OWN_LIMITS.get(kind)
         if names is None or any(body.get(name) is not None for name in names):

@@ -79,7 +79,7 @@ class Models(Protocol):
     def models_of(self, route: str) -> list[str]:
         """Those whose servers are known to take this route."""
 
-    def context(self, model: str) -> float: ...
+    def context(self, model: str) -> int | float: ...
 
 
 class Alias(Protocol):
@@ -387,7 +387,7 @@ class BodyReader:
         )
         return "simplified", erag.Released(translation, self.compat) if self.compat else translation
 
-    def _max_context(self, model: str) -> float:
+    def _max_context(self, model: str) -> int | float:
         return min(self.models.context(model), self.body_limits.max_new_tokens)
 
 

@@ -144,7 +144,7 @@ def from_body(
     system_role: Literal["system", "merge"],
     *,
     disable_streaming: bool,
-    max_new_tokens: float = MAX_NEW_TOKENS,
+    max_new_tokens: int | float = MAX_NEW_TOKENS,
     counts_tokens: bool = False,
     checked: bool = False,
     with_text: bool = False,
@@ -161,7 +161,7 @@ def from_body(
     if system_role == "merge":
         messages = _merged(messages)
     others: Json | None = None
-    guardrail: Json | None = None
+    guardrail: Any = None
     data: Json | None = None
     citations: list[Json] = []
     if not body.keys() <= _USUAL_FIELDS:  # most have no more, and need no more looks
@@ -210,7 +210,7 @@ def _cited(data: Any, with_text: bool) -> tuple[Json | None, list[Json]]:
     return {**data, "reranked_docs": citations}, citations
 
 
-def _sampling(body: Json, max_new_tokens: float, checked: bool) -> Json:
+def _sampling(body: Json, max_new_tokens: int | float, checked: bool) -> Json:
     """How the answer is drawn; what a request does not say is what the replaced systems took."""
     tokens, temperature, top_p = body.get("max_new_tokens"), body.get("temperature"), body.get("top_p")
     if not checked:
@@ -358,16 +358,16 @@ def _one_of(body: Json, names: tuple[str, ...], check: Callable[[Any, str], Any]
     return None if said is None else check(said, first)
 
 
-def _temperature(value: Any) -> float:
+def _temperature(value: Any) -> int | float:
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         raise BadRequest(f"temperature must be a number of at least 0, but it is {shown(value)}.", param="temperature")
-    return cast(float, value)
+    return cast(int | float, value)
 
 
-def _top_p(value: Any) -> float:
+def _top_p(value: Any) -> int | float:
     if type(value) not in (int, float) or not 0 < value <= 1:
         raise BadRequest(f"top_p must be a number above 0 and at most 1, but it is {shown(value)}.", param="top_p")
-    return cast(float, value)
+    return cast(int | float, value)
 
 
 def _style(value: Any) -> Style:

@@ -244,7 +244,7 @@ class UpstreamPool:
         able = [one for one in self._upstreams if one.routes is not None and route in one.routes]
         return list(dict.fromkeys(model for one in able for model in one.models))
 
-    def context(self, model: str) -> float:
+    def context(self, model: str) -> int | float:
         """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
         return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
 

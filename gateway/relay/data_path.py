@@ -28,7 +28,7 @@ class CallLimits:
     `max_connections` is the most clients at once. A `heartbeat_interval` of None: there are no heartbeats.
     """
 
-    max_connections: float
+    max_connections: int | float
     max_body_bytes: int
     queue_timeout: float
     first_token_timeout: float

@@ -43,6 +43,7 @@ def test_a_relayed_call_is_changed_by_a_setting_alone(edit: tuple[str, str], exa
 
 def test_a_batch_of_chats_is_held_to_the_limit_as_one_is() -> None:
     sent, *_ = reader(**BOUND).read("batch", orjson.dumps(BATCH))
+    assert sent.endswith(b'"max_completion_tokens":9}')
     assert orjson.loads(sent) == {**BATCH, "max_completion_tokens": 9}
 
 

@@ -42,6 +42,19 @@ def read_or_refused(body: Body, role: Role, whole: bool) -> Simplified | BadRequ
 
 
 @pytest.mark.parametrize(
+    ("sent", "written"),
+    [
+        ({"temperature": 0, "top_p": 1, "max_new_tokens": 64}, b'"max_tokens":64,"temperature":0,"top_p":1,'),
+        ({"max_new_tokens": 5.0, "temperature": 0.5}, b'"max_tokens":5,"temperature":0.5,"top_p":0.95,'),
+        ({}, b'"max_tokens":512,"temperature":0.01,'),
+    ],
+)
+def test_whole_numbers_go_on_as_such(sent: Body, written: bytes) -> None:
+    request = from_body({"messages": "Hi", **sent}, "openai", "system", disable_streaming=True, max_new_tokens=512)
+    assert written in request.to_call("demo")
+
+
+@pytest.mark.parametrize(
     ("body", "simplified"),
     [
         ({"messages": {}}, True),

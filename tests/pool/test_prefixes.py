@@ -144,7 +144,7 @@ def test_another_process_with_the_upstreams_in_another_order_finds_the_same() ->
     script = """
 import orjson, sys
 from gateway.pool.prefixes import Places, PrefixCounts
-upstreams = orjson.loads(sys.argv[1])
+upstreams = [(address, weight) for address, weight in orjson.loads(sys.argv[1])]
 counts, places = PrefixCounts(), Places(upstreams)
 bodies = [orjson.dumps({"messages": [{"role": "user", "content": f"{number} " * 300}]}) for number in range(300)]
 keys = [counts.key_of("m", "salt", body, len(upstreams)) for body in bodies]
