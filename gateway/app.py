@@ -35,7 +35,7 @@ from gateway.finished_requests import FinishedRequests
 from gateway.housekeeping import run_periodic_work
 from gateway.observability.logs import LineWriter
 from gateway.observability.metrics import Metrics
-from gateway.observability.own_version import own_version
+from gateway.observability.own_version import own_build, own_version
 from gateway.observability.recent_requests import PageFigures, RecentRequests
 from gateway.observability.request_log import RequestLog
 from gateway.page.document import Document
@@ -165,7 +165,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             traced=None if tracer is None else tracer.to_upstream,
             tells_route=settings.route_headers,
         )
-        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, own_version())
+        sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, own_version(), own_build())
         # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
         # requests, and hold their memory.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))

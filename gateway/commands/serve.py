@@ -13,12 +13,16 @@ from gateway.config.secrets import Secrets
 from gateway.config.settings import Settings
 from gateway.config.urls import authority, is_loopback
 from gateway.observability.logs import LineWriter, configure
+from gateway.observability.own_version import own_build, own_version
 from gateway.server.listener import listen, most_connections, raise_descriptor_limit
 from gateway.server.memory import share_heap
 from gateway.server.uvicorn_server import create_server
 from gateway.upstream.keepalive import end_silent_peers
 
 _log = logging.getLogger(__name__)
+
+# As the first line says it.
+_BUILDS = {"compiled": "compiled", "plain": "in plain Python"}
 
 
 def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
@@ -37,6 +41,7 @@ def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
         signal.signal(number, _exit)
     writer = LineWriter(sys.stdout.fileno())
     configure(writer, settings.log_format, settings.log_level)
+    _log.info("vllm-gateway %s begins, %s", own_version(), _BUILDS[own_build()])
     for warning in warnings:
         _log.warning(warning)
     try:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from gateway.admission.admission_queue import AdmissionQueue
 from gateway.admission.arrivals import Arrivals
 from gateway.admission.buffers import Buffers
-from gateway.observability.own_version import own_version
+from gateway.observability.own_version import own_build, own_version
 from gateway.observability.request_metrics import RequestMetrics
 from gateway.pool.upstream_pool import State, UpstreamPool
 from gateway.relay.interfaces import Call
@@ -66,8 +66,10 @@ class Metrics(Collector):
 
     def collect(self) -> list[Metric]:
         """Called by the registry for each text."""
-        info = GaugeMetricFamily("gateway_info", "1, for the version that runs.", labels=("version",))
-        info.add_metric((self._version,), 1)
+        info = GaugeMetricFamily(
+            "gateway_info", "1, for the version that runs, and whether it is compiled.", labels=("version", "build")
+        )
+        info.add_metric((self._version, own_build()), 1)
         certificate = GaugeMetricFamily(
             "gateway_certificate_end_timestamp_seconds", "When the certificate that the ports show ends; Unix time."
         )

@@ -137,9 +137,10 @@ class _UpstreamSample:
 class Sampler:
     """Samples the gateway's own figures always, for the history; vLLM's only while someone watches."""
 
-    def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures, version: str) -> None:
-        """`version` is the gateway's own."""
+    def __init__(self, data_path: DataPath, prober: Prober, recent: PageFigures, version: str, build: str) -> None:
+        """`version` is the gateway's own, `build` says whether it is compiled."""
         self._version = version
+        self._build = build
         self._path = data_path
         self._prober = prober
         self._recent = recent
@@ -264,6 +265,7 @@ class Sampler:
         return {
             "status": "draining" if self._path.drain.began else "serving" if serving else "unavailable",
             "version": self._version,
+            "build": self._build,
             "now": self._figures(),
             "upstreams": upstreams,
             "models": self._models(upstreams),

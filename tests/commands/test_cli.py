@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.observability.own_version import own_build
 from tests.support.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.support.ports import free_port
 
@@ -166,9 +168,11 @@ def test_a_second_port_for_probes_answers_too(fake: FakeVllm) -> None:
 def test_logs_for_people_are_text(fake: FakeVllm) -> None:
     with serving("--upstream", fake.url, "--port", "0", GATEWAY_LOG_FORMAT="text") as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        first, second = process.stdout.readline(), process.stdout.readline()
 
-    assert " INFO    listening on http://127.0.0.1:" in line
+    assert re.search(r" INFO    vllm-gateway \S+ begins, (compiled|in plain Python)\n", first)
+    assert (", compiled" in first) == (own_build() == "compiled")
+    assert " INFO    listening on http://127.0.0.1:" in second
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gateway.admission.arrivals import Arrivals
 from gateway.admission.buffers import Buffers
 from gateway.observability.labels import MOST, Labels
 from gateway.observability.metrics import Metrics
+from gateway.observability.own_version import own_build
 from gateway.pool.upstream_pool import UpstreamPool
 from tests.support.fake_vllm import FakeVllm, Hold, completion, response
 from tests.support.gateway_process import running
@@ -87,7 +88,7 @@ def test_keys_and_models_have_figures_of_their_own(tmp_path: Path) -> None:
         'gateway_key_in_flight{key="two"} 0.0',
     ):
         assert f"\n{line}\n" in text
-    assert re.search(r'^gateway_info\{version="[^"]+"\} 1.0$', text, re.MULTILINE)
+    assert re.search(rf'^gateway_info\{{build="{own_build()}",version="[^"]+"\}} 1.0$', text, re.MULTILINE)
     assert not [line for line in text.splitlines() if "made-up" in line or SECRETS["one"] in line]
 
 

@@ -22,6 +22,7 @@ import orjson
 import pytest
 
 from gateway import housekeeping
+from gateway.observability.own_version import own_build
 from gateway.page import sampler
 from tests.support.fake_vllm import CLOSE, RESET, STREAM_HEAD, FakeVllm, Hold, Step, completion, response
 from tests.support.gateway_process import Gateway, running
@@ -164,7 +165,7 @@ def test_the_status_tells_how_all_is(client: httpx.Client, fake: FakeVllm) -> No
     ]
     assert told["models"] == [{"model": "demo", "upstreams": 1, "serving": 1, "running": 0, "queue": 0}]
     assert told["keys"] is None
-    assert told["version"] == version("vllm-gateway")
+    assert (told["version"], told["build"]) == (version("vllm-gateway"), own_build())
     assert told["errors"] == []
     assert abs(told["time"] - time.time()) < 5
     assert told["history"].keys() == told["now"].keys()
