@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-docker test-kubernetes test-cluster lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -45,6 +45,9 @@ test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; 
 
 test-cluster: $(VENV)/.installed-dev  ## The manifests' pods run on Docker under load, by a kubelet in small; needs it, kubectl and root (5 min)
 	$(BIN)/python -m pytest tests/heavy/cluster/running.py
+
+test-package: $(VENV)/.installed-dev  ## The packages of a release, built and installed as a stranger would (1 min)
+	$(BIN)/python -m pytest tests/heavy/package.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
@@ -89,6 +92,7 @@ lock: $(VENV)/.installed-dev  ## The lock files anew, after a change of pyprojec
 	$(COMPILE) pyproject.toml --extra dev --extra models --extra otel -c requirements/models.lock -c requirements/otel.lock -o requirements/dev.lock
 	$(COMPILE) requirements/compile.in -c requirements/dev.lock -o requirements/compile.lock
 	$(COMPILE) requirements/audit.in -o requirements/audit.lock
+	$(COMPILE) requirements/package.in -c requirements/build.lock -o requirements/package.lock
 	$(COMPILE) bench/requirements/vllm-router.in -o bench/requirements/vllm-router.lock
 	$(COMPILE) bench/requirements/litellm.in -o bench/requirements/litellm.lock
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock

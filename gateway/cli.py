@@ -587,6 +587,19 @@ def list_settings() -> None:
             click.echo(f"  {names}{f' = {default}' if default else ''}\n      {meaning}")
 
 
+def _hide_what_cannot_run(is_linux: bool, locks: Path) -> None:
+    """Take away the commands that install a model server where there is no vLLM for the system, or nothing to go by.
+
+    As in the gateway's image, which has no locks: what it starts with is all that it has.
+    """
+    if not is_linux or not locks.is_dir():
+        for name in ("up", "quantize", "demo-model"):
+            main.commands.pop(name, None)
+
+
+_hide_what_cannot_run(sys.platform == "linux", Path(__file__).with_name("modelserver") / "locks")
+
+
 def _warn(sentence: str) -> None:
     click.echo(f"vllm-gateway: {sentence}", err=True)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.cli import _hide_what_cannot_run, main
 from gateway.observability.own_version import own_build
 from tests.support.fake_vllm import DONE, EVENTS, STREAM_END, STREAM_HEAD, FakeVllm, Hold, chunk
 from tests.support.ports import free_port
@@ -235,3 +236,14 @@ def test_help_leads_to_every_setting() -> None:
     assert "vllm-gateway settings" in command("serve", "--help").stdout
     listed = command("settings").stdout
     assert "GATEWAY_UPSTREAMS, LLM_MODEL_SERVER_ENDPOINT = http://localhost:8008" in listed
+
+
+@pytest.mark.parametrize(("is_linux", "has_locks"), [(True, False), (False, True)])
+def test_what_installs_a_model_server_is_no_command_where_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_linux: bool, has_locks: bool
+) -> None:
+    monkeypatch.setattr(main, "commands", {**main.commands})
+    assert {"up", "quantize", "demo-model", "serve"} <= main.commands.keys()
+    _hide_what_cannot_run(is_linux, tmp_path if has_locks else tmp_path / "none")
+    assert not {"up", "quantize", "demo-model"} & main.commands.keys()
+    assert {"serve", "chat", "check", "plan", "batch"} <= main.commands.keys()
