@@ -7,6 +7,7 @@ the one before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import re
@@ -52,7 +53,7 @@ def hashed(pod: Pod) -> str:
     return Upstream.from_url("http://model-server:8008", at=pod.address).short_name
 
 
-async def settled(cluster: Cluster, seconds: float = 300) -> None:
+async def settled(cluster: Cluster, seconds: float = 500) -> None:
     """All is rolled out, nothing ends any more, and every client knows the gateways."""
     await cluster.until(lambda: all(cluster.is_rolled_out(name) for name in (GATEWAY, VLLM)), seconds)
     await cluster.until(lambda: not any(pod.ending for pod in cluster.pods), 160)
@@ -60,6 +61,16 @@ async def settled(cluster: Cluster, seconds: float = 300) -> None:
     async with asyncio.timeout(2 * SPREAD):
         while sorted(cluster.proxied(GATEWAY)) != sorted(addresses):  # noqa: ASYNC110 - by time alone
             await asyncio.sleep(0.1)
+
+
+async def listens(pod: Pod, seconds: float = 500) -> None:
+    """A vLLM does, which its kubelet may not have seen yet."""
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client, asyncio.timeout(seconds):
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"http://{pod.address}:8008/health")).is_success:
+                    return
+            await asyncio.sleep(0.2)
 
 
 @pytest.fixture
@@ -275,11 +286,12 @@ def test_a_rollout_of_vllm_loses_nothing_and_is_known_within_an_interval_and_a_s
         cluster.scale(GATEWAY, 2)
         await settled(cluster)
         (old,) = cluster.of(VLLM)
+        cluster.apply(scaled(rendered, "VLLM_MAX_NUM_SEQS=65"))
+        (new,) = (pod for pod in cluster.of(VLLM) if pod is not old)
+        # Until then the two cores are for its start; that it is ready is found some seconds later.
+        await listens(new)
         async with callers.calling(10, (40, 120)), callers.calling(4, (2, 2)):
-            await callers.until(lambda: len(callers.calls) >= 50)
-            cluster.apply(scaled(rendered, "VLLM_MAX_NUM_SEQS=65"))
-            await cluster.until(lambda: cluster.is_rolled_out(VLLM), 300)
-            (new,) = cluster.of(VLLM)
+            await cluster.until(lambda: cluster.is_rolled_out(VLLM), 60)
             await cluster.until(lambda: old.gone, 160)
         assert callers.outcomes == {"answered": len(callers.calls)}
         assert ends_by_itself(old)
