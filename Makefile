@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster test-nodes lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -45,6 +45,9 @@ test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; 
 
 test-cluster: $(VENV)/.installed-dev  ## The manifests' pods run on Docker under load, by a kubelet in small; needs it, kubectl and root (5 min)
 	$(BIN)/python -m pytest tests/heavy/cluster/running.py
+
+test-nodes: $(VENV)/.installed-dev  ## The demo model over two workers and two nodes; not in .ci/run (10 min)
+	$(BIN)/python -m pytest tests/heavy/nodes.py
 
 test-package: $(VENV)/.installed-dev  ## The packages of a release, built and installed as a stranger would (1 min)
 	$(BIN)/python -m pytest tests/heavy/package.py

@@ -127,12 +127,12 @@ class Vllm:
         python = install.ensure_environment(os.environ)
         model = demo_model.ensure_demo_model(os.environ, python)
         settings = build(ModelServerSettings, None, port=self.port, served_name=name)
-        self._command = launch(settings, python, str(model), os.environ, options, demo=True, local=True)
+        self.command = launch(settings, python, str(model), os.environ, options, demo=True, local=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ModelServer]:
         """It serves."""
-        with ModelServer(self._command, self.port, self._log) as server:
+        with ModelServer(self.command, self.port, self._log) as server:
             server.wait_ready()
             yield server
 
