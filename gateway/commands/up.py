@@ -105,8 +105,9 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     served = _prepare(settings, settings.model or app.model, environ, display)
     cache = install.cache_folder(environ)
     log = cache / "logs" / f"vllm-{settings.port}.log"
-    environ = {**environ, **served.environment}
-    command = launch(settings, served.python, served.model, environ, app.options, demo=served.demo, local=served.local)
+    # What has vLLM find the model is none of the gateway's.
+    own = {**environ, **served.environment}
+    command = launch(settings, served.python, served.model, own, app.options, demo=served.demo, local=served.local)
     key = gateway.upstream_api_key.get_secret_value() if gateway.upstream_api_key else None
     # Minutes may have gone by since these were free.
     _check_ports(settings, gateway)
@@ -187,12 +188,26 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     else:
         # Without its ./, which a Path loses, a file of this folder would be looked for in PATH.
         python = python.absolute() if python.exists() else python
-        _check_has_vllm(python)
+        _check_has(python, "vllm", "vLLM: name one that has, or leave --vllm-python out")
     if found is None:
         folder = demo_model.ensure_demo_model(environ, python, display)
         return Served(python, str(folder), settings.served_name or DEMO_NAME, demo=True, local=True)
     name = settings.served_name or found.name
-    return Served(python, found.name, name, demo=False, local=found.local, environment=found.environment)
+    variables = {**found.environment}
+    if model_source.is_bucket(found.name):
+        variables |= _streamer(settings, python, environ, display)
+    return Served(python, found.name, name, demo=False, local=found.local, environment=variables)
+
+
+def _streamer(
+    settings: ModelServerSettings, python: Path, environ: Mapping[str, str], display: Display
+) -> dict[str, str]:
+    """What has vLLM find that by which it reads buckets: its own, or for our environment one beside it."""
+    if settings.python is not None:
+        _check_has(python, "runai_model_streamer", "Run:ai's Model Streamer for s3://: install vllm[runai] there")
+        return {}
+    folder = install.ensure_streamer(environ, python, display)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), environ.get("PYTHONPATH"))))}
 
 
 def _find_model(model: str, environ: Mapping[str, str], token: str | None, display: Display) -> model_source.Model:
@@ -204,14 +219,14 @@ def _find_model(model: str, environ: Mapping[str, str], token: str | None, displ
         return model_source.find_model(model, environ, token, watch=watch)
 
 
-def _check_has_vllm(python: Path) -> None:
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+def _check_has(python: Path, module: str, told: str) -> None:
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
     try:
         missing = subprocess.run([python, "-c", look], check=False, capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotStart(f"--vllm-python {python} cannot be run ({error}): name a Python that has vLLM.") from None
     if missing:
-        raise CannotStart(f"The Python {python} has no vLLM: name one that has, or leave --vllm-python out.")
+        raise CannotStart(f"The Python {python} has no {told}.")
 
 
 def _wait_for(server: ModelServer, served: Served, display: Display) -> None:

@@ -25,11 +25,13 @@ _LOCKS = Path(__file__).with_name("locks")
 _TORCH_LOCK = _LOCKS / "modelserver-torch-cpu.lock"
 _LOCK = _LOCKS / "modelserver-cpu.lock"
 _CUDA_LOCK = _LOCKS / "modelserver-cpu-cuda-libs.lock"
+_STREAMER_LOCK = _LOCKS / "streamer.lock"
 
 # Measured: with the CPU build of torch, and with the package index's, which brings CUDA's libraries.
 _SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip finds only CUDA's build of torch"
 _CUDA_SIZES = "about 2 GB to download and 3 GB on disk"
 _NEEDED, _CUDA_NEEDED = 4 * GIB, 4 * GIB
+_STREAMER_SIZES, _STREAMER_NEEDED = "about 25 MB to download and 55 MB on disk", GIB // 4
 
 MARKER = "complete.json"
 """The file that marks what was installed to its end."""
@@ -133,6 +135,21 @@ def install_beside(packages: Path, python: Path, run: Runner, lock: Path, update
     shutil.rmtree(packages, ignore_errors=True)  # an install that was interrupted
     _pip(python, run, lock, update, "--target", str(packages))
     _complete(packages)
+
+
+def ensure_streamer(environ: Mapping[str, str], python: Path, display: Display | None = None) -> Path:
+    """The folder of what our environment's vLLM reads buckets by, which is installed first. Raises CannotStart."""
+    cache, display = cache_folder(environ), display or Display()
+    folder = cache / f"streamer-{hashlib.sha256(_STREAMER_LOCK.read_bytes()).hexdigest()[:16]}-{python.parents[1].name}"
+    make_folder(cache)
+    with alone(cache / "streamer.lock", display):
+        if not (folder / MARKER).is_file():
+            preflight.check_disk(shutil.disk_usage(cache).free, _STREAMER_NEEDED, cache)
+            display.say(f"Installing Run:ai's Model Streamer, which reads models in buckets, once: {_STREAMER_SIZES}.")
+            with display.task("Installing the streamer") as update:
+                install_beside(folder, python, Runner(environ, cache / "streamer.log"), _STREAMER_LOCK, update)
+            remove_others(folder, "streamer-*")
+    return folder
 
 
 def _complete(folder: Path) -> None:

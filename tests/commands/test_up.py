@@ -143,6 +143,15 @@ def test_a_tarball_is_unpacked_and_served_offline(tmp_path: Path) -> None:
         assert log.read_text().splitlines()[1] == str(cache)
 
 
+def test_an_address_of_a_bucket_is_left_to_a_vllm_that_reads_such(tmp_path: Path) -> None:
+    environ = environment(tmp_path, LLM_VLLM_MODEL_NAME="s3://bucket/models/a", STAND_IN_SHOWS="AWS_REGION")
+    (tmp_path / "packages" / "runai_model_streamer.py").touch()
+    with running_in(environ | {"AWS_REGION": "eu-central-1"}) as process:
+        assert "Starting vLLM with s3://bucket/models/a; " in until_ready(process)
+        (log,) = (tmp_path / "vllm-gateway" / "logs").glob("vllm-*.log")
+        assert log.read_text().splitlines()[1] == "eu-central-1"
+
+
 def test_ctrl_c_ends_make_up_without_a_word_of_makes(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     # A session's first opening of a terminal makes it the one that Ctrl-C comes from.
@@ -282,6 +291,9 @@ def test_a_model_server_that_does_not_come_up_is_told_with_its_last_lines(tmp_pa
     ("name", "value", "sentence"),
     [
         ("LLM_VLLM_MODEL_NAME", "no-such-model", "Unknown model 'no-such-model'"),
+        ("LLM_VLLM_MODEL_NAME", "none.tar", "There is no tarball none.tar: `vllm-gateway download"),
+        ("LLM_VLLM_MODEL_NAME", "s3://bucket", "The address 's3://bucket' names no model: it is s3://BUCKET/FOLDER"),
+        ("LLM_VLLM_MODEL_NAME", "s3://bucket/a", "has no Run:ai's Model Streamer for s3://: install vllm[runai] there"),
         ("LLM_VLLM_PYTHON", "/no/such/python", "--vllm-python /no/such/python cannot be run"),
         ("PYTHONPATH", os.pathsep.join(sys.path), "has no vLLM"),
         ("EXTRA_ARGS", "'", "EXTRA_ARGS cannot be split"),

@@ -9,7 +9,7 @@ from typing import Any
 from tests.heavy.kubernetes.kustomized import Object, containers, of_kind, settings, templates
 
 # Made by hand, as docs/kubernetes.md says.
-SECRETS = {"model-server-key", "hub-token", "gateway-keys", "gateway-tls"}
+SECRETS = {"model-server-key", "hub-token", "model-bucket", "gateway-keys", "gateway-tls"}
 # Put onto a group's pods by LeaderWorkerSet itself.
 _GROUPS_OWN = {"leaderworkerset.sigs.k8s.io/worker-index"}
 _VOLUMES = {
@@ -95,7 +95,9 @@ def names(objects: list[Object]) -> Iterator[str]:
 def _named(pod: Object) -> set[tuple[str, str]]:
     found = set()
     for container in containers(pod):
-        found |= {("ConfigMap", one["configMapRef"]["name"]) for one in container.get("envFrom", [])}
+        sources = container.get("envFrom", [])
+        found |= {("ConfigMap", one["configMapRef"]["name"]) for one in sources if "configMapRef" in one}
+        found |= {("Secret", one["secretRef"]["name"]) for one in sources if "secretRef" in one}
         froms = [one["valueFrom"] for one in container.get("env", []) if "valueFrom" in one]
         found |= {("Secret", one["secretKeyRef"]["name"]) for one in froms}
     for volume in pod["spec"].get("volumes", []):

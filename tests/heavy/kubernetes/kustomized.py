@@ -80,5 +80,6 @@ def settings(objects: list[Object], container: Object) -> dict[str, str]:
     """A container's environment, without what comes from secrets; the later wins, as there."""
     found: dict[str, str] = {}
     for source in container.get("envFrom", []):
-        found |= named(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
+        if "configMapRef" in source:
+            found |= named(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
     return found | {one["name"]: one["value"] for one in container.get("env", []) if "value" in one}
