@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster test-nodes lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster test-nodes test-models lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -51,6 +51,9 @@ test-nodes: $(VENV)/.installed-dev  ## The demo model over two workers and two n
 
 test-package: $(VENV)/.installed-dev  ## The packages of a release, built and installed as a stranger would (1 min)
 	$(BIN)/python -m pytest tests/heavy/package.py
+
+test-models: $(VENV)/.installed-dev  ## Models from a hub, in buckets, served from there; installs S3 servers and KServe's SDK (4 min)
+	$(BIN)/python -m pytest tests/heavy/models/buckets.py tests/heavy/models/described.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
@@ -101,6 +104,8 @@ lock: $(VENV)/.installed-dev  ## The lock files anew, after a change of pyprojec
 	$(COMPILE) examples/requirements.in -o examples/requirements.lock
 	$(COMPILE) tests/heavy/clients/schemathesis.in -o tests/heavy/clients/schemathesis.lock
 	$(COMPILE) tests/heavy/browser/browser.in -o tests/heavy/browser/browser.lock
+	$(COMPILE) tests/heavy/models/servers.in -o tests/heavy/models/servers.lock
+	$(COMPILE) tests/heavy/models/kserve.in -o tests/heavy/models/kserve.lock
 	$(COMPILE) tests/heavy/kubernetes/schemas.in -o tests/heavy/kubernetes/schemas.lock
 
 audit: $(VENV)/audit/.installed  ## Known vulnerabilities of the locked packages (10 s)
