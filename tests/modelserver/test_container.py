@@ -17,6 +17,7 @@ import pytest
 from gateway.modelserver import container as entrypoint
 from gateway.modelserver import vllm_args
 from tests.models.test_hub_cache import GOOD, make
+from tests.models.test_serving_template import filled, rendered
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 
@@ -107,6 +108,20 @@ def test_a_hubs_cache_is_served_by_its_models_name(container: Container, tmp_pat
     if path == "models/n.tar":
         (cache,) = (container.data / "unpacked").glob("*/n")
     assert where == str(cache)
+
+
+def test_the_template_of_ai_core_starts_it(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    make(tmp_path / "models" / "n.tar", GOOD)
+    (kserve,) = filled(rendered(), gpu="4")["spec"]["predictor"]["containers"]
+    environ = {one["name"]: one["value"] for one in kserve["env"]}
+    assert environ["LLM_VLLM_MODEL_NAME"] == "/mnt/models"
+    # Folders of this machine in the place of the platform's.
+    environ |= {"LLM_VLLM_MODEL_NAME": str(tmp_path / "models"), "HF_HOME": str(container.data)}
+    done = container.serve(**environ)
+    assert done.stdout.rstrip() == (
+        "serve org/name --host 0.0.0.0 --port 8008 --served-model-name org/My-Model.v2 --tensor-parallel-size 4"
+    )
 
 
 def test_a_tarball_that_is_damaged_is_told(container: Container, tmp_path: Path) -> None:
