@@ -81,10 +81,11 @@ fuzz: $(VENV)/.installed-dev  ## Malformed requests made at random, some 350,000
 soak: $(VENV)/.installed-dev  ## Calls with random faults and leavings, counted (10 min)
 	@$(BIN)/python -m tests.heavy.soak
 
-lint: $(VENV)/.installed-dev  ## Format, style and the rule of rooms (3 s)
+lint: $(VENV)/.installed-dev  ## Format, style, the rule of rooms and spelling (5 s)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/codespell *.md docs bench compose docker examples gateway kubernetes scripts tests run_vllm.sh
 
 types: $(VENV)/.installed-dev  ## mypy, strict (20 s)
 	$(BIN)/mypy
