@@ -66,7 +66,7 @@ def compiled() -> list[Extension]:
             "GATEWAY_COMPILE=1 needs mypy and what the gateway itself needs: pip install -r requirements/compile.lock "
             "-r requirements/image.lock, then build with --no-build-isolation."
         )
-    return list(mypycify(list(COMPILED), group_name="vllm_gateway"))
+    return list(mypycify(list(COMPILED), debug_level="0", group_name="vllm_gateway"))
 
 
 setup(ext_modules=compiled())
