@@ -26,11 +26,12 @@ from bench.cells import Cell, Cells, Failed, Outcomes, prompt_67k
 from bench.processes import rss_kb, signal_all
 
 RESULTS = Path(__file__).parent / "results"
-QUICK = ["vllm-router", "gateway"]
+QUICK = ["vllm-router", "gateway", "gateway-plain"]
 ALL = [
     "nginx",
     "vllm-router",
     "gateway",
+    "gateway-plain",
     "gateway-keyed",
     "gateway-asgi",
     "gateway-simplified",
@@ -45,9 +46,9 @@ BURST = "open-2000"
 # Delays take many turns, which leave no time for others after the first round.
 DELAYS = "streams-300"
 OFTEN = {
-    "json-64": {"nginx", "vllm-router", "gateway", "gateway-keyed", "gateway-simplified"},
-    "prompt-67k": {"vllm-router", "gateway"},
-    "streams-100": {"vllm-router", "gateway", "gateway-simplified"},
+    "json-64": {"nginx", "vllm-router", "gateway", "gateway-plain", "gateway-keyed", "gateway-simplified"},
+    "prompt-67k": {"vllm-router", "gateway", "gateway-plain"},
+    "streams-100": {"vllm-router", "gateway", "gateway-plain", "gateway-simplified"},
     DELAYS: {"direct", "vllm-router", "gateway"},
 }
 # The slow ones have one round, and not every cell.
@@ -59,7 +60,7 @@ ONCE = {BURST}
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Two arms and the cells that matter most, in under two minutes.")
+@click.option("--quick", is_flag=True, help="Three arms and the cells that matter most, in under two minutes.")
 def main(quick: bool) -> None:
     """Compare this gateway with its peers on this machine, and write bench/results."""
     console = Console()
@@ -73,6 +74,7 @@ def main(quick: bool) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit if limit < 20_000 else 20_000, limit))
         names = QUICK if quick else ALL
+        console.print(f"the gateway's Python: {_python()}", markup=False)
         # Off the core on which gateways are measured.
         os.sched_setaffinity(0, {cores[0]})
         samples, failures = _run(console, names, (cores[0], cores[-1]), quick=quick)
@@ -183,8 +185,7 @@ def _cells(cells: Cells, *, quick: bool) -> dict[str, Cell]:
 def _write(samples: report.Samples, arms: list[str], failures: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     cpu, commit = machine.cpu(), machine.commit()
-    interpreter = arms_.python()
-    python = subprocess.run([interpreter, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    python = _python()
     measured_on = {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -204,6 +205,13 @@ def _write(samples: report.Samples, arms: list[str], failures: list[str]) -> Non
     text += report.table(samples, arms) + "\n" + report.bars_as_text(samples) + "\n![chart](chart.svg)\n"
     (RESULTS / "README.md").write_text(text)
     (RESULTS / "chart.svg").write_text(report.chart(samples, arms, "One core each; shorter is better"))
+
+
+def _python() -> str:
+    """The interpreter of the gateway's arms, and where it is."""
+    interpreter = arms_.python()
+    told = subprocess.run([interpreter, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    return f"{told} ({interpreter})"
 
 
 def _nginx_version() -> str:

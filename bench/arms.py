@@ -26,6 +26,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm
 MOCK_PORT = 18008
 # These take seconds for what the others do in one.
 SLOW = {"starlette-httpx", "litellm"}
+# The gateway as a checkout has it, where the other arms that are ours are compiled as the image is.
+PLAIN = "gateway-plain"
 # Those with an environment of their own, by its lock.
 _PEERS = {name: HERE / "requirements" / f"{name}.lock" for name in ("vllm-router", "litellm")}
 
@@ -98,24 +100,63 @@ def python() -> str:
     return sys.executable
 
 
-def environment(name: str, lock: Path, interpreter: str, *, compiled: bool = False) -> Path:
-    """The folder of a virtual environment with what `lock` names; made once.
+def environment_of_ours() -> Path:
+    """The programs of the environment that the gateway and its compiler run in; it has no gateway itself."""
+    image, *more = (REPOSITORY / "requirements" / f"{name}.lock" for name in ("image", "build", "compile"))
+    return environment("gateway", image, python(), *more, compiled=True)
+
+
+def compiled_package() -> Path:
+    """The folder of a copy of the package that is compiled; made anew where the source is another."""
+    tool = environment_of_ours() / "python"
+    sources = [*(REPOSITORY / "gateway").rglob("*.py"), REPOSITORY / "setup.py", REPOSITORY / "pyproject.toml"]
+    found = hashlib.sha256(str(tool).encode())
+    for file in sorted(sources):
+        found.update(f"{file.relative_to(REPOSITORY)} ".encode() + file.read_bytes())
+    folder = CACHE / "compiled"
+    stamp = folder / "of"
+    if stamp.exists() and stamp.read_text() == found.hexdigest():
+        return folder
+    click.echo(f"compiling the gateway (into {folder})")
+    shutil.rmtree(folder, ignore_errors=True)
+    # Never in the checkout, where what was compiled would win over a file that has changed since.
+    shutil.copytree(REPOSITORY / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    done = subprocess.run(
+        [tool, "setup.py", "--quiet", "build_ext", "--inplace"],
+        env={**os.environ, "GATEWAY_COMPILE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        check=False,
+    )
+    if done.returncode:
+        raise Missing(f"The gateway could not be compiled; it said:\n{done.stdout[-2000:]}")
+    stamp.write_text(found.hexdigest())
+    return folder
+
+
+def environment(name: str, lock: Path, interpreter: str, *more: Path, compiled: bool = False) -> Path:
+    """The folder of a virtual environment with what `lock` names, and `more` of them; made once.
 
     `compiled` all of it, which takes half a minute of LiteLLM's packages: they are imported once or twice.
     """
     # Not by the link to it in a checkout's own environment, so that every checkout shares what is made.
     interpreter = os.path.realpath(interpreter)
-    key = hashlib.sha256(lock.read_bytes() + interpreter.encode()).hexdigest()[:12]
+    locks = [lock, *more]
+    key = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks) + interpreter.encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{key}"
     CACHE.mkdir(parents=True, exist_ok=True)
     # Two processes may want it at the same time: the second waits for what the first one makes.
     with open(CACHE / f"{name}.lock", "w") as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
-        _make(name, folder, lock, interpreter, compiled=compiled)
+        _make(name, folder, locks, interpreter, compiled=compiled)
     return folder / "bin"
 
 
-def _make(name: str, folder: Path, lock: Path, interpreter: str, *, compiled: bool) -> None:
+def _make(name: str, folder: Path, locks: list[Path], interpreter: str, *, compiled: bool) -> None:
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         click.echo(f"installing {name} (once, into {folder})")
@@ -124,7 +165,7 @@ def _make(name: str, folder: Path, lock: Path, interpreter: str, *, compiled: bo
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
         pip += ["--disable-pip-version-check", "--only-binary", ":all:", "--compile" if compiled else "--no-compile"]
         # A lock is complete; for the dependency on an extra, pip would take the newest version (pypa/pip#9644).
-        pip += ["--no-deps", "--require-hashes", "-r", str(lock)]
+        pip += ["--no-deps", "--require-hashes", *(word for lock in locks for word in ("-r", str(lock)))]
         done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             raise Missing(f"{name} could not be installed; pip said:\n{done.stdout[-2000:]}")
@@ -156,7 +197,9 @@ def running(
     ours = installed["gateway"]
     mock = [str(ours / "python"), "-m", "bench.mock", str(MOCK_PORT)]
     started: list[subprocess.Popen[bytes]] = []
-    path = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+    # Of the working folder nothing is imported, as the compiled copy is to come before what is there.
+    path = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
+    compiled = os.pathsep.join(map(str, (compiled_package(), REPOSITORY)))
     try:
         upstream = processes.start(mock, cores[0], folder / "mock.log", path)
         started.append(upstream)
@@ -165,7 +208,8 @@ def running(
         for number, name in enumerate(names):
             port, log = MOCK_PORT + 1 + number, folder / f"{name}.log"
             command, extra, health = _command(name, port, folder, installed)
-            process = processes.start(command, cores[1], log, {**path, **extra})
+            own = {} if name == PLAIN else {"PYTHONPATH": compiled}
+            process = processes.start(command, cores[1], log, {**path, **own, **extra})
             started.append(process)
             _wait(port, health, process, log)
             key = _KEY if name == "gateway-keyed" else ""
@@ -179,7 +223,7 @@ def running(
 def _install(peers: list[str]) -> dict[str, Path]:
     """The programs of our environment, `gateway`, and of these peers'; at the same time, as pip mostly waits."""
     with ThreadPoolExecutor() as pool:
-        ours = pool.submit(environment, "gateway", REPOSITORY / "requirements" / "image.lock", python(), compiled=True)
+        ours = pool.submit(environment_of_ours)
         made = {name: pool.submit(environment, name, _PEERS[name], sys.executable) for name in peers}
         return {name: one.result() for name, one in {"gateway": ours, **made}.items()}
 
