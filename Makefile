@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST = -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster test-nodes test-models lint types lock audit clean bench bench-quick bench-routing soak fuzz
+.PHONY: up help test test-fp8 test-soak test-abuse test-restarts test-batch test-routing test-smuggling test-clients test-browser test-package test-docker test-kubernetes test-cluster test-nodes test-models test-compiled count lint types lock audit clean bench bench-quick bench-routing soak fuzz
 .DEFAULT_GOAL := up
 
 up: $(VENV)/.installed  ## A real vLLM on the CPU and the gateway in front of it (1 to 5 min to the first answer)
@@ -26,6 +26,18 @@ ifdef COVERAGE
 else
 	$(BIN)/python $(PYTEST)
 endif
+
+# A copy, as what is compiled in place wins over a file that has changed since.
+test-compiled: $(VENV)/.installed-dev  ## All tests on the package as the image has it, compiled in a copy; needs a C compiler (6 min)
+	rm -rf build/compiled && mkdir -p build/compiled
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory build/compiled
+	cd build/compiled && GATEWAY_COMPILE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/compiled && PYTHONPATH=$$PWD ../../$(BIN)/python $(PYTEST)
+	cd build/compiled && PYTHONPATH=$$PWD ../../$(BIN)/python -m tests.heavy.soak --seconds 20
+	cd build/compiled && PYTHONPATH=$$PWD ../../$(BIN)/python -m tests.heavy.fuzz --seconds 20
+
+count: $(VENV)/.installed-dev  ## Instructions of a request and an event, plain and compiled; needs valgrind and a C compiler (2 min)
+	@$(BIN)/python -m tests.heavy.instructions
 
 test-soak: $(VENV)/.installed-dev  ## Calls, faults and leavings, counted: the short run of `make soak` (1 min)
 	@$(BIN)/python -m tests.heavy.soak --seconds 60
@@ -140,7 +152,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.lock
 bench: $(VENV)/.installed  ## The benchmark against peers; needs nginx and wrk (10 min)
 	@$(BIN)/python -m bench
 
-bench-quick: $(VENV)/.installed  ## Two of the benchmark's arms; needs nginx and wrk (2 min)
+bench-quick: $(VENV)/.installed  ## Three of the benchmark's arms; needs nginx and wrk (2 min)
 	@$(BIN)/python -m bench --quick
 
 bench-routing: $(VENV)/.installed  ## Routing over eight simulated servers, against peers'; ROUTING=--quick for a look (4 min)

@@ -58,10 +58,6 @@ class Ends:
         """Its end."""
         self.upstream.data_received(chunk(DONE) + STREAM_END)
 
-    def forget(self) -> None:
-        """Drop what was written."""
-        self.to_client.written = self.to_upstream.written = b""
-
 
 @asynccontextmanager
 async def gateway_by_hand(**given: Any) -> AsyncIterator[Ends]:
