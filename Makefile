@@ -65,7 +65,7 @@ test-package: $(VENV)/.installed-dev  ## The packages of a release, built and in
 	$(BIN)/python -m pytest tests/heavy/package.py
 
 test-models: $(VENV)/.installed-dev  ## Models from a hub, in buckets, served from there; installs S3 servers and KServe's SDK (4 min)
-	$(BIN)/python -m pytest tests/heavy/models/buckets.py tests/heavy/models/described.py
+	$(BIN)/python -m pytest tests/heavy/models/buckets.py tests/heavy/models/described.py tests/heavy/models/served.py
 
 test-docker: $(VENV)/.installed-dev  ## The Compose stacks; needs Docker, shellcheck, ports 8008 and 9000 (6 min)
 	shellcheck run_vllm.sh examples/*.sh
