@@ -121,7 +121,7 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
         display.say("Starting the gateway.")
         front_argv = [sys.executable, "-m", "gateway", "serve"]
         with (
-            Child(front_argv, _gateway_environment(settings, environ), grace=_DRAIN + 5) as front,
+            Child(front_argv, _gateway_environment(settings, environ), grace=_gateway_grace(gateway)) as front,
             _telling(display, "Stopping the gateway and vLLM."),
         ):
             _wait_for_gateway(server, front, gateway)
@@ -246,6 +246,12 @@ def _wait_for(server: ModelServer, served: Served, display: Display) -> None:
 
 def _upstream(settings: ModelServerSettings) -> str:
     return f"http://127.0.0.1:{settings.port}"
+
+
+def _gateway_grace(gateway: Settings) -> float:
+    """Seconds that the gateway gets to end: its drain, and what it then takes."""
+    drain = gateway.drain_timeout if "drain_timeout" in gateway.model_fields_set else _DRAIN
+    return gateway.drain_delay + drain + 5
 
 
 def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, str]) -> dict[str, str]:

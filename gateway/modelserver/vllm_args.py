@@ -46,6 +46,8 @@ _GATEWAYS_OWN = re.compile(
 )
 
 _SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
+# How many, and none of these.
+_COUNT = re.compile(r"-*(max|min|num)[\w-]*[_-]tokens", re.IGNORECASE)
 # vLLM's own of these: its parser takes the beginning of a name for the name.
 _SECRET_OPTIONS = ("--api-key", "--encryption-keyfile", "--hf-token", "--ssl-keyfile-password")
 _OPTION = re.compile(r"(--?(?!\.?\d)[\w.+-]*)(=?)(.*)", re.DOTALL)
@@ -203,7 +205,11 @@ def _is_secret(option: str) -> bool:
     name = option.replace("_", "-").lower()
     if name in _OPTIONS:
         return False
-    return bool(_SECRET.search(name)) or (len(name) > 2 and any(known.startswith(name) for known in _SECRET_OPTIONS))
+    return _names_secret(name) or (len(name) > 2 and any(known.startswith(name) for known in _SECRET_OPTIONS))
+
+
+def _names_secret(name: str) -> bool:
+    return bool(_SECRET.search(name)) and not _COUNT.fullmatch(name)
 
 
 def _without_secrets(value: str) -> str:
@@ -218,5 +224,5 @@ def _without_secrets(value: str) -> str:
 
 def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _HIDDEN if _SECRET.search(name) else _redacted(one) for name, one in value.items()}
+        return {name: _HIDDEN if _names_secret(name) else _redacted(one) for name, one in value.items()}
     return [_redacted(one) for one in value] if isinstance(value, list) else value

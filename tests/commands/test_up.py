@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.commands import up
+from gateway.config.settings import Settings
 from tests.models.test_hub_cache import GOOD, make
 from tests.modelserver.test_vllm_process import eventually, is_gone
 from tests.support.paths import CERTIFICATES, ROOT
@@ -356,3 +358,15 @@ def test_an_accelerator_is_told_of() -> None:
     both = "".join(up._devices(lambda name: "/bin/" + name, lambda path: False))
     assert "NVIDIA GPU" in both
     assert "Gaudi" in both
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({}, 10),
+        ({"GATEWAY_DRAIN_TIMEOUT": "60"}, 65),
+        ({"GATEWAY_DRAIN_TIMEOUT": "60", "GATEWAY_DRAIN_DELAY": "4"}, 69),
+    ],
+)
+def test_the_gateway_gets_as_long_to_end_as_its_drain_may_take(given: dict[str, Any], seconds: float) -> None:
+    assert up._gateway_grace(Settings(**given)) == seconds

@@ -200,6 +200,8 @@ def test_the_model_of_vllm_app_is_the_one_that_is_in_fp8(container: Container) -
     [
         ("--api-key A --api-key=A --seed 1", "--api-key … --api-key=… --seed 1"),
         ("--api-key A 'B C' -5 --seed 1", "--api-key … … … --seed 1"),
+        ("--max_long_tokens 5 --my-key A", "--max_long_tokens 5 --my-key …"),
+        ("""--x '{"max_new_tokens": 5, "tokens": "A"}'""", """--x '{"max_new_tokens": 5, "tokens": "…"}'"""),
         ("--api_key A --API_KEY=A", "--api_key … --API_KEY=…"),
         ("--api-k A --ap=A --hf-t A", "--api-k … --ap=… --hf-t …"),
         ("--hf-token A --hf_token=A", "--hf-token … --hf_token=…"),
