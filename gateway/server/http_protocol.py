@@ -80,6 +80,9 @@ def missing_names(protocol: type[asyncio.Protocol]) -> list[str]:
 
 # Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
 DRAIN_GRACE = 1.0
+# Longer where its last answer has just ended: most clients send their next request then, and on a busy machine a second
+# is too short for some of them.
+ANSWERED_GRACE = 3.0
 
 # So many bytes may wait for a client until its answer does.
 _UNSENT = 16 * 1024
@@ -643,9 +646,9 @@ class HttpProtocol(HttpToolsProtocol):
         So may one whose answer has begun, once that is complete: its head did not say that the connection closes, and
         the client's next request may be on its way by then.
         """
-        self._ends = True
+        grace, self._ends = ANSWERED_GRACE if self._ends else DRAIN_GRACE, True
         if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(DRAIN_GRACE, self._close_if_idle)
+            self.loop.call_later(grace, self._close_if_idle)
         elif not self.cycle.response_started:
             super().shutdown()
 

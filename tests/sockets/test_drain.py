@@ -105,7 +105,7 @@ def test_a_connection_whose_answer_had_begun_gets_one_more_answer(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its head did not say that it closes, the client may have sent its next request."""
-    monkeypatch.setattr(http_protocol, "DRAIN_GRACE", 20.0)
+    monkeypatch.setattr(http_protocol, "ANSWERED_GRACE", 20.0)
     with running(fake.url, drain_timeout=20) as gateway, gateway.client() as client:
         with streaming_by(client, fake) as (hold, answer):
             gateway.signal()
