@@ -15,6 +15,8 @@ from gateway.cache.running import folder_in, found
 _KEPT = {
     "env-*": "vLLM for the CPU, installed by `up`",
     "quantize-*": "llm-compressor, installed by `quantize`",
+    "streamer-*": "what reads a model from a bucket, installed by `up`",
+    "models": "models that `up` unpacked of tarballs",
     "demo-model-*": "the demo model, built by `up`",
     "bench": "the benchmark's peers",
     "logs": "vLLM's logs",

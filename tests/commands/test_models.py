@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import whole_hub
 from tests.support.paths import ROOT
 
 # A Python without the extra, whatever is installed here.
@@ -89,3 +91,23 @@ def test_serve_imports_nothing_that_moves_models() -> None:
     )
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_document_shows_what_a_download_says(tmp_path: Path) -> None:
+    (shown,) = re.findall(
+        r"^```console\n\$ vllm-gateway (download .*\n(?:.*\n)*?)```$",
+        (ROOT / "docs/models.md").read_text(),
+        re.MULTILINE,
+    )
+    command, _, said = shown.partition("\n")
+    with whole_hub.serving() as hub:
+        hub.models["demo/tiny-llama"] = {f"{name}.json": b"{}" for name in ("config", "b", "c", "d", "tokenizer")} | {
+            "model.safetensors": bytes(2_880_000)
+        }
+        done = run(tmp_path, *command.split(), HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    told = f"{done.stderr}{done.stdout}".replace(str(tmp_path), "/home/me/.cache/huggingface/hub")
+    # In a pipe quarters of the way are told, as far as there is time for them.
+    told = re.sub(r"(Looking|Downloading).*: \d+ %\n(?=\1)", "", told)
+    commit = re.compile("[0-9a-f]{40}")
+    assert commit.sub("", told) == commit.sub("", said)
