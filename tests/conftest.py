@@ -21,8 +21,10 @@ for name in list(os.environ):
     if name.startswith(("GATEWAY_", "LLM_", "OPEA_", "OTEL_")):
         del os.environ[name]
 
-# Who runs the tests in the background has Ctrl-C's signal ignored, and so would have what they start.
+# Who runs the tests in the background has Ctrl-C's signal ignored, and so would have what they start; so has nohup the
+# hangup's.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A slow machine is no failure: no example has a deadline, and drawing examples may take its time.
 settings.register_profile(
