@@ -1,4 +1,4 @@
-"""Edits a JSON body in its own bytes: the model replaced, fields added; every other byte stays as it came."""
+"""Edits the bytes of a JSON body: replaces the model, adds fields, and keeps every other byte."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, Final
 
 import orjson
 
-# In JSON a quote inside a string is escaped, so that this is a name wherever it stands.
+# JSON escapes the quotes inside a string, so a match is always a field name, at any depth.
 _MODEL: Final = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
 _TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]')
 _DEPTH: Final = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
-# Of a body so much is looked at, in bytes, to see whether a name is its own.
+# Bytes of a body that are searched for its own `model` field.
 _LOOKS: Final = 64 * 1024
 
 
 def edited(content: bytes, body: dict[str, Any], *, model: str | None = None, **added: Any) -> bytes:
-    """`content`, the bytes of `body`, with this model in the place of its own, and with fields added at its end.
+    """`content`, the bytes of `body`, with its model replaced by `model` and with the `added` fields at its end.
 
-    Of a name that stands there twice the last one wins, in vLLM as in orjson. `body` need not hold its long strings.
+    If a name occurs twice, the last one wins, in vLLM as in orjson. `body` may lack its long strings.
     """
     if model is not None:
         place = _place_of_model(content) if "model" in body else None
@@ -34,8 +34,8 @@ def edited(content: bytes, body: dict[str, Any], *, model: str | None = None, **
 
 
 def _place_of_model(content: bytes) -> tuple[int, int] | None:
-    """Where the value of the body's own `model` stands; None where that is not plain to see."""
-    # Of two names the last one counts, and a name may be written with escapes.
+    """The span of the value of the top-level `model`; None if this search cannot tell."""
+    # If the name occurs twice, the last one counts; the name may also be written with escapes (\u006d is `m`).
     if content.count(b'"model"') != 1 or b"\\u006" in content:
         return None
     found = _MODEL.search(content, 0, _LOOKS)

@@ -1,4 +1,4 @@
-"""Who calls, by address: the peer of the connection, or whom trusted proxies name as theirs."""
+"""The client's address: the peer of the connection, or the peer that trusted proxies report."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Final
 
 Network = IPv4Network | IPv6Network
 
-# Proxies stand behind each other, but no more than this: what else a header says is the client's own invention.
+# The longest chain of proxies that is followed: a client may have invented the addresses before these.
 _MOST_PROXIES: Final = 16
 # Some proxies add the port.
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+):\d+")
-# A customer of IPv6 has a network of at least so many addresses, and one call from each.
+# Prefix length of an IPv6 network: a customer has at least a /64 and could send each call from another address of it.
 _CUSTOMERS_OWN: Final = 64
 
 
 def client_address(peer: str, forwarded_for: bytes, trusted: tuple[Network, ...]) -> str:
-    """The last address on the way here that is no trusted proxy's: `peer`, or one of X-Forwarded-For's.
+    """The last address before the gateway that is not a trusted proxy's: `peer`, or an entry of X-Forwarded-For.
 
-    Each proxy adds its own peer at the header's end, so that whatever stands before the first that is not trusted
-    may be invented.
+    Each proxy appends its own peer to the header. The entries before the last untrusted address may be invented.
     """
     found = peer
     named = forwarded_for.decode("latin-1").rsplit(",", _MOST_PROXIES)[-_MOST_PROXIES:]
@@ -33,13 +32,13 @@ def client_address(peer: str, forwarded_for: bytes, trusted: tuple[Network, ...]
 
 
 def is_trusted(address: str, trusted: tuple[Network, ...]) -> bool:
-    """Whether an address is a trusted proxy's."""
+    """Whether `address` belongs to a trusted proxy."""
     parsed = _parse(address)
     return parsed is not None and any(parsed in network for network in trusted)
 
 
 def household(address: str) -> str:
-    """What shares one turn: an IPv4 address, or the network of an IPv6 one; other text as it is."""
+    """The unit of fair queueing: an IPv4 address, or the network of an IPv6 address; other text is returned as is."""
     parsed = _parse(address)
     if isinstance(parsed, IPv6Address):
         return str(ip_network((parsed, _CUSTOMERS_OWN), strict=False))

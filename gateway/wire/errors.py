@@ -10,10 +10,10 @@ import orjson
 
 from gateway.wire.sse import Ends
 
-# The errors after which the same call may well succeed soon, by their codes: it has not begun, or another server takes
-# it. OpenAI's and Anthropic's clients call again, twice, after each 408, 409, 429 and 5xx, unless `x-should-retry` says
-# otherwise. After a time limit in which the model works that would be the same prompt, read anew, and the same time;
-# and what is wrong with a call, or with this gateway, is wrong with the next one, too.
+# Codes of the errors after which a retry may well succeed: the call has not begun, or another server may take it.
+# OpenAI's and Anthropic's clients retry twice after each 408, 409, 429 and 5xx, unless `x-should-retry` says otherwise.
+# Not listed: timeouts while the model works, as a retry would process the same prompt and time out again, and faults of
+# the request or of this gateway, which a retry would meet again.
 RETRIED = frozenset(
     {
         "body_timeout",
@@ -32,10 +32,10 @@ _SHOULD_RETRY = {True: (b"x-should-retry", b"true"), False: (b"x-should-retry", 
 
 
 class GatewayError(Exception):
-    """An answer of our own that is not 200; its text is the sentence that the client reads.
+    """An error response of the gateway's own; its text is the message that the client reads.
 
-    `status` is the HTTP status, `type` and `code` are what the envelope says, `outcome` what the
-    log says. `param` names the request's field that is wrong; `headers` are those of its kind.
+    `status` is the HTTP status, `type` and `code` stand in the envelope and `outcome` in the log. `param`
+    names the field of the request that is wrong. `headers` are the headers of this kind of error.
     """
 
     status = 500
@@ -51,13 +51,13 @@ class GatewayError(Exception):
 
     @property
     def answer_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What goes out with the answer."""
+        """The headers that are sent with the error."""
         return (*self.headers, _SHOULD_RETRY[self.code in RETRIED])
 
     def envelope(self, request_id: str, ends: Ends = "done") -> bytes:
-        """OpenAI's error object, with the request id inside, as clients' error classes show that object.
+        """OpenAI's error object. It holds the request id, because clients' error classes show this object.
 
-        Anthropic's, where that is spoken, is the same but for one field more and other words for the type.
+        Anthropic's error object, for its own routes, has one more field and other values of the type.
         """
         error = {
             "message": self.message,
@@ -72,9 +72,9 @@ class GatewayError(Exception):
         return orjson.dumps({"error": error})
 
     def event(self, request_id: str, ends: Ends = "done", number: int = 0) -> bytes:
-        """The error as a server-sent event, and the end of the stream, as vLLM itself does both.
+        """The error as a server-sent event and the end of the stream, both as vLLM writes them.
 
-        `number` is the event's own, where events have numbers.
+        `number` is the event's sequence number, in streams that number their events.
         """
         if ends == "messages":
             return b"event: error\ndata: " + self.envelope(request_id, ends) + b"\n\n"
@@ -92,12 +92,12 @@ class GatewayError(Exception):
 
 
 def body_too_large(most: int) -> TooLarge:
-    """For a body of more than so many bytes."""
+    """The error for a body of more than `most` bytes."""
     return TooLarge(f"The request's body must be at most {most} bytes (GATEWAY_MAX_BODY_BYTES).")
 
 
 def naming_served(content: bytes, model: str, served: Collection[str]) -> bytes:
-    """An upstream's refusal of this `model`, with all that are `served` where it lacks some; any other as it came."""
+    """An upstream's refusal of this `model`, completed by the `served` models; any other body is returned unchanged."""
     try:
         body = orjson.loads(content)
         said = body["error"]["message"]
@@ -128,15 +128,15 @@ class BadRequest(GatewayError):
 
 
 class Rejected(BadRequest):
-    """The request is well-formed, but is past a limit, or lacks what its answer needs."""
+    """The request is well-formed, but exceeds a limit or lacks what its answer needs."""
 
 
 class ForeignMedia(Rejected):
-    """A URL of a host that is not named."""
+    """The request holds a URL whose host is not allowed."""
 
 
 class Unauthorized(GatewayError):
-    """A key is missing, or is none of this gateway's."""
+    """The key is missing, or is not one of this gateway's keys."""
 
     status = 401
     type = "authentication_error"
@@ -146,7 +146,7 @@ class Unauthorized(GatewayError):
 
 
 class ForeignPage(GatewayError):
-    """A page of another origin sends what its browser need not ask for."""
+    """A page of another origin sends a request for which its browser makes no preflight."""
 
     status = 403
     type = "permission_error"
@@ -163,20 +163,20 @@ class NotFound(GatewayError):
 
 
 class NotServed(NotFound):
-    """The path is relayed, but the model is of another kind."""
+    """The path is relayed, but the model's kind does not support it."""
 
     code = "path_not_served"
 
 
 class ModelNotFound(NotFound):
-    """No such model, in OpenAI's words for it."""
+    """No such model; type and code are OpenAI's for this case."""
 
     type = "invalid_request_error"
     code = "model_not_found"
 
 
 class NoSuchResponse(NotFound):
-    """A stored response of another key's, or of none: told in vLLM's own bytes, so that nobody learns which."""
+    """The stored response belongs to another key or does not exist: the same bytes as vLLM's, to hide which it is."""
 
     type = "invalid_request_error"
     code = "response_not_found"
@@ -186,7 +186,7 @@ class NoSuchResponse(NotFound):
 
     @property
     def answer_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """None that vLLM's answer lacks."""
+        """None: vLLM's answer has no further headers."""
         return ()
 
     def envelope(self, request_id: str, ends: Ends = "done") -> bytes:
@@ -209,7 +209,7 @@ class MethodNotAllowed(GatewayError):
 
 
 class RequestTimeout(GatewayError):
-    """The request's body does not come, or too slowly."""
+    """The request's body does not arrive, or arrives too slowly."""
 
     status = 408
     type = "invalid_request_error"
@@ -219,7 +219,7 @@ class RequestTimeout(GatewayError):
 
 
 class HeadTimeout(RequestTimeout):
-    """The request's head did not come whole."""
+    """The request's head did not arrive completely."""
 
     code = "head_timeout"
     outcome = "timeout:head"
@@ -234,7 +234,7 @@ class TooLarge(GatewayError):
 
 
 class Misdirected(GatewayError):
-    """The request is for a host by which nobody calls this gateway (RFC 9110, 15.5.20)."""
+    """The request's Host is not a name of this gateway (RFC 9110, 15.5.20)."""
 
     status = 421
     type = "invalid_request_error"
@@ -268,7 +268,7 @@ class UnsupportedEncoding(GatewayError):
 
 
 class UnsupportedType(GatewayError):
-    """The request's body is of a type that the path does not take."""
+    """The request's body has a content type that the path does not accept."""
 
     status = 415
     type = "invalid_request_error"
@@ -296,7 +296,7 @@ class RateLimited(TooMany):
 
 
 class Draining(GatewayError):
-    """This gateway ends; another may answer."""
+    """This gateway is shutting down; another may answer."""
 
     status = 503
     code = "draining"
@@ -305,7 +305,7 @@ class Draining(GatewayError):
 
 
 class Shortage(GatewayError):
-    """The gateway has no memory or no descriptor left for the call; that is no fault of an upstream's."""
+    """The gateway has no memory or no file descriptor left for the call; no upstream is at fault."""
 
     status = 503
     code = "gateway_shortage"
@@ -313,12 +313,12 @@ class Shortage(GatewayError):
     headers = ((b"retry-after", b"1"),)
 
 
-# What a system says when a process has as many descriptors, or it itself has, as may be, or when it has no room left.
+# The process or the system has no file descriptor left, or the system has no buffer space or memory left.
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether a connection failed, here or in what led to this error, for want of what is ours to have."""
+    """Whether this error, or an error that caused it, is a shortage of the gateway's own resources."""
     seen: set[BaseException] = set()
     while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno in _SHORTAGES:
@@ -331,7 +331,7 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 class UpstreamError(GatewayError):
-    """Something is wrong behind us."""
+    """An upstream failed."""
 
     status = 502
     outcome = "upstream_error"
@@ -344,13 +344,13 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class UpstreamBroken(UpstreamError):
-    """The upstream's answer broke off, or is none."""
+    """The upstream's answer was cut short, or is not a valid answer."""
 
     code = "upstream_broken"
 
 
 class UpstreamCompressed(UpstreamError):
-    """The upstream's answer has to be rewritten, and cannot be read; that is the doing of what stands between."""
+    """The upstream's answer must be rewritten but is compressed; an intermediary before the upstream compresses it."""
 
     code = "upstream_compressed"
 
@@ -363,7 +363,7 @@ class UpstreamCompressed(UpstreamError):
 
 
 class UpstreamRedirects(UpstreamError):
-    """The upstream says that the call belongs elsewhere: to follow it would take the call, and its key, to anywhere."""
+    """The upstream redirects. A redirect is not followed: it could send the call, and its key, to any host."""
 
     code = "upstream_redirects"
 
@@ -371,12 +371,12 @@ class UpstreamRedirects(UpstreamError):
         super().__init__(f"The model server answers {status}, {REDIRECT_ADVICE}.")
 
 
-# What is said of an upstream that redirects; not where to, as that would tell where it is.
+# The advice for an upstream that redirects. It omits the target, which would disclose the upstream's address.
 REDIRECT_ADVICE = "a redirect, which is not followed: GATEWAY_UPSTREAMS must name the server that answers itself"
 
 
 class UpstreamRefused(UpstreamError):
-    """What an upstream has refused a call with, in a stream that has begun; `content` is the body of its answer."""
+    """An upstream's refusal, to be sent in a stream that has begun; `content` is the body of the upstream's answer."""
 
     code = "upstream_refused"
 
@@ -393,7 +393,7 @@ class UpstreamRefused(UpstreamError):
 
 
 class UpstreamUnauthorized(UpstreamError):
-    """The upstream refuses the gateway's own token, however new it is; the client's key has no part in it."""
+    """The upstream refuses the gateway's own token, a renewed token included; the client's key is not involved."""
 
     code = "upstream_unauthorized"
 
@@ -402,7 +402,7 @@ class UpstreamUnauthorized(UpstreamError):
 
 
 class NoneReady(UpstreamError):
-    """No upstream is ready yet; worth another try soon."""
+    """No upstream is ready yet; a retry may soon succeed."""
 
     status = 503
     code = "no_upstream_ready"

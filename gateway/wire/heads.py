@@ -1,4 +1,4 @@
-"""What is read of a head, and which of its headers go on, each way."""
+"""Parsed heads of requests and answers, and which of their headers are forwarded in each direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.wire.errors import BadRequest, GatewayError, HeadTooLarge, Unsuppor
 
 Header = tuple[bytes, bytes]
 
-# RFC 9110, 7.6.1, and those that older agents treat alike; `connection` names more of them.
+# RFC 9110, 7.6.1, and the headers that older agents treat alike; `connection` names more of them.
 HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -29,8 +29,8 @@ HOP_BY_HOP: Final = frozenset(
     }
 )
 
-# Of a request's: ours to write (host, length, id), answered here (expect, and origin, as vLLM would let the pages of
-# every one read), or the client's secret and not the upstream's.
+# Request headers that are not forwarded: the gateway writes them (host, length, id), handles them (expect; origin, as
+# vLLM would let pages of every origin read its answer), or they are secrets between client and gateway.
 NOT_TO_UPSTREAM: Final = HOP_BY_HOP | {
     b"api-key",
     b"authorization",
@@ -43,10 +43,10 @@ NOT_TO_UPSTREAM: Final = HOP_BY_HOP | {
     b"x-request-id",
 }
 
-# Of a request's: those that vLLM 0.32 obeys, by which a client could choose the engine that takes its call, go before
-# others, join their sessions or be told of the server's load. The beginnings cover what vLLM may name alike later, what
-# Amazon's containers of it obey, and the Kubernetes Inference Gateway and llm-d, whose proxies call the host that a
-# header names.
+# Request headers that vLLM 0.32 obeys. By these a client could choose the engine that takes its call, go before others,
+# join their sessions or learn the server's load. The prefixes cover headers that later releases of vLLM may add, those
+# that Amazon's containers of vLLM obey, and those of the Kubernetes Inference Gateway and llm-d, whose proxies call the
+# host that a header names.
 OBEYED: Final = frozenset({b"endpoint-load-metrics-format", b"x-session-id"})
 _BEGINNINGS: Final = (
     b"proxy-",
@@ -58,8 +58,8 @@ _BEGINNINGS: Final = (
     b"x-vllm-",
 )
 
-# Of an answer's: written alike by every way in; RFC 9110, 6.6.1 has the one that relays set a date only if there is
-# none. Which pages may read it is not the upstream's to say.
+# Answer headers that are not forwarded. Both ways in write length, date, server and id alike, although RFC 9110, 6.6.1
+# has a relay set a date only if there is none. The gateway, not the upstream, decides which pages may read the answer.
 NOT_TO_CLIENT: Final = HOP_BY_HOP | {
     b"access-control-allow-credentials",
     b"access-control-allow-origin",
@@ -68,8 +68,9 @@ NOT_TO_CLIENT: Final = HOP_BY_HOP | {
     b"date",
     b"server",
     b"x-request-id",
-    # Where the upstream is, or where else to go, past this gateway; cookies, which would not go back to it, hold a
-    # domain or, of balancers, an address, and a challenge is for the gateway's own key.
+    # These tell the upstream's address, or another address to call instead of this gateway. Cookies, which would not
+    # be sent back to the upstream, hold a domain or, if set by a load balancer, an address. A challenge concerns the
+    # gateway's own key.
     b"alt-svc",
     b"content-location",
     b"forwarded",
@@ -85,30 +86,30 @@ NOT_TO_CLIENT: Final = HOP_BY_HOP | {
     b"x-forwarded-server",
     b"x-served-by",
     b"x-upstream-addr",
-    # Our own, of a gateway behind this one.
+    # The gateway's own headers, as set by another gateway behind this one.
     b"x-gateway-model",
     b"x-gateway-upstream",
 }
 
-# Asks for an answer that can be read: where nothing is said of it, any coding would do (RFC 9110, 12.5.3).
+# Asks for an uncompressed answer: without this header the upstream may use any coding (RFC 9110, 12.5.3).
 UNCOMPRESSED: Final = b"accept-encoding: identity\r\n"
 
-# What sends a client elsewhere; a 304 (Not Modified) does not.
+# The statuses that redirect a client; 304 (Not Modified) does not.
 REDIRECTS: Final = frozenset({300, 301, 302, 303, 305, 306, 307, 308})
 
-# RFC 9110, 7.2, without user information; with the underscores that containers' names have.
+# RFC 9110, 7.2, without user information; underscores are allowed, as names of containers have them.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?")
 
-# Zeros may stand before it, more than Python reads.
+# Leading zeros are matched apart: there may be more of them than Python's int() accepts.
 _LENGTH: Final = re.compile(rb"0*(\d{1,19})")
 
-# HTTP/1.1's, and those that an ASGI server calls so which really speaks them; in a request line 2.0 is nobody's.
+# HTTP/1.0 and 1.1, and the names that an ASGI server uses for HTTP/2 and HTTP/3. "2.0" in a request line is invalid.
 _VERSIONS: Final = frozenset({"1.0", "1.1", "2", "3"})
 
 _SANE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
-# Of C, as a comprehension is a call more.
+# A method implemented in C: a comprehension would cost one more call.
 _AS_LINE: Final[Callable[[Header], bytes]] = b"%b: %b\r\n".__mod__
 
 
@@ -118,19 +119,19 @@ def lines(headers: list[Header]) -> bytes:
 
 
 class RequestHead:
-    """What is read of a request's head but for its target.
+    """The parsed head of a request, without its target.
 
-    `request_id` is the client's, where it is sane, and `names_itself` says that there was one. `length` is what
-    content-length says, 0 where it is missing or no number. `encoding` is the body's, in lower case, `json` whether its
-    `content_type` says that it is JSON; else that one is not among the lines. `lines` is what goes to the upstream;
-    where the answer is rewritten here it is `UNCOMPRESSED` and `lines_rewritten`. `origin` and `fetch_site` are what a
-    browser says of the page that asks, `from_page` whether that may be one of another origin. `forwarded_for` is whom
-    proxies say that they asked for. `key` is the SHA-256 of the key that it brings, if any; `hosts` is all that stands
-    for a host, `coding` the body's on its way, if it says one, `count` how many headers there are and `size` their
+    `request_id` is the client's, if it is sane, and `names_itself` says that there is one. `length` is the
+    content-length, 0 if it is missing or not a number. `encoding` is the content-encoding in lower case. `json` says
+    whether the `content_type` is JSON; any other content type is left out of the lines. `lines` are the header lines
+    for the upstream; if the answer is rewritten here, `UNCOMPRESSED` and `lines_rewritten` are sent instead. `origin`
+    and `fetch_site` are what a browser says of the calling page, and `from_page` whether that page may be of another
+    origin. `forwarded_for` is the value of X-Forwarded-For. `key` is the SHA-256 of the client's key, if any. `hosts`
+    holds every Host value and `coding` the transfer-encoding, if any. `count` is the number of headers and `size` their
     bytes.
     """
 
-    # None of the headers themselves: a connection keeps this for as long as it is open.
+    # The headers themselves are not kept: a connection holds this object for as long as it is open.
     __slots__ = (
         "coding",
         "content_type",
@@ -152,7 +153,7 @@ class RequestHead:
     )
 
     def __init__(self, headers: list[Header], forwarded: frozenset[bytes] = frozenset()) -> None:
-        """`headers` have names in lower case; `forwarded` are those that go on though vLLM obeys them."""
+        """`headers` have names in lower case; those in `forwarded` are forwarded although vLLM obeys them."""
         known = by_name(headers)
         self.count = len(headers)
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
@@ -167,7 +168,7 @@ class RequestHead:
         length = _LENGTH.fullmatch(known.get(b"content-length", b""))
         self.length = int(length[1]) if length else 0
         self.encoding = known.get(b"content-encoding", b"identity").lower()
-        # Plain `curl -d` says that it sends a form; vLLM takes nothing but JSON's own type.
+        # Plain `curl -d` declares a form; vLLM accepts only the content type of JSON.
         self.content_type = known.get(b"content-type", b"")
         self.json = self.content_type[:16].lower() == b"application/json"
         dropped = not_forwarded(NOT_TO_UPSTREAM, known)
@@ -178,7 +179,7 @@ class RequestHead:
         bearer = known.get(b"authorization", b"")
         if bearer[:7].lower() == b"bearer ":
             secret: bytes | None = bearer[7:].strip()
-        else:  # Anthropic's clients send the first, Azure's the second
+        else:  # x-api-key is sent by Anthropic's clients, api-key by Azure's
             secret = known.get(b"x-api-key") or known.get(b"api-key")
         self.key = hashlib.sha256(secret).digest() if secret else None
         self.lines = self.lines_rewritten = lines([header for header in headers if header[0] not in dropped])
@@ -189,7 +190,7 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class HeadLimits:
-    """The most bytes of a head, the most headers, and the most bytes of a target, by the settings' names."""
+    """Limits of a head: its bytes, its headers and the bytes of its target, under the settings' names."""
 
     max_head_bytes: int
     max_headers: int
@@ -197,17 +198,17 @@ class HeadLimits:
 
 
 def too_large(limits: HeadLimits) -> str:
-    """What is said of a head that has too many bytes."""
+    """The message for a head that has too many bytes."""
     return f"The request's head must be at most {limits.max_head_bytes} bytes (GATEWAY_MAX_HEAD_BYTES)."
 
 
 def too_many(limits: HeadLimits) -> str:
-    """What is said of a head that has too many headers."""
+    """The message for a head that has too many headers."""
     return f"The request must have at most {limits.max_headers} headers (GATEWAY_MAX_HEADERS)."
 
 
 def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -> GatewayError | None:
-    """Why a head of this version of HTTP is refused, whose target has so many bytes."""
+    """Why this head is refused, None if it is not; `target` is the size of its target in bytes."""
     if version not in _VERSIONS:
         return BadRequest(f"The request must be of HTTP/1.1, but it is of HTTP/{version}.")
     old = version == "1.0"
@@ -232,10 +233,10 @@ def fault_of(head: RequestHead, target: int, limits: HeadLimits, version: str) -
 
 
 class AnswerHead:
-    """What goes to the client of an answer's head, but for its length.
+    """The head of an answer as it is sent to the client, without its length.
 
-    `streams` says that the body is server-sent events that can be read, `encoding` how it is compressed, if it is,
-    `closes` that the connection ends with it. `lines` are the headers as they are written.
+    `streams` says that the body is uncompressed server-sent events. `encoding` is the body's compression, if any.
+    `closes` says that the connection ends with this answer. `lines` are the headers as written.
     """
 
     __slots__ = ("closes", "encoding", "headers", "lines", "status", "streams")
@@ -249,7 +250,7 @@ class AnswerHead:
         encoding: bytes = b"",
         behind: AnswerHead | None = None,
     ) -> None:
-        """The headers stand behind those of another head, `behind`, if any: none of them then ends the connection."""
+        """With `behind`, the headers follow those of that head, and only that head decides whether to close."""
         self.status = status
         self.streams = streams
         self.encoding = encoding
@@ -264,10 +265,10 @@ class AnswerHead:
 
 
 def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes | None]:
-    """What goes on of an upstream's head, whose names are in lower case, and its content-length."""
+    """The forwarded part of an upstream's head, whose names are in lower case, and its content-length."""
     known = by_name(headers)
     dropped = not_forwarded(NOT_TO_CLIENT, known)
-    # What is compressed cannot be read, and is relayed as the bytes that it is.
+    # A compressed body cannot be read and is relayed unchanged.
     encoding = known.get(b"content-encoding", b"")
     if encoding.lower() == b"identity":
         encoding = b""
@@ -278,7 +279,7 @@ def answer_head(status: int, headers: list[Header]) -> tuple[AnswerHead, bytes |
 
 
 def by_name(headers: list[Header]) -> dict[bytes, bytes]:
-    """The values by their names, which are lower-case; repeated ones joined by commas, as RFC 9110, 5.3 has it."""
+    """The values by their lower-case names; repeated headers are joined by commas (RFC 9110, 5.3)."""
     known = dict(headers)
     if len(known) != len(headers):
         values: dict[bytes, list[bytes]] = {}
@@ -289,17 +290,17 @@ def by_name(headers: list[Header]) -> dict[bytes, bytes]:
 
 
 def not_forwarded(names: frozenset[bytes], known: dict[bytes, bytes]) -> frozenset[bytes]:
-    """The names of those that do not go on: `names`, and what `connection` names of the `known` ones."""
+    """The names of the headers that are not forwarded: `names`, and those that a `connection` header lists."""
     if b"connection" not in known:
         return names
     return names | {token.strip().lower() for token in known[b"connection"].split(b",")}
 
 
 def new_request_id() -> str:
-    """Unique, but no secret."""
+    """A new id: unique, but not secret."""
     return getrandbits(128).to_bytes(16).hex()
 
 
 def sane_request_id(value: bytes | None) -> str | None:
-    """The client's request id where it cannot harm a log line, a header or a metric, else None."""
+    """The client's request id if it cannot harm a log line, a header or a metric, else None."""
     return value.decode() if value is not None and _SANE_REQUEST_ID.fullmatch(value) else None

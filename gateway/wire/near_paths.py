@@ -1,4 +1,4 @@
-"""Which path was nearly meant by one that is not served."""
+"""Finds the served path that is most like a path that is not served."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Iterable
 
 from gateway.wire.routes import RESPONSE_ID
 
-# What clients put before a path, or leave out: a base URL's end.
+# The last segments of a base URL, which clients add to a path or leave out.
 _BASES = frozenset({"v1", "v2", "v3", "api", "openai"})
-# Of a longer path nothing is looked at.
+# A longer path is not compared, in characters.
 _LONGEST = 200
 
 Words = tuple[str, ...]
 
 
 class NearPaths:
-    """The paths that are served, by their words."""
+    """The served paths, indexed by their words."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        """`paths` as they are served."""
+        """`paths` are the served paths."""
         self._by_words = {_words(path): path for path in paths if _words(path)}
         self._by_tail = {_tail(words): path for words, path in self._by_words.items()}
         self._texts = [("/".join(words), path) for words, path in self._by_words.items()]
 
     def nearest(self, path: str) -> str | None:
-        """The served path that is this one, but for its base, slashes, case or one character; None where none is."""
+        """The served path that differs from `path` only by base, slashes, case or one character; None if none does."""
         if len(path) > _LONGEST:
             return None
         words = _words(path)
@@ -55,7 +55,7 @@ def _tail(words: Words) -> Words:
 
 
 def _differ_by_one(one: str, other: str) -> bool:
-    """Whether one character more, less or else makes one of the other."""
+    """Whether one inserted, deleted or replaced character turns one text into the other."""
     if abs(len(one) - len(other)) > 1:
         return False
     at = 0

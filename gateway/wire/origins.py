@@ -1,4 +1,4 @@
-"""By which host a request may call the gateway, and which origins' pages may send it what they need not ask for."""
+"""Which Host a request may name, and which origins' pages may send requests that need no preflight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _ANY = b"*"
 
 
 def host_check(names: Iterable[str]) -> Callable[[bytes], object]:
-    """What says whether a Host is localhost, an IP literal or one of these `names`, with or without a port.
+    """A check whether a Host is localhost, an IP literal or one of these `names`, with or without a port.
 
-    Any other name may be of somebody's domain, which leads here so that its pages have this gateway's origin (DNS
-    rebinding). The result is a compiled pattern's method, which costs a request no call of Python's.
+    Any other name may be an attacker's domain that resolves to this gateway, so that the attacker's pages have the
+    gateway's origin (DNS rebinding). The result is the method of a compiled pattern: a request pays for no call of a
+    Python function.
     """
     named = "|".join(map(re.escape, ("localhost", *names)))
     pattern = rf"(?:{named}|\d{{1,3}}(?:\.\d{{1,3}}){{3}}|\[[0-9a-f:.]+\])\.?(?::\d+)?"
@@ -23,20 +24,20 @@ def host_check(names: Iterable[str]) -> Callable[[bytes], object]:
 
 
 def misdirected(host: bytes) -> Misdirected:
-    """What is said of a host that the check does not take."""
+    """The error for a Host that the check rejects."""
     shown = host[:60].decode("latin-1")
     return Misdirected(f"The Host must be localhost, an address or one of GATEWAY_ALLOWED_HOSTS, but it is {shown!r}.")
 
 
 def page_fault(head: RequestHead, origins: frozenset[bytes]) -> ForeignPage | None:
-    """Why a page's call is refused: its origin is neither the gateway's own nor among `origins`, which `*` may be in.
+    """Why a page's call is refused: its origin is neither the gateway's own nor in `origins`, which may hold `*`.
 
-    JSON passes, as a browser asks before it sends that to another origin (Fetch, "CORS-safelisted request-header");
-    forms, links and images it sends unasked.
+    JSON passes, because a browser makes a preflight before it sends JSON to another origin (Fetch, "CORS-safelisted
+    request-header"). It sends forms, links and images without a preflight.
     """
     if not head.from_page or head.json or _ANY in origins or head.origin in origins:
         return None
-    # Fetch Metadata is the browser's own word, and holds behind a proxy that changes Host; where it lacks, Origin is.
+    # Fetch Metadata is set by the browser and stays true behind a proxy that changes Host. Without it Origin is used.
     if head.fetch_site in (b"same-origin", b"none"):
         return None
     own = head.origin is not None and head.origin.partition(b"://")[2].lower() == (head.hosts or b"").lower()

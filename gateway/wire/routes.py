@@ -1,4 +1,4 @@
-"""The paths that are relayed, and those of vLLM's own that are not: the one list that all others are made from."""
+"""The paths that are relayed, and vLLM's paths that are not: the one list that all others are derived from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BodyKind = Literal["chat", "batch", "completion", "response", "json", "none", "g
 class Route:
     """A path that is relayed; it may hold `{response_id}`.
 
-    `name` is what GATEWAY_ROUTES calls it and those that belong to it. `body` is the request's: `chat`
-    is JSON in OpenAI's or the simplified form, `generate` and `ask` forms of older servers', and `json` any
-    object, which goes on as it came, as do a `batch` of chats, a `completion` and a `response`; so does an
-    `upload`, while it comes. `streams` says that an answer may be server-sent events, `ends` how those end.
+    `name` is the name in GATEWAY_ROUTES, which related routes share. `body` is the kind of the request's body. `chat`
+    is JSON in OpenAI's or the simplified form; `generate` and `ask` are forms of older servers. `json` is any object,
+    which is relayed unchanged, as are a `batch` of chats, a `completion` and a `response`. An `upload` is relayed while
+    it arrives. `streams` says that the answer may be server-sent events, and `ends` how these end.
     """
 
     name: str
@@ -30,39 +30,39 @@ class Route:
     body: BodyKind = "json"
     streams: bool = False
     ends: Ends = "done"
-    # Whether it brings a prompt for a model: not where it asks for counts alone, or for nothing new.
+    # Whether the call holds a prompt for a model: not if it only tokenizes or counts tokens, or has no body.
     takes_tokens: bool = field(init=False)
-    # Whether its answer is made token by token.
+    # Whether the answer is generated token by token.
     generates: bool = field(init=False)
 
     def __post_init__(self) -> None:
         takes_tokens = self.body != "none" and self.name != "tokenize" and self.path != _COUNT_TOKENS
-        # Not properties, as each call would pay for them.
+        # Fields and not properties: each call would pay for a property.
         object.__setattr__(self, "takes_tokens", takes_tokens)
         object.__setattr__(self, "generates", self.body == "batch" or (self.streams and takes_tokens))
 
     @property
     def asks_the_model(self) -> bool:
-        """Whether a model's kind decides if it is there at all: vLLM has what its model can answer."""
+        """Whether an upstream's model decides if the route exists: vLLM serves only what its model can answer."""
         return self.name in ("chat", "completions", "embeddings", "rerank", "score", "pooling", "classify")
 
     @property
     def asked_for_as(self) -> str:
-        """The name of a route that a server has where it has this one: vLLM has all that is like a chat, or none."""
+        """The name under which a server's support of this route is known: vLLM has all routes like chat, or none."""
         return "chat" if self.name in ("responses", "messages") else self.name
 
     @property
     def caches_prefixes(self) -> bool:
-        """Whether its body may name a salt of the prefix cache: it is JSON, and brings a prompt for a model."""
+        """Whether the body may hold a salt of the prefix cache: it is JSON and holds a prompt for a model."""
         return self.body != "upload" and self.takes_tokens
 
     @property
     def replays(self) -> bool:
-        """Whether its answer tells of another call, and may wait for as long as that runs: its silence is no fault."""
+        """Whether the answer reports another call, and may be silent for as long as that call runs without a fault."""
         return "{response_id}" in self.path
 
 
-# As vLLM makes them: nothing that a path could be changed by, and no other path's last word.
+# As vLLM makes them: no characters that could change the path, and not the last segment of another path.
 RESPONSE_ID: Final = re.compile(r"resp_[A-Za-z0-9_-]{1,128}")
 
 ROUTES: Final = (
@@ -94,7 +94,7 @@ ROUTES: Final = (
     Route("version", "GET", "/version", "vLLM's version.", "none"),
 )
 
-# What GATEWAY_ROUTES may name.
+# The names that GATEWAY_ROUTES may hold.
 NAMES = tuple(dict.fromkeys(route.name for route in ROUTES))
 
 _OPERATORS: Final = "changes or stops the server for everyone"
@@ -103,7 +103,8 @@ _OTHER_WAY_IN: Final = "another way into calls that have paths of their own"
 _EXPERIMENT: Final = "an experiment of vLLM's"
 _OURS: Final = "the gateway's own"
 
-# Not relayed, and why: whatever is not above is not, and these are all that vLLM is known to have.
+# Paths that are not relayed, each with the reason. No path outside ROUTES is relayed; these are all other paths that
+# vLLM is known to have.
 REFUSED: Final = {
     "/health": _OURS,
     "/metrics": _OURS,
