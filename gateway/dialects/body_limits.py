@@ -1,4 +1,4 @@
-"""How much a call may ask for, by its body."""
+"""Limits on the contents of a request body."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gateway.dialects.media_urls import NAME
 from gateway.wire.errors import BadRequest, Rejected, TooLarge
 from gateway.wire.routes import BodyKind
 
-# What the parser itself takes.
+# The depth that the parser itself accepts.
 DEEPEST: Final = 1024
 
 _COPIES: Final = ("n", "best_of")
 _TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "min_tokens")
-# What a call brings several of: prompts, texts, documents to rank, the two sides of pairs.
+# Fields that may hold several inputs: prompts, texts, documents to rank, the two sides of pairs.
 _PROMPTS: Final[tuple[str, ...]] = ("prompt", "prompt_embeds")
 _INPUTS: Final[tuple[str, ...]] = (
     *_PROMPTS,
@@ -31,7 +31,7 @@ _INPUTS: Final[tuple[str, ...]] = (
 )
 _COUNTED: Final = frozenset((*_INPUTS, "data"))
 
-# By the kind of a call how it may say how long its answer is: else that is all of the model's context.
+# By the kind of a call, the fields that limit its answer's length. Without one the answer may fill the model's context.
 _OWN_LIMITS: Final[dict[BodyKind, tuple[str, ...]]] = {
     "chat": ("max_completion_tokens", "max_tokens"),
     "batch": ("max_completion_tokens", "max_tokens"),
@@ -39,22 +39,22 @@ _OWN_LIMITS: Final[dict[BodyKind, tuple[str, ...]]] = {
     "response": ("max_output_tokens",),
 }
 _COMPLETION_TOKENS: Final = 16
-# An object whose fields vLLM hands to its engine together with those of the body itself.
+# An object whose fields vLLM passes to its engine together with those of the body itself.
 _MORE: Final = "vllm_xargs"
 
-# One value in so many may be an array or an object, and one a name, which cost a parser ten times what others do.
+# One value in so many may be an array or object, and one a name: these cost a parser ten times as much as other values.
 _FLAT: Final = 10
-# What tells nothing of where strings end and values begin: all but quotes, brackets and commas, and but a backslash and
-# what may come behind it (RFC 8259, 7). Without it what is left to look through is a third of most texts.
+# Bytes that do not show where strings end or values begin: all except quotes, brackets, commas, colons, the backslash
+# and the characters that may follow a backslash (RFC 8259, 7). Without them a third of most texts is left to scan.
 _MEANINGLESS: Final = bytes(set(range(256)).difference(b'"{[,:\\/bfnrtu'))
 
 _ASCII: Final = bytes(range(128))
 
 
 class BodyLimits:
-    """The most that a call may ask for, by the settings' names; `max_new_tokens` of None is what a model takes.
+    """The limits of a call, by the settings' names; `max_new_tokens` of None leaves this limit to the model.
 
-    `refuses_media_names` says that content parts may have no NAME, which elsewhere means nothing.
+    `refuses_media_names` says that content parts may have no NAME. Elsewhere a field of this name means nothing.
     """
 
     __slots__ = (
@@ -83,7 +83,7 @@ class BodyLimits:
         max_json_bytes: int,
         refused_fields: Collection[str],
     ) -> None:
-        # A float alone would make 64.0 of 64 where this is compiled.
+        # Not `float` alone: compiled code would turn 64 into 64.0.
         self.max_new_tokens: int | float = math.inf if max_new_tokens is None else max_new_tokens
         self._fields: dict[str, tuple[int | float, str]] = dict.fromkeys(_COPIES, (max_n, "GATEWAY_MAX_N"))
         self._fields |= dict.fromkeys(_TOKENS, (self.max_new_tokens, "GATEWAY_MAX_NEW_TOKENS"))
@@ -98,10 +98,10 @@ class BodyLimits:
         self.max_json_bytes = max_json_bytes
 
     def check_size(self, content: bytes, shortened: bytes) -> Iterator[None]:
-        """Raises TooLarge where a body has more values than may be, as a parser's time goes by these, not by bytes.
+        """Raises TooLarge if a body has too many values: these, not its bytes, determine the parser's time.
 
-        Step by step, as to count takes long, too. `shortened` is the same without its long strings, of which a parser
-        makes a hundred times as much in the same time.
+        Works in steps, as counting takes long, too. `shortened` is the body without its long strings: a parser reads a
+        hundred times as many bytes of long strings in the same time.
         """
         if len(shortened) > self.max_json_bytes:
             raise TooLarge(
@@ -118,12 +118,12 @@ class BodyLimits:
             )
 
     def check_whole(self, content: bytes, shortened: bytes) -> None:
-        """Raises TooLarge where to read all of a body would take too long, its long strings too, and to write it anew.
+        """Raises TooLarge if it would take too long to parse a body with its long strings and to write it again.
 
-        An escaped character takes half as long as a byte outside of long strings, and one that is not ASCII a quarter.
+        An escaped character takes half the time of a byte outside long strings, and a byte that is not ASCII a quarter.
         """
         if 2 * len(shortened) + len(content) <= self.max_json_bytes:
-            return  # no byte is both; to count them takes as long as the parser
+            return  # no byte is both escaped and not ASCII; counting them takes as long as parsing
         foreign = 0 if content.isascii() else len(content.translate(None, _ASCII))
         if 2 * len(shortened) + content.count(b"\\") + foreign // 2 > self.max_json_bytes:
             raise TooLarge(
@@ -133,7 +133,7 @@ class BodyLimits:
             )
 
     def _may_be(self, parts: Iterable[bytes]) -> Generator[None, None, bool]:
-        """Whether there are no more commas, brackets and colons than that."""
+        """Whether the numbers of commas, brackets and colons are within the limits."""
         each = self._max_json_values // _FLAT
         nested = names = values = 0
         for part in parts:
@@ -160,16 +160,16 @@ class BodyLimits:
             )
 
     def missing_limit(self, kind: BodyKind, body: dict[str, Any]) -> dict[str, int | float] | None:
-        """The field by which a call that names no limit of its answer is held to `max_new_tokens`, and that."""
+        """The field and value that limit the answer to `max_new_tokens`; None if the call needs no such limit."""
         names = _OWN_LIMITS.get(kind)
         if names is None or any(body.get(name) is not None for name in names):
             return None
         if kind == "completion" and "max_tokens" not in body and self.max_new_tokens >= _COMPLETION_TOKENS:
-            return None  # vLLM gives as many to a completion that does not say
+            return None  # vLLM's default for a completion is within the limit
         return {names[0]: self.max_new_tokens}
 
     def check_parts(self, parts: list[Any]) -> None:
-        """Raises Rejected where messages hold too many parts that are no plain text."""
+        """Raises Rejected if messages hold too many content parts."""
         count = sum([len(part) for part in parts if type(part) is list])
         if count > self._max_inputs:
             raise Rejected(
@@ -178,14 +178,14 @@ class BodyLimits:
             )
 
     def answers(self, body: dict[str, Any]) -> int:
-        """How many a body asks for that has passed `check`: so many for each prompt, or chat of a batch."""
+        """How many answers a checked body asks for: `n` for each prompt, or for each chat of a batch."""
         copies, messages = body.get("n"), body.get("messages")
         is_batch = type(messages) is list and bool(messages) and type(messages[0]) is list
         prompts = len(messages) if is_batch and messages else _prompts(body)
         return prompts * (copies if type(copies) is int and copies > 0 else 1)
 
     def _check_fields(self, body: dict[str, Any], names: frozenset[str]) -> None:
-        """Of these `names` alone, which it has: most calls have one or none, and each look at another costs them."""
+        """Check only these `names`, which the body has: most calls have one or none, and each lookup costs time."""
         for name in sorted(names):
             value = body[name]
             if value is None:
@@ -194,7 +194,7 @@ class BodyLimits:
                 raise Rejected(f"{name} is not taken here (GATEWAY_REFUSED_FIELDS).", param=name)
             if name in self._fields:
                 most, setting = self._fields[name]
-                # vLLM reads numbers in texts, too, and true as 1.
+                # vLLM would also accept a number in a string, and true as 1.
                 if type(value) is not int and not (type(value) is float and value.is_integer()):
                     raise BadRequest(f"{name} must be an integer, but it is {shown(value)}.", param=name)
                 if value > most:
@@ -211,7 +211,7 @@ class BodyLimits:
                 raise Rejected(f"{named} is not taken here (GATEWAY_REFUSED_FIELDS).", param=named)
 
     def _check_messages(self, messages: list[Any]) -> None:
-        # Of a batch each is a chat of its own.
+        # In a batch each element is a chat of its own.
         chats = [chat for chat in messages if type(chat) is list]
         if len(chats) > self._max_inputs:
             raise Rejected(
@@ -227,7 +227,7 @@ class BodyLimits:
 
     def _check_inputs(self, body: dict[str, Any]) -> None:
         data = body.get("data")
-        # What is there alone, as most calls have none of these, and each look would be a call of a function.
+        # Only the fields that are present: most calls have none, and each check would be a function call.
         inputs = [(name, body[name]) for name in _INPUTS if name in body]
         if type(data) is dict:
             inputs.append(("data.reranked_docs", data.get("reranked_docs")))
@@ -247,10 +247,10 @@ class BodyLimits:
 
 
 def _without_strings(content: bytes) -> Iterator[bytes]:
-    """What stands outside strings, in parts."""
+    """The bytes outside strings, in parts."""
     inside = 0
     for part in in_parts(content):
-        # What is escaped ends no string: without that every second piece between quotes is one.
+        # An escaped quote ends no string. Once these are removed, every second piece between quotes is a string.
         plain = part.translate(None, _MEANINGLESS).replace(b"\\\\", b"").replace(b'\\"', b"")
         pieces = plain.split(b'"')
         yield b"".join(pieces[inside::2])
@@ -265,12 +265,12 @@ def _count(value: Any) -> int:
 
 
 def _prompts(body: dict[str, Any]) -> int:
-    """How many a call asks to complete: vLLM adds those in texts or tokens to those in vectors."""
+    """How many prompts a call has: vLLM adds those in texts or tokens to those in vectors."""
     return sum([_count(body[name]) for name in _PROMPTS if body.get(name) is not None]) or 1
 
 
 def _deeper(value: Any, most: int) -> bool:
-    """Whether objects and arrays stand in each other more than so many deep; level by level, as a stack has an end."""
+    """Whether objects and arrays are nested deeper than `most`; by levels, as recursion could exhaust the stack."""
     level = [value]
     for _ in range(most):
         level = [

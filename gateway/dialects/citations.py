@@ -1,8 +1,8 @@
-"""The sources of a RAG pipeline's answer: the retriever's documents in, what the reply cites of them out.
+"""The sources of a RAG pipeline's answer: turns the retriever's documents into the reply's citations.
 
-A document is `{"text": …, "metadata": {…}}`. Its metadata say where it is from: by `url`, by `bucket_name` and
+A document is `{"text": …, "metadata": {…}}`. Its metadata name its origin by `url`, by `bucket_name` and
 `object_name`, or by `source`, as LangChain's loaders do. They may hold `vector_distance`, `reranker_score` and
-`citation_id`, as numbers or as text of numbers.
+`citation_id`, as numbers or as numbers in text.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _citation(document: Any, number: int, with_text: bool) -> Json:
 
 
 def _source(metadata: Json, name: str) -> Json:
-    """Where the document is from."""
+    """The document's origin."""
     if metadata.get("url") is not None:
         return {"type": "link", "url": _string(metadata, "url", name)}
     if metadata.get("bucket_name") is not None and metadata.get("object_name") is not None:

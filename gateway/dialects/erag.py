@@ -1,6 +1,6 @@
 """Requests, replies, streams and errors as a release of the replaced microservice had them; pure functions on values.
 
-What a release got wrong is not repeated: a finish reason is the true one, a status, too.
+Faults of a release are not repeated: finish reasons and statuses are the true ones.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Json = dict[str, Any]
 
 Release = Literal["erag-1.4", "erag-2.0", "erag-2.1"]
 
-# How its streams look where nobody says otherwise, and which of the two names of a flag it read.
+# The default stream style of each release, and which of the flag's two names it read.
 STYLES: dict[Release, Style] = {"erag-1.4": "repr", "erag-2.0": "repr", "erag-2.1": "openai"}
 _FLAGS = {"erag-1.4": "streaming", "erag-2.0": "stream", "erag-2.1": "stream"}
 
-# What it checked, and then did not send on.
+# Fields that the releases checked but did not forward.
 _NOT_SENT = ("top_k", "repetition_penalty")
 
 
 class _Fields(BaseModel):
-    """What a release checked of a request: numbers and flags might come as text, and null was none."""
+    """The fields that a release validated: numbers and flags were accepted as text, but not as null."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     model: str | None = None
-    max_new_tokens: int = Field(1, gt=0, lt=2**63)  # more is no JSON number to anybody
+    max_new_tokens: int = Field(1, gt=0, lt=2**63)  # JSON parsers accept no larger integer
     top_k: int = Field(1, gt=0)
     top_p: NonNegativeFloat = 0
     typical_p: NonNegativeFloat = 0
@@ -58,7 +58,7 @@ _FIELDS: dict[Release, type[_Fields]] = {"erag-1.4": _OldFields, "erag-2.0": _Ne
 
 
 class Unprocessable(BadRequest):
-    """A body that the release did not take: `details` has an object for each thing that is wrong with it."""
+    """A body that the release did not accept: `details` has an object for each fault."""
 
     status = 422
 
@@ -69,12 +69,12 @@ class Unprocessable(BadRequest):
 
 
 def is_of_release(body: Json, release: Release) -> bool:
-    """Whether a body whose messages are a list is this release's own form; any other is OpenAI's."""
+    """Whether a body whose messages are a list has this release's form; otherwise it has OpenAI's."""
     return release != "erag-1.4" and not body.get("model")
 
 
 def checked(body: Json, sent: bytes, release: Release, *, forward_sampling: bool) -> Json:
-    """The body, each field as the release took it, less what it did not send on, unless `forward_sampling`.
+    """The body with each field as the release read it; fields that it did not forward only if `forward_sampling`.
 
     Raises Unprocessable, with the body as it was `sent`.
     """
@@ -84,7 +84,7 @@ def checked(body: Json, sent: bytes, release: Release, *, forward_sampling: bool
         details = error.errors(include_url=False, include_context=False)
         raise Unprocessable([{**one, "loc": ("body", *one["loc"])} for one in details], sent) from None
     body = body | {name: getattr(taken, name) for name in taken.model_fields_set}
-    # Of two names that contradict each other it knew but one.
+    # If two names contradict each other, the release knew only one of them.
     flag = _FLAGS[release]
     other = {"stream": "streaming", "streaming": "stream"}[flag]
     ignored = {other} if flag in body or not isinstance(body.get(other), bool) else set()
@@ -96,14 +96,14 @@ def checked(body: Json, sent: bytes, release: Release, *, forward_sampling: bool
 
 
 def unprocessable(error: BadRequest, sent: bytes) -> Unprocessable:
-    """What is wrong with a body's form, as the release told that."""
+    """An error in a body's form, as the release reported it."""
     place = error.param.replace("[", ".").replace("]", "").split(".") if error.param else []
     where = ["body", *(int(step) if step.isdigit() else step for step in place)]
     return Unprocessable([{"type": "value_error", "loc": where, "msg": error.message}], sent)
 
 
 class Released:
-    """A simplified request that is answered as a release did."""
+    """A simplified request that is answered as the release answered it."""
 
     def __init__(self, request: Simplified | Flattened, release: Release) -> None:
         self.model = request.model
@@ -114,7 +114,7 @@ class Released:
         self._release = release
 
     def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply, of that release's fields alone; raises UpstreamBroken."""
+        """The whole reply, with the release's fields only; raises UpstreamBroken."""
         reply = orjson.loads(self._request.to_reply(answer))
         flag = _FLAGS[self._release]
         found = {name: reply.get(name) for name in ("id", "text", "prompt", flag)}
@@ -125,7 +125,7 @@ class Released:
         return orjson.dumps(found)
 
     def to_stream(self) -> ReleasedStream:
-        """What makes the reply's stream of vLLM's."""
+        """The translator from vLLM's stream to the reply's."""
         cites = self._request.echoed["data"] is not None
         sources = {"reranked_docs": self._request.citations or []} if cites else None
         request = self._request
@@ -134,11 +134,11 @@ class Released:
 
 
 class ReleasedStream:
-    """Events alone, each for itself, and after their end a line of its own with what is cited.
+    """Sends events without comments, each in a write of its own, and after their end a line with the citations.
 
-    `texts` makes them of vLLM's chunks where they are not to be these chunks, and `hider` may keep one of these back.
-    Comments are left out: a router of those releases takes what one read brings for one event, and throws away what
-    does not begin with `data:`.
+    `texts` translates vLLM's chunks; if it is None they are relayed, and `hider` may remove one of them. Comments are
+    dropped: a router of those releases takes the bytes of one read for one event, and discards them unless they begin
+    with `data:`.
     """
 
     head = EVENTS_HEAD
@@ -152,7 +152,7 @@ class ReleasedStream:
 
     @property
     def fingerprint(self) -> bytes | None:
-        """As `hider` knows it."""
+        """The fingerprint that `hider` holds."""
         return self._hider.fingerprint
 
     @fingerprint.setter
@@ -160,7 +160,7 @@ class ReleasedStream:
         self._hider.fingerprint = value
 
     def feed(self, data: bytes) -> bytes:
-        """The same events, and the line after the last one; raises UpstreamBroken where they are none."""
+        """The events for these bytes, and the line after the last one; raises UpstreamBroken if they are not events."""
         if self._texts is not None:
             return self._texts.feed(data)
         try:
@@ -182,7 +182,7 @@ class ReleasedStream:
 
 
 def to_upstream_error(answer: bytes) -> bytes:
-    """vLLM's error in the words of those releases: `{"detail": …}`."""
+    """vLLM's error in the releases' form: `{"detail": …}`."""
     try:
         error = orjson.loads(answer)["error"]
         said = error["message"] if isinstance(error, dict) else error
@@ -192,7 +192,7 @@ def to_upstream_error(answer: bytes) -> bytes:
 
 
 def to_error(error: GatewayError) -> bytes:
-    """An error of our own in the words of those releases, with what was sent where that could not be read."""
+    """An error of the gateway's own in the releases' form; Unprocessable also holds the body that was sent."""
     if not isinstance(error, Unprocessable):
         return orjson.dumps({"detail": error.message})
     content = error.sent.removeprefix(BOM_UTF8)
@@ -203,13 +203,13 @@ def to_error(error: GatewayError) -> bytes:
         sent = content.decode(errors="replace") or None
     try:
         return orjson.dumps({"detail": error.details, "body": sent})
-    except TypeError:  # one of the values is nested more deeply than can be written
+    except TypeError:  # a value is nested too deeply for orjson to write
         details = [{key: value for key, value in one.items() if key != "input"} for one in error.details]
         return orjson.dumps({"detail": details, "body": sent})
 
 
 def _choice(choice: Json) -> Json:
-    # A completion's has a text, a chat's a message.
+    # A completion's choice has a text, a chat's choice a message.
     message = choice.get("message") or {"role": "assistant", "content": choice.get("text")}
     said = {"role": "assistant", "content": message.get("content"), "audio": None}
     if calls := message.get("tool_calls"):

@@ -1,4 +1,4 @@
-"""The fields of a chat call, and which of them a name that is none of them was meant for."""
+"""The fields of a chat call, and the field that a misspelt name was meant for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 from gateway.wire.errors import BadRequest
 
-# Of the chat call of vLLM 0.32, and of 0.33 `return_weight_versions`. vLLM ignores any other field, without a word.
+# The fields of vLLM 0.32's chat call, and `return_weight_versions` of 0.33. vLLM silently ignores any other field.
 VLLM_FIELDS: Final = frozenset(
     [
         "add_generation_prompt",
@@ -96,13 +96,13 @@ OWN_FIELDS: Final = frozenset(
     ]
 )
 
-# Shorter ones are near to too many others; and of a body so many names are looked at.
+# Shorter fields are near too many other names. Of a body, at most `_LOOKS` unknown names are checked.
 _SHORTEST: Final = 6
 _LOOKS: Final = 8
 
 
 def refuse_misspelt(names: Iterable[str]) -> None:
-    """Raises BadRequest for a name that is one character from a field's, or like it but for case, `_` and `-`."""
+    """Raises BadRequest for a name that differs from a field by one character, or only by case, `_` and `-`."""
     unknown = (name for name in names if name not in VLLM_FIELDS and len(name) < 64)
     for name in itertools.islice(unknown, _LOOKS):
         if meant := _near(name):
@@ -119,7 +119,7 @@ def _near(name: str) -> str | None:
 
 
 def _differ_by_one(one: str, other: str) -> bool:
-    """Whether they are equal, or by one character more, less or else, or by two that are swapped."""
+    """Whether the names are equal, or differ by one inserted, deleted or replaced character or by their order."""
     if len(one) == len(other):
         return sum(map(operator.ne, one, other)) < 2 or sorted(one) == sorted(other)
     return one in _variants(other) or other in _variants(one)
@@ -130,7 +130,7 @@ def _plain(name: str) -> str:
 
 
 def _variants(name: str) -> set[str]:
-    """The name, and what is left of it without each of its characters: two that share one are that near."""
+    """The name, and the name without each of its characters: two similar names share a variant."""
     return {name, *(name[:at] + name[at + 1 :] for at in range(len(name)))}
 
 

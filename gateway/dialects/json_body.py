@@ -1,4 +1,4 @@
-"""A request's body as a JSON object, with a sentence for whatever else it is."""
+"""Parses a request's body as a JSON object, with an error message for any other body."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import orjson
 
 from gateway.wire.errors import BadRequest
 
-# The field whose value the parser stopped in: the last `"name":` before that point.
+# The field in whose value the parser stopped: the last `"name":` before that point.
 _FIELD_BEFORE: Final = re.compile(r'"([A-Za-z0-9_]{1,64})"\s*:\s*"?[^",:{}\[\]]*$')
-# From so many bytes on a body is worth a look at its strings, and a string at what it is without.
+# Long strings are removed from bodies of at least LONG_BODY bytes; a string is long above _LONG bytes.
 LONG_BODY: Final = 32_768
 _LONG: Final = 1024
-# So many strings and escaped quotes may come before a long one, and one more for each so many bytes: past that the
-# parser is quicker.
+# The most strings and escaped quotes that may precede a long string, and the bytes for each of which one more may. With
+# more of them the parser is faster than this search.
 _LOOKS: Final = 48
 _LOOK_EACH: Final = 1024
 _MOST_QUOTES: Final = 65_536
-# Most that is looked at in one step, in bytes: whatever is refused is refused early.
+# Bytes that are scanned in one step, so that a body that is refused is refused early.
 PART: Final = 128 * 1024
 # The most backslashes before a quote that are counted.
 _RUN: Final = 64
@@ -31,7 +31,7 @@ _NOT_JSON_NUMBER: Final = re.compile(r"-?(NaN|Infinity)", re.IGNORECASE)
 
 
 def to_object(body: bytes) -> dict[str, Any]:
-    """The object in `body`; raises BadRequest, which says what is wrong and where."""
+    """The object in `body`; raises BadRequest, which names the fault and its place."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -43,10 +43,10 @@ def to_object(body: bytes) -> dict[str, Any]:
 
 
 def to_utf8(body: bytes) -> bytes:
-    """A body in UTF-16 or UTF-32, which vLLM's parser takes as well, in UTF-8; any other as it came.
+    """A body in UTF-16 or UTF-32, which vLLM's parser accepts as well, as UTF-8; any other body unchanged.
 
-    By its byte order mark or, as all JSON begins with ASCII, by where its zeros are: what its headers say of it vLLM
-    does not read.
+    The encoding is found by the byte order mark or, as all JSON begins with ASCII, by the positions of zero bytes. Like
+    vLLM, this ignores the charset in the headers.
     """
     encoding = detect_encoding(body)
     if encoding in ("utf-8", "utf-8-sig"):
@@ -58,7 +58,7 @@ def to_utf8(body: bytes) -> bytes:
 
 
 def _after_mark(body: bytes, error: orjson.JSONDecodeError) -> Any:
-    """What stands behind a byte order mark, which vLLM's parser, too, passes over (RFC 8259, 8.1)."""
+    """The value after a byte order mark, which vLLM's parser skips, too (RFC 8259, 8.1)."""
     if body.startswith(BOM_UTF8):
         body = body.removeprefix(BOM_UTF8)
         try:
@@ -69,15 +69,15 @@ def _after_mark(body: bytes, error: orjson.JSONDecodeError) -> Any:
 
 
 def without_long_strings(body: bytes, strings: Iterable[tuple[int, int]] | None = None) -> bytes:
-    """`body` with its long strings empty, of which "data:" stays where one begins so: to see what it is.
+    """`body` with its long strings emptied, except for a leading "data:", which is needed to recognize a URL.
 
-    Most of a large call is one prompt, of which nothing needs to be known to send it on: to find its end takes a
-    twentieth of what a parser takes to read it. The object that stays is the one that came, but for these strings; what
-    they hold is for the model server to judge. Those among many quotes are found only where `strings` says where.
+    Most of a large call is one prompt, which need not be read to be relayed: finding its end takes a twentieth of the
+    time of parsing it. The result parses to the same object except for these strings, whose contents the model server
+    judges. Long strings among many quotes are found only if `strings` gives their positions.
     """
     kept, pieces = 0, []
     for begin, end in strings if strings is not None else _long_strings(body):
-        # A name stays: what stands under some is looked at.
+        # Names are kept, as the values of some are checked.
         if body[end + 1 : end + 2] in (b",", b"}", b"]"):
             pieces.append(body[kept : begin + 6] if body[begin + 1 : begin + 6] == b"data:" else body[kept : begin + 1])
             kept = end
@@ -85,14 +85,14 @@ def without_long_strings(body: bytes, strings: Iterable[tuple[int, int]] | None 
 
 
 def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
-    """Where long strings begin and end, as long as it is worth to look."""
+    """The positions of long strings; stops when further search would not pay."""
     begin, looks = body.find(b'"'), 0
     while begin > 0 and looks <= _LOOKS + begin // _LOOK_EACH:
         end = body.find(b'"', begin + 1)
         while end > 0 and body[end - 1] == _BACKSLASH:
             run = 1 if body[end - 2] != _BACKSLASH else _backslashes(body, end)
             if run == _RUN or looks > _LOOKS + end // _LOOK_EACH:
-                return  # too many to count, for each quote anew
+                return  # too many backslashes to count again for each quote
             if run % 2 == 0:
                 break
             end = body.find(b'"', end + 1)
@@ -104,17 +104,17 @@ def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _backslashes(body: bytes, at: int) -> int:
-    """How many stand before this place; _RUN for any number of more, too."""
+    """The number of backslashes before `at`, at most _RUN."""
     before = body[max(0, at - _RUN) : at]
     return len(before) - len(before.rstrip(b"\\"))
 
 
 def long_strings_in_steps(body: bytes) -> Generator[None, None, list[tuple[int, int]]]:
-    """Where long strings begin and end, though there are many others; part by part. None where those are too many."""
+    """The positions of long strings in a body of many strings, part by part; empty if there are too many quotes."""
     found, begin, at, quotes = [], -1, 0, 0
     for part in in_parts(body):
         quote = at - 1
-        # What is escaped ends no string.
+        # An escaped quote ends no string.
         for piece in part.replace(b"\\\\", b"__").replace(b'\\"', b"__").split(b'"')[:-1]:
             quote += len(piece) + 1
             if begin < 0:
@@ -132,7 +132,7 @@ def long_strings_in_steps(body: bytes) -> Generator[None, None, list[tuple[int, 
 
 
 def in_parts(content: bytes) -> Iterator[bytes]:
-    """What is not to be looked at in one step, cut nowhere behind a backslash that escapes what comes next."""
+    """`content` in parts for one step each, never cut between a backslash and the character that it escapes."""
     at = 0
     while at < len(content):
         part = content[at : at + PART]
@@ -152,7 +152,7 @@ def _not_json(body: bytes, error: orjson.JSONDecodeError) -> BadRequest:
     where = f"line {error.lineno}, column {error.colno}"
     found = _FIELD_BEFORE.search(text[max(0, error.pos - 300) : error.pos])
     field = found.group(1) if found else None
-    # The parser stops behind the sign.
+    # The parser stops after the sign.
     if number := _NOT_JSON_NUMBER.match(text, error.pos - text[: error.pos].endswith("-")):
         return BadRequest(
             f"{field or 'A value'} must be a finite number, but it is {number.group()} ({where}).", param=field
@@ -162,7 +162,7 @@ def _not_json(body: bytes, error: orjson.JSONDecodeError) -> BadRequest:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls it. Texts are never shown: they may be a prompt."""
+    """The JSON type of a value. Texts are never shown: they may be a prompt."""
     if value is None:
         return "missing"
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}

@@ -15,12 +15,12 @@ _ROLES = {"system": "System", "user": "Human", "assistant": "AI"}
 
 
 class Flattened:
-    """A simplified request that has been checked, its messages one below the other as its prompt."""
+    """A checked simplified request whose prompt is its messages, one per line."""
 
     target = "/v1/completions"
 
     def __init__(self, request: Simplified) -> None:
-        """Raises BadRequest where a message is no text."""
+        """Raises BadRequest if the content of a message is not a text."""
         self.model = request.model
         self.streaming = request.streaming
         self.echoed = request.echoed
@@ -30,7 +30,7 @@ class Flattened:
         self._prompt = "\n".join(map(_line, request.chat["messages"]))
 
     def to_call(self, model: str) -> bytes:
-        """The completion's body; raises BadRequest for what cannot be written."""
+        """The completion's body; raises BadRequest if orjson cannot write it."""
         others = {name: value for name, value in self._request.chat.items() if name != "messages"}
         try:
             return orjson.dumps({**others, "model": model, "prompt": self._prompt})
@@ -38,7 +38,7 @@ class Flattened:
             raise BadRequest("The request's body is nested too deeply.") from None
 
     def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply: vLLM's completion and, around it, the text and what was asked; raises UpstreamBroken."""
+        """The whole reply: vLLM's completion, the text and the echoed fields; raises UpstreamBroken."""
         try:
             completion = orjson.loads(answer)
             text = completion["choices"][0]["text"]
@@ -49,16 +49,16 @@ class Flattened:
             raise UpstreamBroken("The model server's answer is not a completion.") from None
 
     def to_texts(self, data: dict[str, Any] | None) -> TextStream | None:
-        """What makes texts of the completion's chunks, where the reply's stream is not in vLLM's own style.
+        """The translator from the completion's chunks to texts; None if the reply's stream is in vLLM's own style.
 
-        LangChain gives on no text that is empty.
+        Empty texts are dropped, as LangChain passes on none.
         """
         if self._request.style == "openai":
             return None
         return TextStream(self._request.style, data, self.citations, lambda choice: choice["text"] or None)
 
     def to_stream(self) -> TextStream | ChunkStream | None:
-        """What makes the reply's stream of the completion's, where that does not go on as it is."""
+        """The translator from the completion's stream to the reply's; None if the stream is relayed unchanged."""
         request = self._request
         if request.style != "openai":
             return self.to_texts(self.echoed["data"])

@@ -1,5 +1,7 @@
-"""Media of a call: of which host the model server may fetch them, as it reaches what a client may not, and by what name
-it keeps them, as it gives what it has under a name to whoever says that.
+"""Checks the media of a call: the hosts of their URLs and the names under which vLLM caches them.
+
+The model server fetches a URL and may reach hosts that a client may not. It gives media that it has under a name to any
+client that sends this name.
 """
 
 from __future__ import annotations
@@ -11,21 +13,21 @@ from typing import Any, Final
 
 from gateway.wire.errors import ForeignMedia, Rejected
 
-# Of the plainest form alone: what two parsers may read in two ways is refused.
+# Only URLs of the plainest form: a URL that two parsers may read differently is refused.
 _PLAIN: Final = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 
-# A part's own name, by which vLLM keeps what it makes of the part's media, and the lists that parts stand in. Deeper
-# than in a batch's chats stand tools' arguments, in which the same words mean something else.
+# The field of a part by which vLLM caches its processed media, and the fields whose lists hold parts. The parts of a
+# batch's chats are the deepest: below are arguments of tools, in which the same names mean something else.
 NAME: Final = "uuid"
 _LISTS: Final = ("content", "output")
 _DEEPEST_PART: Final = 5
 
-# So many values are looked at in a step.
+# Values that are checked in one step.
 _TOGETHER: Final = 10_000
 
 
 def parts_of(body: dict[str, Any]) -> list[Any]:
-    """What a chat's messages hold that is no text: a list or an object each."""
+    """The contents of a chat's messages that are not texts: each a list or an object."""
     messages = body.get("messages")
     if type(messages) is dict:
         messages = [{"content": messages.get("user")}]
@@ -35,7 +37,7 @@ def parts_of(body: dict[str, Any]) -> list[Any]:
     for message in messages:
         try:
             said = message["content"]
-        except (KeyError, TypeError):  # what is none is for vLLM to refuse, and costs no other a look
+        except (KeyError, TypeError):  # vLLM refuses it; checking first would cost every valid message
             continue
         if type(said) is not str and type(said) in (list, dict):
             parts.append(said)
@@ -43,23 +45,23 @@ def parts_of(body: dict[str, Any]) -> list[Any]:
 
 
 def check_any(value: Any, content: bytes, media_domains: frozenset[str], refuses_names: bool) -> None:
-    """Raises ForeignMedia where a value, a body or the parts of one, holds a URL of another host.
+    """Raises ForeignMedia if a value (a body, or the parts of one) holds a URL of a host that is not allowed.
 
-    And Rejected where `refuses_names` and a part has a name. `content` is what the value was read from.
+    Raises Rejected if `refuses_names` and a part has a name. `content` holds the bytes that the value was read from.
     """
     if _may_hold_any(content, refuses_names):
         deque(_check(value, media_domains, refuses_names), 0)
 
 
 def check_in_steps(value: Any, content: bytes, media_domains: frozenset[str], refuses_names: bool) -> Iterator[None]:
-    """As `check_any`, step by step, as a body of many values takes long."""
+    """Like `check_any`, but in steps, as a body of many values takes long."""
     if _may_hold_any(content, refuses_names):
         return _check(value, media_domains, refuses_names)
     return iter(())
 
 
 def _may_hold_any(content: bytes, names: bool) -> bool:
-    # To walk through all of a large body takes longer than all else; a name may be written with escapes.
+    # Walking through a large body takes longer than all other work. A name may be written with escapes.
     return b"\\u" in content or b'url"' in content.lower() or (names and b'"uuid"' in content)
 
 
@@ -92,11 +94,11 @@ def _check(value: Any, media_domains: frozenset[str], refuses_names: bool) -> It
 
 
 def _found(value: Any) -> Iterator[tuple[str, str] | None]:
-    """Every string that stands under a name that ends in `url`, or in an object or a list under one; None by times.
+    """Every string under a name that ends in `url`, or in a list under one, and NAME for each part that has a name.
 
-    And NAME for each part that has one.
+    Yields None at the end of each step.
     """
-    # A list is that of a chat's parts, by `parts_of`.
+    # A list holds a chat's parts, as returned by `parts_of`.
     level = _parts("content" if type(value) is list else "", value)
     seen = depth = 0
     while level:

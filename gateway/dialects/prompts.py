@@ -1,9 +1,9 @@
-"""Calls of older servers that bring a bare prompt, as vLLM's completions and back; pure functions on values.
+"""Translates calls of older servers with a bare prompt to vLLM's completions and back; pure functions on values.
 
 `POST /generate`, of vLLM's first server, and `POST /api/v1/ask`, of vllm-app:
 
-    {"prompt": str, "stream": bool?, …}    ->  {"text": [prompt + output, …]}, or such objects with all of the
-                                               text so far, each with a NUL behind it
+    {"prompt": str, "stream": bool?, …}    ->  {"text": [prompt + output, …]}, or a stream of these objects with all
+                                               of the text so far, each followed by a NUL
     {"question": str, …}                   ->  server-sent events of answer parts
 """
 
@@ -23,20 +23,20 @@ from gateway.wire.heads import AnswerHead
 
 Json = dict[str, Any]
 
-# Each text of `/generate` repeats the prompt; at most so many characters in all, as `n` is quickly said.
+# Each text of `/generate` repeats the prompt. This limits the characters in all, as a large `n` is sent in a few bytes.
 _MOST_REPEATED = 4 * 1024 * 1024
-# In a stream each token's object repeats it.
+# In a stream each token's object repeats the prompt.
 _MOST_STREAMED = 64 * 1024 * 1024
-# vllm-app's own limit; vLLM's for a completion.
+# Default limits of the answer's tokens: vllm-app's own, and vLLM's for a completion.
 _ASK_TOKENS = 2048
 _GENERATE_TOKENS = 16
 
 
 @dataclass(slots=True)
 class Prompted:
-    """A checked request: the completion's body but for its model, and what the prompt was, if the reply repeats it.
+    """A checked request: the completion's body without its model, and the prompt, if the reply repeats it.
 
-    `context` tells the most tokens that a model takes, where the body does not say how many are asked for.
+    `context` returns the most tokens that a model takes; None if the body has a limit of its own.
     """
 
     call: Json
@@ -48,9 +48,9 @@ class Prompted:
     target = "/v1/completions"
 
     def to_call(self, model: str) -> bytes:
-        """The completion's body; raises BadRequest for what cannot be written."""
+        """The completion's body; raises BadRequest if orjson cannot write it."""
         if self.context is not None:
-            # vLLM lets an answer end where its context does, but may not be asked for more.
+            # vLLM ends an answer at the end of its context, but refuses a call that asks for more tokens.
             self.call["max_tokens"] = min(_ASK_TOKENS, self.context(model))
         try:
             return orjson.dumps({"model": model, **self.call})
@@ -58,7 +58,7 @@ class Prompted:
             raise BadRequest("The request's body is nested too deeply.") from None
 
     def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply; raises UpstreamBroken where the answer is no completion."""
+        """The whole reply; raises UpstreamBroken if the answer is not a completion."""
         try:
             choices = sorted(orjson.loads(answer)["choices"], key=lambda choice: choice["index"])
             return orjson.dumps({"text": [(self.prompt or "") + choice["text"] for choice in choices]})
@@ -66,14 +66,14 @@ class Prompted:
             raise UpstreamBroken("The model server's answer is not a completion.") from None
 
     def to_stream(self) -> TextStream | GenerateStream:
-        """What makes the reply's stream of the completion's."""
+        """The translator from the completion's stream to the reply's."""
         if self.prompt is None:
             return TextStream("answer_part", None, [], lambda choice: choice["text"])
         return GenerateStream(self.prompt)
 
 
 def from_generate(body: Json, *, disable_streaming: bool) -> Prompted:
-    """A call of `/generate`; `disable_streaming` answers every one whole. Raises BadRequest, which names the field."""
+    """A call of `/generate`; `disable_streaming` answers each call whole. Raises BadRequest, which names the field."""
     streaming = body.get("stream")
     if streaming is not None and not isinstance(streaming, bool):
         raise BadRequest(f"stream must be true or false, but it is {kind_of(streaming)}.", param="stream")
@@ -94,7 +94,7 @@ def from_generate(body: Json, *, disable_streaming: bool) -> Prompted:
             param="stream",
         )
     call = {**_others(body, "prompt"), "prompt": prompt, "stream": streams}
-    call.pop("echo", None)  # or it would stand there twice
+    call.pop("echo", None)  # the prompt would be repeated twice
     if not streams:
         call.pop("stream_options", None)
     return Prompted(call, _model(body), streams, prompt)
@@ -103,7 +103,7 @@ def from_generate(body: Json, *, disable_streaming: bool) -> Prompted:
 def from_ask(body: Json, context: Callable[[str], float]) -> Prompted:
     """A call of `/api/v1/ask`, which is always streamed; raises BadRequest, which names the field.
 
-    `context` tells the most tokens that a model takes.
+    `context` returns the most tokens that a model takes.
     """
     question = _text(body, "question")
     call = {**_others(body, "question"), "prompt": question, "stream": True}
@@ -111,7 +111,7 @@ def from_ask(body: Json, context: Callable[[str], float]) -> Prompted:
 
 
 class GenerateStream:
-    """A completion's chunks in, `/generate`'s stream out: all texts so far, once for what came at once."""
+    """Translates a completion's chunks to `/generate`'s stream: one object with all texts so far per read."""
 
     head = AnswerHead(200, [], streams=True)
     paced = False
@@ -124,7 +124,7 @@ class GenerateStream:
         self._new = False
 
     def feed(self, data: bytes) -> bytes:
-        """The object for these bytes; raises UpstreamBroken where they hold no chunks."""
+        """The object for these bytes; raises UpstreamBroken if they do not hold chunks."""
         try:
             told = b"".join(map(self._take, self._decoder.feed(data)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -138,7 +138,7 @@ class GenerateStream:
         return told
 
     def comment(self, data: bytes) -> bytes:
-        """Nothing, as these are no events."""
+        """Nothing: the reply's stream is not server-sent events."""
         return b""
 
     def failed(self, envelope: bytes) -> bytes:
@@ -146,7 +146,7 @@ class GenerateStream:
         return envelope + b"\0"
 
     def _take(self, data: bytes) -> bytes:
-        """Keep the texts of a chunk; what goes out for anything else."""
+        """Keep the texts of a chunk; return the bytes to send for any other event."""
         if data == sse.DONE:
             return b""
         chunk = orjson.loads(data)

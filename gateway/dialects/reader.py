@@ -1,4 +1,4 @@
-"""Reads a request's body: what goes upstream of it, and the translation where its form is not vLLM's own."""
+"""Reads a request's body: returns the upstream's body, or a translation if the form is not vLLM's own."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from gateway.wire.routes import BodyKind, Route
 
 
 class TranslatedStream(Protocol):
-    """Makes the reply's stream, whose head is `head`, of the upstream's."""
+    """Translates the upstream's stream to the reply's, whose head is `head`."""
 
     head: AnswerHead
-    # Whether each event goes out for itself, some time after the one before.
+    # Whether each event is sent in a write of its own, some time after the event before.
     paced: bool
-    # `system_fingerprint` of the server's answers, with its quotes: what is known of it before, and after, this one.
+    # `system_fingerprint` of the server's answers, with its quotes: set from earlier answers, updated from this one.
     fingerprint: bytes | None
 
     def feed(self, data: bytes) -> bytes:
-        """What goes out for these bytes; raises GatewayError where they are not what was to come."""
+        """The bytes to send for these bytes; raises GatewayError if they are not what the upstream should send."""
 
     def comment(self, data: bytes) -> bytes:
-        """What goes out now for comments, which carry nothing: they, unless its readers know none, or others wait."""
+        """The bytes to send now for comments: unchanged, unless clients of this form know none or events are held."""
 
     def failed(self, envelope: bytes) -> bytes:
-        """What goes out last for an error of our own."""
+        """The last bytes of the stream for an error of the gateway's own."""
 
 
 class Translation(Protocol):
-    """A checked request in a form that is not vLLM's: what `target` is asked, and how its answer goes back."""
+    """A checked request in a form that is not vLLM's: makes the call of `target` and translates its answer back."""
 
     model: str | None
     streaming: bool
@@ -63,27 +63,27 @@ class Translation(Protocol):
         """The whole reply; raises UpstreamBroken."""
 
     def to_stream(self) -> TranslatedStream | None:
-        """None where the upstream's stream goes on as it is."""
+        """The stream's translator; None if the upstream's stream is relayed unchanged."""
 
 
 class Models(Protocol):
-    """The models that are served."""
+    """The served models."""
 
     @property
     def models(self) -> tuple[str, ...]: ...
 
     @property
     def chat_model(self) -> str | None:
-        """The first that can chat, as far as that is known."""
+        """The first model that can chat, as far as is known."""
 
     def models_of(self, route: str) -> list[str]:
-        """Those whose servers are known to take this route."""
+        """The models whose servers are known to have this route."""
 
     def context(self, model: str) -> int | float: ...
 
 
 class Alias(Protocol):
-    """What calls under another name of a model are for."""
+    """Another name of one or several models."""
 
     splits: bool
 
@@ -91,29 +91,29 @@ class Alias(Protocol):
         """The model of the next call."""
 
     def first(self, served: Container[str]) -> str:
-        """One of them, where that is not for a call."""
+        """One of the models, for purposes other than a call."""
 
     def is_served(self, served: Container[str]) -> bool: ...
 
 
-# How a body says how long its answer may be.
-# More than any call can have: of larger numbers a budget would lose the small ones.
+# More tokens than any call can have: beside larger numbers a budget, which is a float, would lose small ones.
 _MOST_TOKENS: Final = 1_000_000_000
+# The fields that limit the length of an answer.
 _ANSWER: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
-# The body that goes upstream, unless there is a translation; form, model, streaming, translation, whether the upstream
-# is asked for a stream's tokens, which the client is not told, the `cache_salt` that goes upstream, and by which other
-# name the model was asked for. A plain tuple, as a class of its own would cost each request one call more.
+# The upstream's body (empty if there is a translation); form, model, streaming, translation; whether the upstream is
+# asked for a stream's usage, which is hidden from the client; the upstream's `cache_salt`; and the alias by which the
+# model was asked for. A plain tuple: a class of its own would cost each request one more call.
 Reading = tuple[bytes, str, str | None, bool, Translation | None, bool, Any, str | None]
 Steps = Generator[None, None, Reading]
 
 
 @dataclass(frozen=True, slots=True)
 class BodyReader:
-    """How one gateway reads bodies; the fields go by their settings' names, `models` are those of its upstreams.
+    """Reads bodies by a gateway's settings, whose names the fields have; `models` are those of its upstreams.
 
-    `disable_streaming` answers every translated request whole, for whichever setting asks for that. `counts_tokens` has
-    the upstream tell the tokens of simplified streams, `counts_all` those of all.
+    `disable_streaming` answers every translated request whole, whichever setting asks for that. `counts_tokens` asks
+    the upstream for the usage of simplified streams, `counts_all` for the usage of all streams.
     """
 
     models: Models
@@ -131,10 +131,10 @@ class BodyReader:
     counts_all: bool
 
     def read(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Reading:
-        """What a body of this kind is, with its key's `marks` if any; raises GatewayError, which names the field.
+        """Read a body of this kind, with its key's `marks` if any; raises GatewayError, which names the field.
 
-        The form is `openai` where the bytes go upstream as they came, and `simplified`, `generate` or `ask` where
-        there is a translation; empty where there is no body.
+        The form is `openai` if the body is vLLM's own, and `simplified`, `generate` or `ask` if there is a
+        translation; it is empty if there is no body.
         """
         if kind == "none":
             return b"", "", None, False, None, False, None, None
@@ -157,7 +157,7 @@ class BodyReader:
         return content, "openai", model, body.get("stream") is True, None, False, body.get("cache_salt"), None
 
     def read_in_steps(self, kind: BodyKind, content: bytes, marks: KeyMarks | None = None) -> Steps:
-        """As `read`, of a long body that is there: step by step, each of which takes a small part of a second."""
+        """Like `read`, for a complete long body: in steps, each of which takes a small part of a second."""
         if content[:2] != b'{"':
             content = to_utf8(content)
         yield
@@ -188,7 +188,7 @@ class BodyReader:
     def _read_released(
         self, release: erag.Release, content: bytes, shortened: bytes | None, marks: KeyMarks | None
     ) -> Steps:
-        """What a chat call's body is where a release is stood in for; `shortened` is that of a long one."""
+        """Read a chat call's body in place of a release; `shortened` is a long body without its long strings."""
         try:
             body = (yield from self._shortened_passthrough("chat", shortened)) if shortened is not None else None
             if body is None:
@@ -221,7 +221,7 @@ class BodyReader:
         return self._edited("chat", content, body, marks)
 
     def _edited(self, kind: BodyKind, content: bytes, body: dict[str, Any], marks: KeyMarks | None) -> Reading:
-        """A body that goes upstream with another model, its key's marks, or the wish to be told of its tokens."""
+        """A body in vLLM's own form, edited: the alias's model, the key's marks, limits and the request for usage."""
         model, streaming = body.get("model"), body.get("stream") is True
         model = model if isinstance(model, str) else None
         known = self.resolve(kind, model) if self.model_aliases or self.compat else model
@@ -243,10 +243,10 @@ class BodyReader:
         return content, "openai", model, streaming, None, "stream_options" in changes, salt, alias
 
     def asked_tokens(self, kind: BodyKind, content: bytes) -> int | None:
-        """How many tokens a body asks for that goes upstream; None where it does not say."""
+        """How many tokens an upstream's body asks for; None if it does not say."""
         try:
             body = loads(without_long_strings(content) if len(content) >= LONG_BODY else content)
-        except JSONDecodeError:  # it is not the one that came, where another string ends there
+        except JSONDecodeError:  # the shortened body is not valid JSON: parse the full one
             body = to_object(content)
         asked = 0
         for name in _ANSWER:
@@ -254,15 +254,15 @@ class BodyReader:
             if type(value) is int and value > asked:
                 asked = value
         if not asked:
-            return None  # or vLLM refuses it
-        # Of a chat it is one answer, but for `n`; of others it depends.
+            return None  # missing, or a value that vLLM refuses
+        # A chat without `n` has one answer; for other bodies it depends.
         answers = 1 if kind == "chat" and "n" not in body else self.body_limits.answers(body)
         return min(_MOST_TOKENS, asked * answers)
 
     def resolve(self, kind: BodyKind, model: str | None) -> str | None:
-        """The model that is asked for where this one is named: an alias's own, or the one for all that are not served.
+        """The model for this name: a model of its alias, or of the alias `*` for all names that are not served.
 
-        A release knew but its own; a name that is in no list else is for the upstream to judge, which may load it.
+        A release knew only its own model. Any other unknown name is relayed: the upstream may load it, or refuses it.
         """
         if not model:
             return model
@@ -277,14 +277,14 @@ class BodyReader:
 
     @property
     def named_models(self) -> tuple[str, ...]:
-        """All names that a call may give its model: those that are served, and the other names of these."""
+        """All names that a call may give its model: the served models and their aliases."""
         served = self.models.models
         others = [name for name, alias in self.model_aliases.items() if name != "*" and alias.is_served(served)]
         return tuple(dict.fromkeys((*served, *others)))
 
     @property
     def default_model(self) -> str | None:
-        """The model of a simplified call that names none; None where none is known."""
+        """The model of a simplified call that names none; None if no model is known."""
         return self.resolve("chat", self.model) or self.models.chat_model
 
     def select_model(self, translation: Translation) -> str:
@@ -295,25 +295,25 @@ class BodyReader:
         return model
 
     def model_of(self, route: Route) -> str | None:
-        """The model that a call in vLLM's own form is for that names none: of those that take it the same each time."""
+        """The model of a call in vLLM's own form that names none: always the same one of those that have the route."""
         able = self.models.models_of(route.asked_for_as) or self.models.models
         configured = self.resolve("chat", self.model)
         return configured if configured in able else next(iter(able), None)
 
     def uses_erag_errors(self, kind: BodyKind, form: str) -> bool:
-        """Whether an error is told in the release's words: that of a chat call that is not known to be OpenAI's."""
+        """Whether errors have the release's form: for a chat call that is not known to be in OpenAI's form."""
         return self.compat is not None and kind == "chat" and form != "openai"
 
     def to_error(self, error: GatewayError) -> bytes:
-        """An error of our own in the release's words."""
+        """An error of the gateway's own in the release's form."""
         return erag.to_error(error)
 
     def to_upstream_error(self, answer: bytes) -> bytes:
-        """An upstream's error in the release's words."""
+        """An upstream's error in the release's form."""
         return erag.to_upstream_error(answer)
 
     def _shortened_passthrough(self, kind: BodyKind, shortened: bytes) -> Generator[None, None, dict[str, Any] | None]:
-        """A long body without its long strings, if that is enough to see that it goes upstream as it came."""
+        """A long body without its long strings, if these suffice to see that it needs no translation; else None."""
         if kind in ("generate", "ask"):
             return None
         try:
@@ -322,17 +322,17 @@ class BodyReader:
             return None
         yield
         if "" in (body.get("model"), body.get("previous_response_id")):
-            return None  # which is read, however long it is
+            return None  # perhaps emptied, but needed in full
         if kind == "chat" and not self._is_openai(body):
-            return None  # its fields may be taken in another way
+            return None  # a translation needs the full fields
         try:
             yield from self._check_in_steps(kind, body, shortened)
         except ForeignMedia:
-            return None  # which of its URLs that is only the whole of it says
+            return None  # only the full body tells which URL is refused
         return body
 
     def _check(self, kind: BodyKind, body: dict[str, Any], content: bytes) -> None:
-        """Raises BadRequest for what a body must not have."""
+        """Raises BadRequest if a body exceeds a limit or holds media that are refused."""
         self.body_limits.check(body)
         if kind == "chat":
             if parts := media_urls.parts_of(body):
@@ -342,7 +342,7 @@ class BodyReader:
             media_urls.check_any(body, content, self.media_domains, self.body_limits.refuses_media_names)
 
     def _check_in_steps(self, kind: BodyKind, body: dict[str, Any], content: bytes) -> Iterator[None]:
-        """As `_check`, step by step."""
+        """Like `_check`, in steps."""
         self.body_limits.check(body)
         looked_at: Any = media_urls.parts_of(body) if kind == "chat" else body
         if not looked_at or kind in ("generate", "ask"):
@@ -355,7 +355,7 @@ class BodyReader:
         yield
 
     def _is_openai(self, body: dict[str, Any]) -> bool:
-        """Whether a chat call is in OpenAI's form; raises BadRequest where it is in none."""
+        """Whether a chat call is in OpenAI's form; raises BadRequest if it is in no known form."""
         if simplified.is_simplified(body):
             return False
         if not isinstance(body.get("messages"), list):
@@ -392,7 +392,7 @@ class BodyReader:
 
 
 def _result(steps: Steps) -> Reading:
-    """What comes of these steps, taken at once."""
+    """The result of these steps, all taken at once."""
     while True:
         try:
             next(steps)

@@ -1,6 +1,6 @@
-"""The simplified form: request to chat call, reply and stream back; pure functions on values.
+"""The simplified form: translates requests to chat calls, and replies and streams back; pure functions on values.
 
-A request of this form, with what the systems it comes from really accept:
+A request of this form, as the systems that it comes from really accept it:
 
     {"messages": {"system": str?, "user": str | [part, …]}, "max_new_tokens": int?, "streaming": bool?, …}
     {"messages": str, …}                  a user's text alone
@@ -33,18 +33,18 @@ TOP_P: Final = 0.95
 _MAX_TOKENS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _STREAMING: Final = ("streaming", "stream")
 
-# vLLM counts tokens in 32 bits; what fits there is for the model's own limit to judge.
+# vLLM counts tokens in 32 bits; any number that fits is left to the model's own limit.
 _MOST_TOKENS: Final = 2**31 - 1
 
-# What most requests are made of.
+# The fields that most requests consist of.
 _USUAL_FIELDS: Final = frozenset({"max_new_tokens", "messages", "model", "streaming", "temperature", "top_p"})
 
-# What OpenAI's call with a list of messages does not have.
+# Fields that OpenAI's call with a list of messages does not have.
 _FIELDS_OF_LISTS: Final = frozenset(
     {"data", "input_guardrail_params", "max_new_tokens", "output_guardrail_params", "streaming"}
 )
 
-# `id` is of the class that messages were made of.
+# `id` was a field of the replaced systems' class for messages.
 _OF_MESSAGES: Final = frozenset({"id", "system", "user"})
 
 # Consumed here. `typical_p` has no counterpart in vLLM, and `id` was the replaced system's own.
@@ -63,11 +63,11 @@ _OWN_FIELDS: Final = OWN_FIELDS | {
 
 @dataclass(slots=True)
 class Simplified:
-    """A simplified request that has been checked.
+    """A checked simplified request.
 
-    `chat` is the chat call's body but for its model, `model` what the request names, if anything. `streaming` says
-    whether the answer is a stream. `echoed` is what the reply repeats of the request, `citations` what it cites of the
-    request's documents. `hides_usage` says that vLLM is asked to tell a stream's tokens, and the caller is not told.
+    `chat` is the chat call's body without its model; `model` is the request's model, if any. `streaming` says whether
+    the answer is a stream. `echoed` holds the fields of the request that the reply repeats, and `citations` those of
+    its documents. `hides_usage` says that vLLM is asked for a stream's usage, which is hidden from the client.
     """
 
     chat: Json
@@ -80,7 +80,7 @@ class Simplified:
     target: str = "/v1/chat/completions"
 
     def to_call(self, model: str) -> bytes:
-        """The chat call's body; raises BadRequest for what cannot be written."""
+        """The chat call's body; raises BadRequest if orjson cannot write it."""
         self.chat["model"] = model
         try:
             return orjson.dumps(self.chat)
@@ -88,9 +88,9 @@ class Simplified:
             raise _too_deep(self.chat) from None
 
     def to_reply(self, answer: bytes) -> bytes:
-        """The whole reply: vLLM's chat completion as it came and, around it, the text and what was asked.
+        """The whole reply: vLLM's chat completion unchanged, with the text before and the echoed fields after it.
 
-        Raises UpstreamBroken where the answer is no chat completion.
+        Raises UpstreamBroken if the answer is not a chat completion.
         """
         try:
             completion = orjson.loads(answer)
@@ -101,19 +101,19 @@ class Simplified:
                 return orjson.dumps({"text": text, **completion, **self.echoed})
         except (orjson.JSONDecodeError, LookupError, TypeError):
             raise UpstreamBroken("The model server's answer is not a chat completion.") from None
-        # What vLLM wrote need not be written again.
+        # vLLM's bytes are copied: they need not be serialized again.
         return b"".join(
             (b'{"text":', orjson.dumps(text), b",", answer.strip()[1:-1], b",", orjson.dumps(self.echoed)[1:])
         )
 
     def to_texts(self, data: Json | None) -> TextStream | None:
-        """What makes texts of vLLM's chunks, where the reply's stream is not in vLLM's own style; `data` follows."""
+        """The translator from vLLM's chunks to texts, followed by `data`; None if the stream is in vLLM's own style."""
         if self.style == "openai":
             return None
         return TextStream(self.style, data, self.citations, lambda choice: choice["delta"].get("content"))
 
     def to_stream(self) -> TextStream | ChunkStream | None:
-        """What makes the reply's stream of vLLM's, where that does not go on as it is."""
+        """The translator from vLLM's stream to the reply's; None if the stream is relayed unchanged."""
         if self.style != "openai":
             return self.to_texts(self.echoed["data"])
         if not self.citations and not self.hides_usage:
@@ -122,16 +122,16 @@ class Simplified:
 
 
 def usage_options(options: Any) -> Json | None:
-    """A stream's options with the wish to be told of its tokens; None where they have it, or are none."""
+    """A stream's options with `include_usage`; None if they have it already or are not an object."""
     if not isinstance(options, (dict, type(None))) or (options and options.get("include_usage")):
         return None
-    # Whoever wants them after each token wants none without that wish.
+    # A client that sets `continuous_usage_stats` without `include_usage` asks for no usage, so the former is dropped.
     others = {name: value for name, value in (options or {}).items() if name != "continuous_usage_stats"}
     return {**others, "include_usage": True}
 
 
 def is_simplified(body: Json) -> bool:
-    """Whether the body of a chat completion is in the simplified form; any other is OpenAI's."""
+    """Whether the body of a chat completion is in the simplified form; any other body is in OpenAI's."""
     messages = body.get("messages")
     if isinstance(messages, list):
         return not _FIELDS_OF_LISTS.isdisjoint(body)
@@ -149,11 +149,11 @@ def from_body(
     checked: bool = False,
     with_text: bool = False,
 ) -> Simplified:
-    """A checked request; `disable_streaming` answers each whole. One that does not say asks for no more than
-    `max_new_tokens`. `counts_tokens` has vLLM tell a stream's tokens. Where the fields were `checked` already, what
-    else they may be is for vLLM to judge. Citations hold their documents' texts `with_text`.
+    """A checked request; raises BadRequest, which names the field.
 
-    Raises BadRequest, which names the field.
+    `disable_streaming` answers each request whole. A request that states no limit asks for at most `max_new_tokens`.
+    `counts_tokens` asks vLLM for a stream's usage. If the fields were `checked` already, further checks are left to
+    vLLM. `with_text` says that citations hold their documents' texts.
     """
     messages, prompt = (
         _from_object(said, checked) if isinstance(said := body.get("messages"), dict) else _messages(body, checked)
@@ -164,7 +164,7 @@ def from_body(
     guardrail: Any = None
     data: Json | None = None
     citations: list[Json] = []
-    if not body.keys() <= _USUAL_FIELDS:  # most have no more, and need no more looks
+    if not body.keys() <= _USUAL_FIELDS:  # most requests have no other fields and skip these checks
         others = {name: value for name, value in body.items() if name not in _OWN_FIELDS and value is not None}
         if not checked:
             refuse_misspelt(others)
@@ -189,19 +189,19 @@ def from_body(
         chat["stream_options"] = options
     echoed = {
         "prompt": prompt,
-        # What was asked for, as a guard behind this decides by it whether its own answer is a stream.
+        # As requested, not as answered: a guard behind this gateway decides by it whether its own answer is a stream.
         "streaming": asked,
         "stream": asked,
         "output_guardrail_params": guardrail,
         "data": data,
     }
     if (guardrail or data) and not _can_be_written(echoed):
-        raise _too_deep(echoed)  # while it can still be refused
+        raise _too_deep(echoed)  # now, while the request can still be refused
     return Simplified(chat, model or None, streaming, stream_style, echoed, citations, options is not None)
 
 
 def _cited(data: Any, with_text: bool) -> tuple[Json | None, list[Json]]:
-    """What the reply repeats of `data`, and the citations in it."""
+    """The `data` that the reply repeats, and the citations in it."""
     if data is not None and not isinstance(data, dict):
         raise BadRequest(f"data must be an object, but it is {kind_of(data)}.", param="data")
     if not data or "reranked_docs" not in data:
@@ -211,7 +211,7 @@ def _cited(data: Any, with_text: bool) -> tuple[Json | None, list[Json]]:
 
 
 def _sampling(body: Json, max_new_tokens: int | float, checked: bool) -> Json:
-    """How the answer is drawn; what a request does not say is what the replaced systems took."""
+    """The sampling parameters; the defaults are those of the replaced systems."""
     tokens, temperature, top_p = body.get("max_new_tokens"), body.get("temperature"), body.get("top_p")
     if not checked:
         tokens = None if tokens is None else _max_tokens(tokens, "max_new_tokens")
@@ -225,7 +225,7 @@ def _sampling(body: Json, max_new_tokens: int | float, checked: bool) -> Json:
 
 
 def _too_deep(fields: Json) -> BadRequest:
-    # orjson reads four times the depth that it writes.
+    # orjson reads four times as deep as it writes.
     name = next(name for name, value in fields.items() if not _can_be_written([value]))
     return BadRequest(f"{name} is nested too deeply.", param=name)
 
@@ -265,7 +265,7 @@ def _from_object(messages: Json, checked: bool) -> tuple[list[Json], str]:
 
 
 def _texts_of(parts: list[Any]) -> str:
-    """The text of OpenAI's content parts, of which some may be images; the model judges those."""
+    """The text of OpenAI's content parts. Some parts may be images, which the model server judges."""
     for at, part in enumerate(parts):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise BadRequest(
@@ -301,7 +301,7 @@ def _from_list(messages: list[Any], checked: bool) -> tuple[list[Json], str]:
 
 
 def _merged(messages: list[Json]) -> list[Json]:
-    """The same conversation without a system role: its text stands before the first user's."""
+    """The same conversation without a system role: the system text stands before the first user's text."""
     system = [message.get("content") for message in messages if message["role"] == "system"]
     rest = [message for message in messages if message["role"] != "system"]
     first = next((at for at, message in enumerate(rest) if message["role"] == "user"), None)
@@ -329,7 +329,7 @@ def _as_it_is(value: Any, name: str) -> Any:
 
 def _max_tokens(value: Any, name: str) -> int:
     if type(value) is float and value.is_integer() and value <= _MOST_TOKENS:
-        value = int(value)  # to JSON, and to the systems that this replaces, 5.0 is an integer
+        value = int(value)  # 5.0 is an integer in JSON, and was for the replaced systems
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
         raise BadRequest(f"{name} must be an integer from 1 to {_MOST_TOKENS}, but it is {shown(value)}.", param=name)
     return value
@@ -342,7 +342,7 @@ def _streaming(value: Any, name: str) -> bool:
 
 
 def _one_of(body: Json, names: tuple[str, ...], check: Callable[[Any, str], Any]) -> Any:
-    """The checked value of a field that goes by several names; they may not contradict each other."""
+    """The checked value of a field that has several names, whose values may not contradict each other."""
     first, said = names[0], None
     for name in names:
         value = body.get(name)

@@ -1,4 +1,4 @@
-"""vLLM's chunks in, the reply's stream out: as texts, or as chunks of which one is kept back or one is added."""
+"""Translates vLLM's chunks to the reply's stream: to texts, or to chunks with one removed or one added."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ Style = Literal["openai", "repr", "answer_part"]
 
 # The largest event that is read, in bytes.
 _LARGEST: Final = 1024 * 1024
-# Inside a JSON string each of these quotes is escaped.
+# These cannot match inside a JSON string, in which each quote is escaped.
 FINISH: Final = b'"finish_reason":"'
 _USAGE: Final = b'"usage":{'
 _USAGE_CHUNK: Final = re.compile(rb'"choices":\[\],.*"usage":\{')
 _FINGERPRINT: Final = re.compile(rb'"system_fingerprint":("(?:[^"\\]|\\.)*")')
 
 
-# Of a stream of our own.
+# The head of a stream that the gateway writes itself.
 EVENTS_HEAD: Final = AnswerHead(
     200, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")], streams=True
 )
 
 
 class TextStream:
-    """vLLM's chunks in, a stream of texts out, in a style that is not vLLM's own.
+    """Translates vLLM's chunks to a stream of texts, in a style that is not vLLM's own.
 
-    `repr` is what callers of the replaced releases 1.2 to 1.5 parse: each event is Python's `repr` of a
-    piece of text, then comes `[DONE]` and, where the request had `data`, a line of its own with that. `answer_part` is
-    vllm-app's: JSON of a type and the text, then one of type `citations` where there are any, at last one of type
-    `done`. Text is never left out, not even where it shares a chunk with the finish reason; what is no text has no
-    place.
+    Clients of the replaced releases 1.2 to 1.5 parse `repr`: each event is Python's `repr` of a piece of text, followed
+    by `[DONE]` and, if the request had `data`, a line of its own with it. `answer_part` is the style of vllm-app: JSON
+    objects of a type and the text, then one of type `citations` if there are any, and a last one of type `done`. Text
+    is never dropped, even if it shares a chunk with the finish reason. Anything that is not text is dropped.
     """
 
     paced = False
@@ -49,7 +48,7 @@ class TextStream:
     def __init__(
         self, style: Style, data: Json | None, citations: list[Json], text_of: Callable[[Json], str | None]
     ) -> None:
-        """`text_of` takes a choice of a chunk."""
+        """`text_of` returns the text of a chunk's choice."""
         self.head = EVENTS_HEAD
         self._decoder = sse.Decoder(_LARGEST)
         self._as_repr = style == "repr"
@@ -62,14 +61,14 @@ class TextStream:
             self._before_end = sse.encode(orjson.dumps(cited))
 
     def feed(self, data: bytes) -> bytes:
-        """The events for these bytes; raises UpstreamBroken where they hold no chunks."""
+        """The events for these bytes; raises UpstreamBroken if they do not hold chunks."""
         try:
             return b"".join(map(self._event, self._decoder.feed(data)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UpstreamBroken("The model server's stream holds something that is not a chat chunk.") from error
 
     def comment(self, data: bytes) -> bytes:
-        """They themselves."""
+        """The comments unchanged."""
         return data
 
     def failed(self, envelope: bytes) -> bytes:
@@ -93,7 +92,7 @@ class TextStream:
     def _error(self, told: Json) -> bytes:
         if self._as_repr:
             return sse.encode(orjson.dumps(told))
-        # A caller that knows no such type may still show its data.
+        # A client that does not know the type `error` may still show its data.
         error = told["error"]
         said = error.get("message") if isinstance(error, dict) else error
         return sse.encode(orjson.dumps({"type": "error", "data": said, **told}))
@@ -103,21 +102,21 @@ class TextStream:
 
 
 class ChunkStream:
-    """vLLM's chunks as they are, but for the one that tells of tokens to a client that did not ask for it, where vLLM
-    was asked all the same, and one more before the end with what is cited, where anything is.
+    """Relays vLLM's chunks. Removes the usage chunk if the client did not ask for it; adds a chunk with the citations.
 
-    Once it is asked for usage, vLLM writes `system_fingerprint` into that chunk, and else into each that has a finish
-    reason: these wait for the next event, which mostly follows at once, and get it back. Of several choices all but the
-    last end before that chunk comes: `fingerprint` is what another answer of this server's had, with its quotes, and
-    what comes behind such an end waits where that is not known.
+    If vLLM is asked for usage, it writes `system_fingerprint` into the usage chunk, otherwise into each chunk with a
+    finish reason. So a chunk with a finish reason is held until the next event, which usually follows at once, and gets
+    the fingerprint back. With several choices, all but the last end before the usage chunk comes. Then `fingerprint`,
+    with its quotes, is taken from another answer of this server; if it is not known, the chunks after such an end are
+    held, too.
 
-    With `--enable-force-include-usage` vLLM tells every client, and in every chunk: then nothing is kept back.
+    With `--enable-force-include-usage` vLLM sends usage to every client in every chunk: then nothing is held back.
     """
 
     paced = False
 
     def __init__(self, citations: list[Json], *, hides_usage: bool, kind: str = "chat.completion.chunk") -> None:
-        """`kind` is what the chunks are called, in case that none has come."""
+        """`kind` is the `object` of the added chunk if no chunk of vLLM's has come."""
         self.head = EVENTS_HEAD
         self.hides_usage = hides_usage
         self.fingerprint: bytes | None = None
@@ -128,11 +127,11 @@ class ChunkStream:
 
     @property
     def passes(self) -> bool:
-        """Whether events without a finish reason go on as they are."""
+        """Whether events without a finish reason are relayed unchanged."""
         return not self._citations and not self._held
 
     def feed(self, data: bytes) -> bytes:
-        """The events for these whole ones; raises UpstreamBroken where they hold no chunks."""
+        """The events to send for these whole events."""
         if self._citations and not self._begun:
             self._begin(data)
         if self.hides_usage and (self._held or FINISH in data or _USAGE_CHUNK.search(data)):
@@ -140,18 +139,18 @@ class ChunkStream:
         return self._with_citations(data) if self._citations else data
 
     def comment(self, data: bytes) -> bytes:
-        """They themselves, behind what waits."""
+        """The comments unchanged; held behind the held events, if any."""
         if not self._held:
             return data
         self._held.append(data)
         return b""
 
     def failed(self, envelope: bytes) -> bytes:
-        """What waits, an error as an event, and the end."""
+        """The held events, the error as an event, and the end."""
         return self._release(None) + sse.encode(envelope) + sse.encode(sse.DONE)
 
     def _event(self, event: bytes) -> bytes:
-        """What goes out once this event has come."""
+        """The events to send now that `event` has come."""
         if not self.hides_usage:
             return event
         if _USAGE_CHUNK.search(event):
@@ -166,7 +165,7 @@ class ChunkStream:
             self._held.append(event)
             return b""
         if sse.has_end(event, "done") or sse.has_error(event):
-            return self._release(None) + event  # without that chunk
+            return self._release(None) + event  # the stream ended without a usage chunk
         if self.fingerprint is not None:
             return self._release(self.fingerprint) + self._event(event)
         self._held.append(event)
@@ -180,7 +179,7 @@ class ChunkStream:
         return b"".join(_appended(event, field) if FINISH in event else event for event in events)
 
     def _begin(self, data: bytes) -> None:
-        """Take from the first chunk what they all have."""
+        """Take from the first chunk the fields that all chunks share."""
         self._begun = True
         with contextlib.suppress(ValueError, AttributeError):
             chunk = orjson.loads(next(filter(None, map(sse.data_of, sse.split(data))), b""))
@@ -195,6 +194,6 @@ class ChunkStream:
 
 
 def _appended(event: bytes, field: bytes) -> bytes:
-    """An event with one more field at the end of its object."""
+    """The event with one more field at the end of its object."""
     end = event.rindex(b"}")
     return event[:end] + field + event[end:]
