@@ -1,1 +1,1 @@
-"""Whose calls run, wait and arrive, and how much they may hold: keys, turns, places and memory. Pure."""
+"""Decides whose calls run, wait and arrive, and how much they may hold: keys, turns, places and memory. Pure."""

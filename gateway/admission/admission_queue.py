@@ -1,4 +1,4 @@
-"""Calls that wait for room upstream: by turns among those whose they are, and first come first served within one's."""
+"""The queue of calls that wait for room upstream: round robin among owners, first come, first served within each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gateway.admission.owners import Owner
 
 
 class WaitingCall(Protocol):
-    """What may wait."""
+    """A call that may wait in the queue."""
 
     def try_admit(self) -> bool:
         """There may be room now; True if it was taken."""
 
     def give_way(self) -> None:
-        """End: the queue is full, and this call's owner has the most in it."""
+        """End this call: the queue is full, and the call's owner has the most calls in it."""
 
 
 C = TypeVar("C", bound=WaitingCall)
@@ -25,9 +25,9 @@ C = TypeVar("C", bound=WaitingCall)
 class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
     """The calls that wait, at most `max_queue` of them.
 
-    Those that the same upstreams can take wait together, in a line for each owner. An OrderedDict, because taking the
-    first key of a plain dict is O(n) after many deletions; of all that wait, as every request asks whether somebody
-    does.
+    Calls that the same upstreams can take form a group, with a line for each owner. An OrderedDict, because taking the
+    first key of a plain dict is O(n) after many deletions. The queue itself is the dict of all waiting calls, because
+    every request checks whether it is empty.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -38,9 +38,9 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
         self._wakes = 0
 
     def add(self, call: C, group: Hashable, owner: Owner) -> bool:
-        """Wait behind the others of this owner, for which the upstreams of `group` are; False where too many wait.
+        """Add a call to its owner's line in `group`, the upstreams that can take it; False if too many wait.
 
-        Where the queue is full, the newest of those that have most in it gives way to one that has less.
+        If the queue is full, the newest call of the owner with the most calls gives way to an owner with fewer.
         """
         if owner.max_waiting is not None and self._waiting[owner] >= owner.max_waiting:
             return False
@@ -62,11 +62,11 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
         return len(self) < self.max_queue
 
     def count_of(self, owner: Owner) -> int:
-        """How many of this owner's calls wait."""
+        """The number of this owner's calls that wait."""
         return self._waiting[owner]
 
     def leave(self, call: C) -> None:
-        """It waits no longer."""
+        """Remove a call, if it is in the queue."""
         place = self.pop(call, None)
         if place is None:
             return
@@ -82,8 +82,8 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
             del self._waiting[owner]
 
     def wake(self) -> None:
-        """There may be room for one call: for the first, in the turn of its owner, that can use it."""
-        # A call that is let in may end at once, and make room in its turn: that is no deeper a call of this.
+        """There may be room for one call: admit the first that can use it, by its owner's turn."""
+        # An admitted call may end at once and call `wake` again: count these calls and do not recurse.
         self._wakes += 1
         if self._wakes > 1:
             return
@@ -95,7 +95,7 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
             self._wakes = 0
 
     def wake_all(self) -> None:
-        """There may be room for many."""
+        """There may be room for many calls."""
         for _ in range(len(self)):
             before = len(self)
             self.wake()
@@ -103,13 +103,13 @@ class AdmissionQueue(OrderedDict[C, tuple[Hashable, Owner]], Generic[C]):
                 return
 
     def _admit_one(self) -> None:
-        # Nothing changes until one is let in, and then this looks no further.
+        # Nothing changes during the iteration until a call is admitted, and then it stops.
         for group, lines in self._groups.items():
             for owner, line in lines.items():
                 if owner.is_full:
                     continue
                 if not next(iter(line)).try_admit():
-                    break  # those behind it need the same room
+                    break  # the other calls of this group need the same room
                 if owner in lines:
                     lines.move_to_end(owner)
                 if group in self._groups:

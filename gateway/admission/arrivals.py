@@ -1,4 +1,4 @@
-"""Calls that have not come whole: by how many and how much of them they harm nobody whose call has."""
+"""Calls that have not arrived completely: bounds their number and size, so that they do not harm complete calls."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from gateway.admission.buffers import Buffers
 from gateway.admission.owners import Owner
 from gateway.wire.errors import GatewayError, Shortage
 
-# Past a bound so large a part of it is made free at a time: to look for the slowest is dear.
+# Past a bound 1/64 of it is freed at a time, because finding the slowest calls is expensive.
 _FREED = 64
 
 
 class ArrivingCall(Protocol):
-    """What may arrive."""
+    """A call that may be arriving."""
 
     started_at: float
 
     def fail(self, error: GatewayError) -> None:
-        """End with this."""
+        """End the call with this error."""
 
 
 C = TypeVar("C", bound=ArrivingCall)
 
 
 class Arrivals(dict[C, Owner], Generic[C]):
-    """At most `max_calls`, and as many bytes of them as half of what may be held.
+    """The arriving calls: at most `max_calls`, with at most half of the bytes that all calls may hold.
 
-    Past that those that come the slowest end, of the owner that has the most of what is too much. Calls are looked up
-    here by every request, so that it is the dict itself that is asked.
+    Past a bound the slowest calls end, of the owner that has the most calls or bytes. A dict itself, because every
+    request looks up calls here.
     """
 
     def __init__(self, max_calls: int, buffers: Buffers, time: Callable[[], float]) -> None:
@@ -42,7 +42,7 @@ class Arrivals(dict[C, Owner], Generic[C]):
         self._sizes: dict[Owner, dict[C, int]] = {}
 
     def grow(self, call: C, owner: Owner, size: int) -> None:
-        """So much of a call is there, and more is to come."""
+        """`size` bytes of a call have arrived, and more are to come."""
         self[call] = owner
         sizes = self._sizes.setdefault(owner, {})
         more = size - sizes.get(call, 0)
@@ -68,7 +68,7 @@ class Arrivals(dict[C, Owner], Generic[C]):
             )
 
     def leave(self, call: C) -> None:
-        """It has come whole, or has ended."""
+        """The call has arrived completely, or has ended."""
         owner = self.pop(call, None)
         if owner is None:
             return
@@ -81,7 +81,7 @@ class Arrivals(dict[C, Owner], Generic[C]):
 
 
 def no_room(buffers: Buffers) -> Shortage:
-    """Why a call is refused that would be held past the bound."""
+    """The error for a call that would exceed the bound of held bytes."""
     return Shortage(
         f"The gateway holds as much of requests and answers as it may ({buffers.limit} bytes, "
         "GATEWAY_MAX_BUFFERED_BYTES): try again soon."

@@ -1,4 +1,4 @@
-"""Who may call: keys, of which only hashes are kept, and what each may ask for in a minute, at a time, and of whom."""
+"""The keys that clients must send, kept as hashes, and each key's limits: per minute, at a time, and of models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from gateway.admission.owners import Owner
 from gateway.admission.token_budget import TokenBudget
 
 _MINUTE = 60.0
-# What a key may look like at the least, where we see it: shorter ones, and those of few letters, are guessed.
+# Minimum length and number of different characters of a key, checked where the key itself is known: weaker keys can be
+# guessed.
 SHORTEST = 20
 _FEWEST_LETTERS = 8
 _LINE = re.compile(
     r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})(?:\s+(?P<a_minute>[1-9]\d{0,8}))?(?P<limits>(?:\s+\S+)*)"
 )
-# What may stand behind these, as NAME=NUMBER, and the field that it is for.
+# The limits that may follow on a line as NAME=NUMBER, and the field that each sets.
 _LIMITS = {"tokens": "tokens", "in-flight": "max_in_flight", "waiting": "max_waiting"}
 _FORM = "NAME SHA256 [REQUESTS_A_MINUTE] [tokens=N] [in-flight=N] [waiting=N] [models=A,B]"
 _MODELS = "models="
@@ -26,17 +27,17 @@ _OF_NOTHING = hashlib.sha256(b"").digest()
 
 
 class BadKeys(ValueError):
-    """What is wrong with a key or a file of them, in a sentence that does not show it."""
+    """A key or a file of keys is invalid; the message does not show the key."""
 
 
 @dataclass(slots=True, eq=False)
 class Key(Owner):
-    """Whom a key is for, by a name that stands in the log; `a_minute` requests, None for any number.
+    """The owner of a key, by a name that is logged; `a_minute` is its requests per minute, None for any number.
 
-    `tokens` are those of a minute, `models` those that it may ask for; None: any.
+    `tokens` is its budget of tokens per minute, and `models` are the models that it may ask for; None for any.
 
-    The count is GCRA's (ITU-T I.371): one number, the time at which all that was taken will be earned again,
-    so that a minute's requests may come at once and no more than these in any minute after.
+    Requests are counted by GCRA (ITU-T I.371). Its state is one number: the time at which all taken requests are earned
+    again. A minute's requests may come at once, but no more than these in any minute after.
     """
 
     name: str
@@ -46,38 +47,38 @@ class Key(Owner):
     _earned_at: float = field(default=-math.inf, repr=False)
 
     def take(self, now: float) -> float:
-        """Count a request; 0 where it may be made, else the seconds until one may be."""
+        """Count a request; return 0 if it is allowed, else the seconds until one is."""
         if self.a_minute is None:
             return 0.0
         earned_at = max(now, self._earned_at) + _MINUTE / self.a_minute
-        if earned_at - now > _MINUTE + 1e-6:  # of rounding
+        if earned_at - now > _MINUTE + 1e-6:  # tolerance for rounding
             return earned_at - now - _MINUTE
         self._earned_at = earned_at
         return 0.0
 
     def left(self, now: float) -> tuple[int, float]:
-        """How many more may be made at once, and the seconds until it is a whole minute's again."""
+        """How many more requests may be made at once, and the seconds until a whole minute's requests are available."""
         assert self.a_minute is not None
         reset = max(0.0, self._earned_at - now)
         return math.floor((_MINUTE - reset) * self.a_minute / _MINUTE + 1e-6), reset
 
     def become(self, other: Key) -> None:
-        """Have the limits of `other`, of the same name, and count on."""
+        """Take the limits of `other`, which has the same name, and keep the counts."""
         self.a_minute, self.max_in_flight, self.max_waiting = other.a_minute, other.max_in_flight, other.max_waiting
         self.models = other.models
         if self.tokens is not None and other.tokens is not None:
-            self.tokens.a_minute = other.tokens.a_minute  # and what is in flight is settled with it
+            self.tokens.a_minute = other.tokens.a_minute  # the same budget, with which calls in flight are settled
         else:
             self.tokens = other.tokens
 
 
 class Keys:
-    """All keys. What is looked up is a hash, so that the time it takes says nothing of a key."""
+    """All keys, looked up by their hashes, so that the time of a lookup discloses nothing of a key."""
 
     def __init__(self, by_digest: Mapping[bytes, Key]) -> None:
-        """By SHA-256."""
+        """`by_digest` maps each key's SHA-256 to the key."""
         self._by_digest = by_digest
-        # Whose key has a SHA-256. Not a method, as each call of a key would cost one more.
+        # Returns the key with a SHA-256. Not a method of this class, which would cost each keyed call one more call.
         self.find: Callable[[bytes], Key | None] = by_digest.get
 
     def __iter__(self) -> Iterator[Key]:
@@ -85,21 +86,21 @@ class Keys:
 
     @property
     def names(self) -> dict[str, bytes]:
-        """Whose they are, each with its SHA-256."""
+        """The keys' names, each with its key's SHA-256."""
         return {key.name: digest for digest, key in self._by_digest.items()}
 
     def replace(self, by_digest: Mapping[bytes, Key]) -> None:
-        """Have these from now on; names that stay are counted on."""
+        """Replace all keys; names that stay keep their counts."""
         before = {key.name: key for key in self._by_digest.values()}
         for key in by_digest.values():
             if key.name in before:
-                before[key.name].become(key)  # which calls that run count on
+                before[key.name].become(key)  # the same object, which running calls refer to
         self._by_digest = {digest: before.get(key.name, key) for digest, key in by_digest.items()}
         self.find = self._by_digest.get
 
 
 def from_secrets(secrets: Iterable[str], max_in_flight: int | None = None) -> dict[bytes, Key]:
-    """Keys as they are, named by their place. Raises BadKeys for one that is weak."""
+    """Keys from their plain texts, named by their positions. Raises BadKeys for a weak key."""
     found: dict[bytes, Key] = {}
     for place, secret in enumerate(secrets, 1):
         if not re.fullmatch(r"[\x21-\x7e]+", secret):
@@ -117,10 +118,10 @@ def from_secrets(secrets: Iterable[str], max_in_flight: int | None = None) -> di
 
 
 def from_lines(text: str, max_in_flight: int | None = None) -> dict[bytes, Key]:
-    """Keys of a file: each line a name, the key's SHA-256 in hex and, if any, its limits.
+    """Keys from a file: each line has a name, the key's SHA-256 in hex and optional limits.
 
-    These are its requests and its tokens a minute, how many of its calls run (of itself `max_in_flight`) and wait at a
-    time, and the models that it may ask for.
+    The limits are its requests and its tokens a minute, how many of its calls run (by default `max_in_flight`) and wait
+    at a time, and the models that it may ask for.
 
         # made by: openssl rand -hex 32 | tee key | tr -d '\\n' | sha256sum
         rag-pipeline 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 600 tokens=90000 in-flight=8

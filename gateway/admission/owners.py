@@ -1,4 +1,4 @@
-"""Whose calls are: a key's, or where there are no keys, an address's. Each owner has its turn and its share."""
+"""The owners of calls: a key or, without keys, a client address. Each owner has its turn and its share."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from weakref import WeakValueDictionary
 
 from gateway.wire.client_address import household
 
-# Who was cut for what it held is refused for so many seconds.
+# An owner whose call was cut for the memory it held is refused for so many seconds.
 _SHORT_FOR = 1.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Owner:
-    """Whose calls share one turn.
+    """An owner of calls, which share one turn.
 
-    At most `max_in_flight` of them run, and `max_waiting` wait, at a time; None: as many as there is room for. `held`
-    is how many bytes they take, `connections` how many connections are this address's, `short_until` when new calls are
-    taken again after there was no room for what ran.
+    At most `max_in_flight` of its calls run, and `max_waiting` wait, at a time; None: as many as there is room for.
+    `held` is the bytes that its calls hold. `connections` is the number of connections of this address. `short_until`
+    is the time from which new calls are accepted, after one was cut for lack of room.
     """
 
     max_in_flight: int | None = None
@@ -28,17 +28,17 @@ class Owner:
     short_until: float = field(default=0.0, init=False, repr=False)
 
     def was_cut(self, now: float) -> None:
-        """There was no room for what ran: what comes next would be cut again at once, and so on without end."""
+        """A running call was cut for lack of room: refuse new calls for a while, as these would at once be cut, too."""
         self.short_until = now + _SHORT_FOR
 
     @property
     def is_full(self) -> bool:
-        """Whether no more of its calls may run."""
+        """Whether no more calls of this owner may run."""
         return self.max_in_flight is not None and self.in_flight >= self.max_in_flight
 
 
 class Owners:
-    """Those by address, each kept for as long as a connection or a call is its own; `max_in_flight` holds for each."""
+    """Owners by address, each kept while it has a connection or a call; `max_in_flight` is the limit of each."""
 
     def __init__(self, max_in_flight: int | None = None) -> None:
         self._max_in_flight = max_in_flight
@@ -48,7 +48,7 @@ class Owners:
         return len(self._by_household)
 
     def of(self, address: str) -> Owner:
-        """Whose this address is: the same one's as its neighbours', where these are one customer's."""
+        """The owner of an address; addresses of one customer's network share an owner."""
         name = household(address)
         owner = self._by_household.get(name)
         if owner is None:

@@ -1,18 +1,18 @@
-"""A key's tokens of a minute: reserved when a call begins, settled by what it took when it has ended."""
+"""A key's budget of tokens per minute: reserved when a call begins, settled by its real use when it has ended."""
 
 from __future__ import annotations
 
 from typing import Final
 
 _MINUTE: Final = 60.0
-# So large a part of a minute's tokens may be saved up: over ten minutes that is half a per cent more than the limit.
+# The part of a minute's tokens that may be saved up: over ten minutes that is half a per cent more than the limit.
 _SAVED: Final = 1 / 20
-# How much of the mean is the last call's.
+# The weight of the last call in the mean.
 _LAST: Final = 1 / 8
 
 
 class TokenBudget:
-    """At most `a_minute` tokens: a call may begin while there are any, and what it reserves may be more than these.
+    """At most `a_minute` tokens: a call may begin while the balance is positive, and may reserve more than the balance.
 
     Times are the clock's seconds.
     """
@@ -26,9 +26,9 @@ class TokenBudget:
         self._mean = 0.0
 
     def reserve(self, now: float, asked: int | None) -> float | None:
-        """Take as many as a call asks for, or as the mean of those before where it does not say; None: there are none.
+        """Reserve the tokens that a call asks for, by default the mean of earlier calls; None if none are left.
 
-        What is returned is given back to `settle`.
+        Pass the result to `settle`.
         """
         balance = self._balance + (now - self._counted_at) * self.a_minute / _MINUTE
         saved = self.a_minute * _SAVED
@@ -41,8 +41,8 @@ class TokenBudget:
         return reserved
 
     def settle(self, now: float, reserved: float, used: int, *, told: bool = True) -> None:
-        """A call has ended, and took so many; no estimate, which was not `told`, goes into the mean."""
-        # As in `reserve`: a call of its own would cost each call of a key three more.
+        """A call has ended and `used` so many tokens; an estimate, not `told` by vLLM, is left out of the mean."""
+        # The same code as in `reserve`: a function for it would cost each keyed call three more calls.
         balance = self._balance + (now - self._counted_at) * self.a_minute / _MINUTE
         saved = self.a_minute * _SAVED
         balance = (balance if balance < saved else saved) + reserved - used
@@ -52,7 +52,7 @@ class TokenBudget:
             self._mean += (used - self._mean) * (_LAST if self._mean else 1)
 
     def left(self, now: float) -> tuple[int, float]:
-        """How many there are, and the seconds until there is one."""
+        """How many tokens are left, and the seconds until there is one."""
         earned = (now - self._counted_at) * self.a_minute / _MINUTE
         balance = min(self.a_minute * _SAVED, self._balance + earned)
         return max(0, int(balance)), max(0.0, -balance) * _MINUTE / self.a_minute

@@ -1,4 +1,4 @@
-"""What very many connections bring about at once is done a few at a time, in turns of the event loop."""
+"""Spreads work that very many connections cause at once over turns of the event loop, a few items each."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-# A read of so many bytes is one of many.
+# A read of so many bytes counts as a bulk read.
 BULK = 64 * 1024
-# So many such reads in a turn of the loop, which takes some 0.2 ms for each; and for nothing, as of a request that was
-# refused, in a tenth of a second.
+# Bulk reads per turn of the loop, which take some 0.2 ms each; and per tenth of a second, reads that are thrown away,
+# as of a request that was refused.
 _IN_A_TURN = 8
 _FOR_NOTHING = 32
-# So many leave, or read again, in a turn, each of which takes some 0.15 ms.
+# Clients that leave, or read again, per turn; each takes some 0.15 ms.
 _SEEN_TO = 16
 
 
 class BulkReader(Protocol):
-    """A connection that can be waited with."""
+    """A connection whose reading can be paused."""
 
     def hold_up(self) -> None:
-        """Read no more for now."""
+        """Stop reading for now."""
 
     def read_on(self) -> None:
-        """It is its turn again."""
+        """Resume reading: it is this connection's turn again."""
 
 
 class BulkReads:
-    """Of connections that bring much, whose turn it is.
+    """Gives connections that send much their turns to read.
 
     `call_soon` calls back in the loop's next turn; `tick` is called ten times a second.
     """
@@ -40,7 +40,7 @@ class BulkReads:
         self._thrown_away = 0
 
     def has_read(self, connection: BulkReader) -> None:
-        """It has brought a part of a body, and there is more."""
+        """A connection has read a part of a body, and there is more."""
         if not self._reads:
             self._call_soon(self._next_turn)
         self._reads += 1
@@ -49,7 +49,7 @@ class BulkReads:
             self._waiting.append(connection)
 
     def has_read_for_nothing(self, connection: BulkReader) -> None:
-        """It has brought a part of what is thrown away."""
+        """A connection has read data that are thrown away."""
         self._thrown_away += 1
         if self._thrown_away > _FOR_NOTHING:
             connection.hold_up()
@@ -59,7 +59,7 @@ class BulkReads:
         self._reads = 0
         _resume(self._waiting, _IN_A_TURN)
         if self._waiting:
-            self._reads = _IN_A_TURN  # theirs, and whoever else brings much waits behind them
+            self._reads = _IN_A_TURN  # this turn belongs to the resumed ones; other bulk reads wait behind them
             self._call_soon(self._next_turn)
 
     def tick(self) -> None:
@@ -68,7 +68,7 @@ class BulkReads:
 
 
 class FewAtATime:
-    """What happens to clients: the first of a turn are seen to at once.
+    """Handles events of clients: the first of a turn at once, the others in later turns.
 
     `call_soon` calls back in the loop's next turn.
     """
@@ -79,7 +79,7 @@ class FewAtATime:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def add(self, work: Callable[[], None]) -> None:
-        """Have this done, now or in a later turn; all in the order in which they came."""
+        """Do this work now or in a later turn, in the order of arrival."""
         if not self._seen_to:
             self._call_soon(self._next_turn)
         self._seen_to += 1
@@ -93,7 +93,7 @@ class FewAtATime:
             self._seen_to = 0
             return
         self._call_soon(self._next_turn)
-        self._seen_to = _SEEN_TO  # who comes in this turn waits behind those that do
+        self._seen_to = _SEEN_TO  # work added in this turn waits behind the work that waits already
         for _ in range(min(_SEEN_TO, len(self._waiting))):
             self._waiting.popleft()()
 

@@ -1,4 +1,4 @@
-"""Work that takes long goes step by step, one piece of it at a time, so that no other call waits long for the loop."""
+"""Runs long work in steps, one at a time, so that no other call waits long for the event loop."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gateway.admission.owners import Owner
 
 _log = logging.getLogger(__name__)
 
-# So many times as long as a step took the loop is left to others.
+# After a step the loop is left to other work for so many times as long as the step took.
 _REST = 2
 
 
 class WorkInSteps:
-    """Owners have turns, a piece of work each. `call_later` and `time` as the data path's."""
+    """Takes one piece of work of each owner in turn. `call_later` and `time` are those of the data path."""
 
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object], time: Callable[[], float]) -> None:
         self._call_later = call_later
@@ -24,7 +24,7 @@ class WorkInSteps:
         self._free_at = 0.0
 
     def add(self, owner: Owner, steps: Iterator[None]) -> None:
-        """Take these steps, each at its time."""
+        """Run these steps when their turns come."""
         if not self._lines:
             self._call_later(max(0.0, self._free_at - self._time()), self._step)
         self._lines.setdefault(owner, deque()).append(steps)
@@ -35,7 +35,7 @@ class WorkInSteps:
         try:
             ended = next(line[0], self) is self
         except Exception:
-            # A bug of ours, which must not be the end of all others' work.
+            # A bug of the gateway's, which must not end the work of all others.
             _log.exception("a step of long work failed")
             ended = True
         if ended:
