@@ -1,1 +1,1 @@
-"""Which upstream takes a call: the pool of them, where prompts go, and models by their names. Pure."""
+"""Selects the upstream of a call: the pool of upstreams, routing by prompt, and models by their names. Pure."""

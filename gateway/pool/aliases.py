@@ -1,11 +1,11 @@
-"""Other names of models: what each stands for, one model or several, each as often as its weight says."""
+"""Aliases of models: each stands for one model or for several, which take calls by their weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping
 
-# A name's models by their weights, the first of which counts where none is served.
+# The weights of a name's models; the first model counts if none is served.
 Weights = Mapping[str, float]
 
 _MODEL = re.compile(r"(?P<model>[^,\s=:][^,\s=]*?)(?::(?P<weight>\d{1,6}(?:\.\d{1,6})?))?")
@@ -13,9 +13,9 @@ FORM = "NAME=MODEL[:WEIGHT], a name's further models behind commas, each name on
 
 
 class Alias:
-    """What calls under one name are for. `splits`: the name is one of its own models, of which others take a part.
+    """The models of one alias. `splits`: the name is one of its own models, and the others take a part of its calls.
 
-    Calls are spread by smooth weighted round robin, as nginx does it, so that each model's come evenly.
+    Calls are spread by smooth weighted round robin, as nginx does it, so that each model's calls come evenly.
     """
 
     __slots__ = ("_owed", "_weights", "splits")
@@ -26,7 +26,7 @@ class Alias:
         self._owed = dict.fromkeys(weights, 0.0)
 
     def choose(self, served: Container[str]) -> str:
-        """The model of the next call, of those that are served."""
+        """The model of the next call, among those that are served."""
         if len(self._weights) == 1:
             return self.first(served)
         able = [model for model in self._weights if model in served]
@@ -40,18 +40,18 @@ class Alias:
         return chosen
 
     def first(self, served: Container[str]) -> str:
-        """The first of its models that is served; where none is, the first."""
+        """The first of its models that is served; the first of all if none is."""
         return next((model for model in self._weights if model in served), next(iter(self._weights)))
 
     def is_served(self, served: Container[str]) -> bool:
-        """Whether any of its models is."""
+        """Whether any of its models is served."""
         return any(model in served for model in self._weights)
 
 
 def from_words(words: Iterable[str]) -> dict[str, Weights]:
-    """The names in `NAME=MODEL[:WEIGHT]` and `MODEL[:WEIGHT]`, which is one more of the name before; raises ValueError.
+    """The aliases in `NAME=MODEL[:WEIGHT]`, each followed by its further models as `MODEL[:WEIGHT]`; raises ValueError.
 
-    What a word ends with behind a colon is a weight where it is a number: a model's name that ends so needs one more.
+    A number after the last colon of a word is a weight. A model whose name ends so needs an explicit weight.
     """
     found: dict[str, dict[str, float]] = {}
     name = ""
@@ -73,7 +73,7 @@ def from_words(words: Iterable[str]) -> dict[str, Weights]:
 
 
 def as_words(aliases: Mapping[str, Weights]) -> str:
-    """The same as they are written, without weights of 1."""
+    """The aliases in their written form, without weights of 1."""
     return ",".join(f"{name}={','.join(_word(*one) for one in weights.items())}" for name, weights in aliases.items())
 
 

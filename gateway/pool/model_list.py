@@ -1,4 +1,4 @@
-"""OpenAI's list of models: without paths of a server's disk, and of several servers as one."""
+"""OpenAI's list of models: removes paths on a server's disk and merges the lists of several servers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import orjson
 
 from gateway.dialects.reader import Alias
 
-# A hub's NAME or ORG/NAME, with what vLLM takes behind it for a quantized file: any other root is where a server has
-# its model.
+# A hub's NAME or ORG/NAME, with the suffix by which vLLM selects a quantized file. Any other root is the path of the
+# model on the server.
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?(?::[\w.-]+)?")
 
 
 def without_paths(content: bytes) -> bytes:
-    """The list as it came, but that a `root` that is a path is the model's id; what is no such list stays as it is."""
+    """The list with each `root` that is a path replaced by the model's id; content that is no list is unchanged."""
     try:
         found = orjson.loads(content)
         changed = [_hide_path(entry) for entry in found["data"]]
@@ -26,9 +26,9 @@ def without_paths(content: bytes) -> bytes:
 
 
 def union(lists: Iterable[tuple[bytes, Container[str]]], aliases: Mapping[str, Alias]) -> dict[str, dict[str, Any]]:
-    """The entries of these lists by their ids, each once and without paths, and those of `aliases` of them.
+    """The entries of these lists by their ids, each once and without paths, and entries for their `aliases`.
 
-    With each list comes what counts of it.
+    Each list comes with the ids that count of it.
     """
     found: dict[str, dict[str, Any]] = {}
     for content, counted in lists:

@@ -1,7 +1,7 @@
-"""Prompts that begin alike go to one upstream, which has computed that beginning before, with no map of any prompt.
+"""Routes prompts with equal beginnings to one upstream, which has cached that beginning, without a map of prompts.
 
-The key of a prompt is its shortest beginning that is not too popular for one upstream. For each key the upstreams have
-an order, by rendezvous hashing, which any gateway with the same upstreams makes alike.
+The key of a prompt is a hash of its shortest beginning that is not too popular for one upstream. Rendezvous hashing
+gives each key an order of the upstreams, which is the same in every gateway with the same upstreams.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from itertools import pairwise
 from typing import Final
 from zlib import crc32
 
-# Where a key's beginning may end, in bytes, as pairs with the end before.
+# The offsets at which a beginning may end, in bytes, each paired with the offset before.
 _MARKS = tuple(pairwise((0, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384)))
 _FIRST_MARK: Final = _MARKS[0][1]
-# What a prompt is called, looked for in so many bytes of a body: what stands before it, as a model, is none of it.
+# The fields of a prompt, searched in the first bytes of a body: fields before it, such as the model, are no part of it.
 _MESSAGES: Final = b'"messages"'
 _OTHER_NAMES: Final = (b'"prompt"', b'"input"')
 _LOOKED_AT: Final = 4096
-# A beginning is too popular above so many of the last ten to twenty thousand calls, or so many where what it begins
-# with is too popular itself, lest each mark of what all calls share has to be learned at length; and above such a part
-# of what an upstream has of its model's calls.
+# A beginning is too popular if it exceeds both limits: _FEW of the last ten to twenty thousand calls, and 1/_PART of an
+# upstream's share of its model's calls. If a shorter beginning is too popular itself, _FEW_MORE replaces _FEW, so that
+# a beginning that all calls share is learned quickly at each mark.
 _FEW: Final = 8
 _FEW_MORE: Final = 2
 _PART: Final = 4
 _GENERATION: Final = 10_000
-# A prime number of orders, and so many places of each are told.
+# The number of orders, which is prime, and the number of places that are kept of each.
 _SLOTS: Final = 8191
 _PLACES: Final = 8
-# The key of a prompt of which every beginning is too popular, and what is added to one that was never seen, which
-# leaves its order as it is.
+# HOT is the key of a prompt of which every beginning is too popular. NEW is added to a key that was never seen; as a
+# multiple of _SLOTS it does not change the key's order.
 HOT: Final = -1
 NEW: Final = 2**32 * _SLOTS
 
 
 class PrefixCounts:
-    """How often each beginning was asked for of late, in two generations.
+    """Counts how often each beginning was requested recently, in two generations of calls.
 
-    Looked at is up to the first that is not too popular, and what was never seen is not: a call adds one count at most.
+    A call counts its beginnings up to the first that is not too popular, so it adds one entry at most.
     """
 
     __slots__ = ("_calls", "_old", "_young")
@@ -50,10 +50,10 @@ class PrefixCounts:
         self._calls = 0
 
     def key_of(self, model: str, salt: str | None, body: bytes, upstreams: int) -> int | None:
-        """The key of a body as it came, for a model that so many upstreams serve; None where its prompt is short.
+        """The key of a body as received, for a model on `upstreams` upstreams; None if its prompt is short.
 
-        HOT where all of it is too popular, and NEW more where it was never seen. `salt` is the `cache_salt` that goes
-        upstream.
+        The key is HOT if all beginnings are too popular, and is raised by NEW if the beginning was never seen. `salt`
+        is the `cache_salt` that is sent upstream.
         """
         young, old = self._young, self._old
         self._calls += 1
@@ -81,7 +81,8 @@ class PrefixCounts:
             if count < popular:
                 before = count + old.get(value, 0)
                 if not before:
-                    # What all share is learned mark by mark, each of which would take as long as the one before.
+                    # A beginning that all calls share is learned mark by mark; without this head start each mark would
+                    # take as long as the mark before.
                     young[value] = part - _FEW if part > _FEW else 1
                     return value + NEW
                 if before < popular:
@@ -93,7 +94,7 @@ class PrefixCounts:
 
 
 def _start_of_other(body: bytes) -> int:
-    """Where the prompt of a body begins that has no messages."""
+    """The offset of the prompt in a body without messages."""
     for name in _OTHER_NAMES:
         if (found := body.find(name, 0, _LOOKED_AT)) >= 0:
             return found
@@ -101,12 +102,12 @@ def _start_of_other(body: bytes) -> int:
 
 
 class Places:
-    """The order that each key has of some upstreams, as their numbers; made as it is asked for."""
+    """The order of the upstreams for each key, as their numbers; computed on first use."""
 
     __slots__ = ("_orders", "_upstreams")
 
     def __init__(self, upstreams: Sequence[tuple[str, float]]) -> None:
-        """Of each its address, as all gateways have it, and its weight."""
+        """`upstreams` are pairs of the address, which all gateways have alike, and the weight."""
         self._upstreams = upstreams
         self._orders: list[tuple[int, ...] | None] = [None] * _SLOTS
 
@@ -122,6 +123,6 @@ class Places:
 
 
 def _score(slot: int, address: str, weight: float) -> float:
-    """Of several the least has the slot, each as often as its weight says: an exponential variate of that rate."""
+    """An exponential variate with rate `weight`: the least score wins the slot, in proportion to the weights."""
     drawn = int.from_bytes(blake2b(b"%d %b" % (slot, address.encode()), digest_size=8).digest(), "big")
     return -math.log((drawn + 1) / (2**64 + 1)) / weight

@@ -1,4 +1,4 @@
-"""Upstreams, the pool of them, and which one takes the next call."""
+"""Upstreams, and the pool of upstreams that selects one for each call."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ _log = logging.getLogger(__name__)
 
 State = Literal["serving", "loading", "down", "draining"]
 
-# An upstream is failing after so many broken calls in a row, and gets one call for a trial each so many seconds.
+# An upstream is failing after so many broken calls in a row; it then gets one trial call every so many seconds.
 BROKEN_IN_A_ROW: Final = 3
 TRIAL_AFTER = 15.0
-# Calls that may be tried again at once, and the part of all calls that may be in the long run: when all goes wrong,
-# twice the calls would make it worse.
+# Calls that may be retried in a burst, and the part of all calls that may be retried in the long run: if everything
+# fails, doubling the calls would make it worse.
 _RETRIES: Final = 100.0
 _RETRIED_PART: Final = 0.25
-# What a place down in its key's order costs a call, and one whose key was never seen, which has little to find there;
-# and what a streamed call that awaits its first byte, as it is in its prefill, costs an upstream: as much as so many
-# calls in flight (docs/routing.md).
+# Costs, in calls in flight (docs/routing.md): of one place down in a key's order; of the same for a key that was never
+# seen, as little of its prompt is cached at any place; and of a streamed call that awaits its first byte, as it is in
+# its prefill.
 _PLACE_DOWN: Final = 64.0
 _NEW_PLACE_DOWN: Final = 8.0
 _AWAITED: Final = 7
-# How an upstream was found: by its key's first place, by a later one as that was busy, by load as all of the prompt is
-# popular or as it has no key, or in the place of one that did not take the call.
+# How an upstream was selected: the key's first place; a later place, as the first was busy; by load, as all of the
+# prompt is popular or has no key; or in place of an upstream that did not take the call.
 How = Literal["first", "spilled", "hot", "least", "retried"]
 
 
 @dataclass(eq=False, slots=True)
 class Upstream:
-    """One vLLM server: where it is, how it is, and what it is doing for us.
+    """One vLLM server: its address, its state and its calls.
 
-    `model_list` is its model list as it was read, `listed` the ids in it and `models` those of them that it is asked
-    for, all empty until then, and `contexts` the most tokens of a prompt and its answer that each of them takes, where
-    the list has that. `supports_audio` says whether it takes speech, where that was asked, `routes` what it takes at
-    all, by the routes' names (None: not known), `why` why it does not serve. `fingerprint` is its answers'
-    `system_fingerprint`, with its quotes, once one was seen, `prefix_hits` the part of its prompts' tokens that it had
-    in its prefix cache of late, where it tells. `awaited` are those of its calls in flight that are streamed and have
-    no byte of an answer yet. `failovers` counts the calls that it did not take and that another was asked for instead.
-    `probed_at` is when its last probe ended, `on_failure` is told of each broken call. `broken_by` is whose calls it
-    answered with an error, where that is all that broke, and all were one owner's. `gone` says that discovery leads to
-    it no longer.
+    `model_list` is its model list as it was read, `listed` the ids in it, and `models` the ids that it may be asked
+    for; all are empty until then. `contexts` is the most tokens of a prompt and its answer for each model, if the list
+    has it. `supports_audio` says whether it takes speech, if that was probed. `routes` are the names of its routes
+    (None: not known), and `why` is the reason why it does not serve. `fingerprint` is the `system_fingerprint` of its
+    answers, with its quotes, once one was seen. `prefix_hits` is the part of its prompts' tokens that was found in its
+    prefix cache recently, if it reports that. `awaited` counts the streamed calls in flight that have no byte of an
+    answer yet. `failovers` counts the calls that it did not take and that went to another upstream instead. `probed_at`
+    is when its last probe ended, and `on_failure` is called for each broken call. `broken_by` is the owner of its
+    broken calls, if all were answered with an error and belonged to that owner. `gone` says that discovery no longer
+    finds it.
 
-    `source` is what led to it. `only` are the models that it may be asked for, None for all, `authorization` is what it
-    is shown, None for what all are, and `trust` says whose certificates its connections take, None likewise.
+    `source` is the entry that led to it. `only` are the models that it may be asked for, None for all. `authorization`
+    is its own Authorization value, and `trust` says which certificates its connections accept; None for the common
+    ones.
 
-    `url` is what it is known by, here and in every other gateway. Its name may lead to many: `at` is its own address
-    then, and in the URL, while its `host` and `authority` keep the name, for TLS and for the Host header.
+    `url` identifies it, here and in every other gateway. If its name resolves to several addresses, `at` is its own
+    address, which also stands in the URL. `host` and `authority` keep the name, for TLS and for the Host header.
     """
 
     url: str
@@ -92,7 +93,7 @@ class Upstream:
 
     @classmethod
     def from_url(cls, url: str, at: str | None = None) -> Upstream:
-        """An upstream at `http[s]://host[:port][/prefix]`, of whose addresses it has this one."""
+        """An upstream at `http[s]://host[:port][/prefix]`; `at` is its address if the host has several."""
         parts = urlsplit(url)
         tls = parts.scheme == "https"
         host = parts.hostname or ""
@@ -108,17 +109,17 @@ class Upstream:
 
     @property
     def short_name(self) -> str:
-        """What it is called before clients: the same in every gateway, and no address."""
+        """Its name for clients: the same in every gateway, and without its address."""
         return blake2b(self.url.encode(), digest_size=4).hexdigest()
 
     def record_success(self) -> None:
-        """A real call came through."""
+        """A real call, not a probe, succeeded."""
         if self.broken_in_a_row >= BROKEN_IN_A_ROW:
             _log.info("upstream %s answers again", self.url)
         self.broken_in_a_row = 0
 
     def record_failure(self, now: float, answered: Owner | None = None) -> None:
-        """A real call failed by the upstream's fault; where that is an error that it `answered`, of whose call."""
+        """A real call failed by the upstream's fault; `answered` is its owner if it was answered with an error."""
         if not self.broken_in_a_row:
             self.broken_by = answered
         elif answered is not self.broken_by:
@@ -140,9 +141,9 @@ class Upstream:
         return self.broken_in_a_row >= BROKEN_IN_A_ROW and now - self.broken_at < TRIAL_AFTER
 
     def status(self, now: float) -> tuple[State, str]:
-        """Its state and why: one that fails its calls is down, whatever its probes say.
+        """Its state and the reason: an upstream that fails its calls is down, whatever its probes say.
 
-        Not on one caller's word alone, who may ask for what no server can answer.
+        Failed calls of a single owner do not suffice: they may ask for something that no server can answer.
         """
         if self.gone:
             return "draining", "it takes no new calls, and those that run there end"
@@ -159,7 +160,7 @@ class Upstream:
 
 
 class _Group:
-    """The upstreams that serve the same models, and the order that each key has of them."""
+    """The upstreams that serve a model, and their order for each key."""
 
     __slots__ = ("places", "upstreams")
 
@@ -179,14 +180,14 @@ class UpstreamPool:
         max_in_flight_per_upstream: float = math.inf,
         by_prefix: bool = False,
     ) -> None:
-        """Room for `max_in_flight` calls in flight, and for `max_in_flight_per_upstream` to any one upstream.
+        """Room for `max_in_flight` calls in flight, and for `max_in_flight_per_upstream` at each upstream.
 
-        `by_prefix` has prompts that begin alike go to one upstream where there are several.
+        With `by_prefix`, prompts that begin alike go to the same one of several upstreams.
         """
         self._by_prefix = by_prefix
         self.prefixes: PrefixCounts | None = None
         self.routed: dict[How, int] = dict.fromkeys(get_args(How), 0)
-        # By model; several models of the same upstreams share their places.
+        # By model; models that the same upstreams serve share a group.
         self._groups: dict[str, _Group] = {}
         self._by_upstreams: dict[tuple[Upstream, ...], _Group] = {}
         self._is_grouped = False
@@ -195,19 +196,19 @@ class UpstreamPool:
         self._turn = 0
         self._retries = _RETRIES
         self._upstreams: tuple[Upstream, ...] = ()
-        # Those that are gone, as far as they had calls then.
+        # Upstreams that are gone but had calls in flight.
         self.leaving: list[Upstream] = []
-        # URLs that lead to no upstream, or not to all that they should, and why.
+        # URLs that lead to no upstream, or only to some of their upstreams, and the reasons.
         self.astray: dict[str, str] = {}
         self.replace(upstreams)
 
     def replace(self, upstreams: tuple[Upstream, ...]) -> None:
-        """These are all from now on; of others the calls that run there end in their time."""
+        """Replace all upstreams; calls that run on others continue to their end."""
         left = dict.fromkeys([*self._upstreams, *self.leaving])
         self.leaving = [one for one in left if one.in_flight and one not in upstreams]
         self._upstreams = upstreams
-        # So many more calls there is room for at least: those in flight are added up only where it is used up, as a
-        # choice brings one more at most.
+        # A lower bound of the room for more calls. The calls in flight are counted again only when it is used up, as
+        # each selection adds one call at most.
         self._room = 0.0
         self._is_grouped = False
         self._by_upstreams.clear()
@@ -222,7 +223,7 @@ class UpstreamPool:
 
     @property
     def has_own_keys(self) -> bool:
-        """Whether some upstream is shown a key of its own."""
+        """Whether some upstream has an Authorization value of its own."""
         return any(one.authorization is not None for one in self._upstreams)
 
     @property
@@ -234,22 +235,22 @@ class UpstreamPool:
 
     @property
     def chat_model(self) -> str | None:
-        """The first model of the first upstream that can chat, as far as is known; None where nothing is served."""
+        """The first model of the first upstream that can chat, as far as is known; None if nothing is served."""
         served = [one for one in self._upstreams if one.models]
         able = [one for one in served if one.routes is None or "chat" in one.routes]
         return next((one.models[0] for one in (*able, *served)), None)
 
     def models_of(self, route: str) -> list[str]:
-        """The models whose upstreams are known to take this route, by its name."""
+        """The models whose upstreams are known to have the route of this name."""
         able = [one for one in self._upstreams if one.routes is not None and route in one.routes]
         return list(dict.fromkeys(model for one in able for model in one.models))
 
     def context(self, model: str) -> int | float:
-        """The most tokens of a prompt and its answer that this model takes everywhere, as far as that is known."""
+        """The most tokens of a prompt and its answer that every upstream of this model takes, as far as is known."""
         return min((one.contexts[model] for one in self._upstreams if model in one.contexts), default=math.inf)
 
     def key_of(self, model: str | None, salt: str | None, body: bytes) -> int | None:
-        """The key of a prompt, as it came, by which `select` finds its upstream; None where that is found by load."""
+        """The key of a prompt, as received, by which `select` finds its upstream; None to select by load."""
         counts = self.prefixes
         if counts is None or model is None:
             return None
@@ -260,12 +261,12 @@ class UpstreamPool:
         return counts.key_of(model, salt, body, len(group.upstreams))
 
     def select(self, model: str | None, now: float, *, audio: bool = False, key: int | None = None) -> Upstream | None:
-        """An upstream among the best that serve `model`; None where they have no room.
+        """Select one of the best upstreams that serve `model`; None if these have no room.
 
-        It is the first place of the prompt's `key`, unless that is busier than another by more than a place down costs;
-        without a key, the one with the fewest calls in flight, and ties go round. `audio` asks for one that takes
-        speech, whatever its model. What none serves is for any to refuse. A worse one does not stand in for a full one:
-        it would only break the call.
+        With a `key` this is the key's first place, unless another place is less busy by more than the cost of a place
+        down. Without a key it is the upstream with the least load, and ties are broken round robin. `audio` selects an
+        upstream that takes speech, whatever its model. A model that no upstream serves goes to any of them, which
+        answers 404. A worse upstream does not replace a full one: it would only break the call.
         """
         upstreams = self._upstreams
         if len(upstreams) == 1:
@@ -300,9 +301,9 @@ class UpstreamPool:
         audio: bool = False,
         key: int | None = None,
     ) -> Upstream | None:
-        """The best upstream for a call that `instead_of` did not take, None where there is none or too many were tried.
+        """The best upstream for a call that `instead_of` did not take; None if there is none or no retry is left.
 
-        `ready`: only one that would be asked first. With a key it is the next place.
+        `ready` admits only upstreams that serve and do not fail. With a key it is the next place.
         """
         if self._retries < 1:
             return None
@@ -322,7 +323,7 @@ class UpstreamPool:
         return best
 
     def group(self, model: str | None, *, audio: bool = False) -> tuple[Upstream, ...]:
-        """Those that can take such a call: all that wait for the same ones wait together."""
+        """The upstreams that can take a call; calls with the same group wait in the same part of the queue."""
         return tuple(self._serving(model, audio=audio))
 
     def _serving(self, model: str | None, *, audio: bool) -> Sequence[Upstream]:
@@ -332,7 +333,7 @@ class UpstreamPool:
         return self._upstreams if group is None else group.upstreams
 
     def _group(self, model: str | None) -> _Group | None:
-        """Those that serve this model; None where none does."""
+        """The upstreams that serve this model; None if there are none."""
         if not self._is_grouped:
             self._regroup()
         return self._groups.get(model) if model is not None else None
@@ -351,7 +352,7 @@ class UpstreamPool:
             self._groups[model] = group
 
     def set_models(self, upstream: Upstream, listed: tuple[str, ...]) -> None:
-        """What this upstream serves now."""
+        """Set the models that this upstream serves now."""
         upstream.listed = listed
         only = upstream.only
         models = listed if only is None else tuple([model for model in listed if model in only])
@@ -362,7 +363,7 @@ class UpstreamPool:
     def _placed(
         self, group: _Group, key: int, now: float, instead_of: Upstream | None = None
     ) -> tuple[Upstream | None, How]:
-        """Of a key's order the one that is the least busy for its place; None where none serves and has room."""
+        """The place of a key with the least load plus cost of its position; None if no place serves and has room."""
         most, upstreams, order = self._max_in_flight_per_upstream, group.upstreams, group.places.of(key)
         down = _NEW_PLACE_DOWN if key >= NEW else _PLACE_DOWN
         best: Upstream | None = None
@@ -388,7 +389,7 @@ class UpstreamPool:
 
     def _best(self, able: Sequence[Upstream], now: float) -> Upstream | None:
         if not able:
-            return None  # none is known yet
+            return None  # no upstream is known yet
         best, best_rank, least = able[0], 3, 0.0
         for one in able:
             rank = 0 if one.state == "serving" and one.broken_in_a_row < BROKEN_IN_A_ROW else _rank(one, now)
@@ -404,11 +405,11 @@ class UpstreamPool:
         self._turn += 1
         chosen.chosen_at = self._turn
         if chosen.broken_in_a_row >= BROKEN_IN_A_ROW:
-            chosen.broken_at = now  # this call is its trial: no other until it has ended well, or as long again
+            chosen.broken_at = now  # this is the trial call: no other until it succeeds or TRIAL_AFTER has passed again
 
 
 def _rank(upstream: Upstream, now: float) -> int:
-    """0 for one that serves, 1 for one that fails calls though it seems to serve, 2 for the others."""
+    """0 for an upstream that serves, 1 if it seems to serve but fails its calls, 2 for all others."""
     if upstream.state != "serving":
         return 2
     return 1 if upstream.failing(now) else 0
