@@ -1,4 +1,4 @@
-"""A call whose body is collected, read and, while the upstream has not begun, sent again where that can help."""
+"""A call whose body is collected and read; it may be sent again as long as the upstream has not begun."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gateway.wire.errors import GatewayError, UpstreamUnauthorized, body_too_lar
 from gateway.wire.heads import UNCOMPRESSED, AnswerHead
 from gateway.wire.pieces import add_piece
 
-# From so many bytes on a body is read step by step; what one read may bring is less.
+# A body of at least so many bytes is read in steps; a single read brings less.
 LARGE: Final = 256 * 1024
-# So much of it is joined in a step.
+# Bytes of the body that are joined in one step.
 _WRITTEN: Final = 1024 * 1024
 # A reused connection that closes this soon after a request was already closing when it was sent, in seconds.
 STALE_WITHIN: Final = 0.1
 
 
 class BufferedCall(Exchange):
-    """An exchange that has the whole request before it asks for a connection."""
+    """An exchange that receives the whole request before it asks for a connection."""
 
     __slots__ = ()
 
@@ -60,7 +60,7 @@ class BufferedCall(Exchange):
 
     def _read_in_steps(self) -> Iterator[None]:
         try:
-            # In steps, too: to take memory of the system costs several times what it does to copy into it.
+            # Joined in steps, too: getting memory from the system costs several times as much as copying into it.
             joined, written = BytesIO(), 0
             self._body.reverse()
             while self._body:
@@ -89,13 +89,13 @@ class BufferedCall(Exchange):
             self.crashed(error)
 
     def request(self, content: bytes) -> None:
-        """The whole request is there."""
+        """The whole request has arrived at once."""
         self.begin(len(content))
         if self._state == RECEIVING:
             self._call(content, self.started_at)
 
     def _call(self, content: bytes, now: float, reading: Reading | None = None) -> None:
-        """Make the upstream's request of this body, and begin, or wait for room; a long one was read before."""
+        """Make the upstream's request from this body; start or queue it. A long body comes with its `reading`."""
         self.received_at = now
         self.bytes_in = len(content)
         if self._path.arrivals:
@@ -103,7 +103,7 @@ class BufferedCall(Exchange):
         reader, request, came = self._path.reader, self._request, content
         try:
             if reading is None:
-                # Asked here, as it is a call more for each call of a key.
+                # Checked here, because calling `_marks` would cost each keyed call one more call.
                 marked = self.key is not None and (self._path.salts_caches or self.route.body == "response")
                 reading = reader.read(self.route.body, content, self._marks() if marked else None)
                 self.prompt_bytes = len(content) if len(content) <= ITEM else prompt_size(content)
@@ -140,18 +140,18 @@ class BufferedCall(Exchange):
             self._enqueue(now)
 
     def _unnamed_model(self) -> str | None:
-        """The model of a call that names none, where that decides which upstream takes it; to a key it names none."""
+        """The model of a call that names none, if it decides on the upstream; for its key the call names none."""
         several = len(self._path.pool) > 1 and self.route.body != "none"
         return self._path.reader.model_of(self.route) if several else None
 
     def _prefix_key(self, came: bytes, salt: Any) -> int | None:
-        """What the upstream is found by, of the body as it came."""
+        """The key by which the pool selects the upstream, made from the body as received."""
         if not self.route.generates:
             return None
         return self._path.pool.key_of(self.model, salt if type(salt) is str else None, came)
 
     def _translated(self, translation: Translation, salt: Any) -> tuple[bytes, Any]:
-        """The body that goes upstream in the place of one in another form, and its `cache_salt`, by its key's marks."""
+        """The translated body with its key's marks, and its `cache_salt`."""
         self.target = translation.target
         self.model = self._path.reader.select_model(translation)
         if translation.model and translation.model != self.model:
@@ -177,7 +177,7 @@ class BufferedCall(Exchange):
         return self._renew_credentials()
 
     def credentials_renewed(self, error: GatewayError | None) -> None:
-        """There are other credentials, unless there is an error; once a request."""
+        """New credentials are available, unless there is an error; at most once per request."""
         if self._state != RENEWING:
             return
         if error is not None:
@@ -188,7 +188,7 @@ class BufferedCall(Exchange):
         self._connect(self.upstream, fresh=False)
 
     def _retry_elsewhere(self, refusal: AnswerHead) -> bool:
-        """Whether another upstream, that is ready, takes what this one refuses before it has begun."""
+        """Whether another upstream that is ready takes the call that this one refused before it began."""
         upstream = self.upstream
         connection, self._connection = self._connection, None
         self._refused = True
@@ -203,7 +203,7 @@ class BufferedCall(Exchange):
         return True
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
-        """The connection is gone; a request on a reused one that was already closing is sent once more."""
+        """The connection is gone; if it was reused and was already closing, the request is sent once more."""
         if self._retried or answered or not self._is_stale():
             super().upstream_lost(why, answered=answered)
             return

@@ -1,4 +1,4 @@
-"""What all calls of one gateway share: routes, limits, upstreams, and how they are observed."""
+"""The objects that all calls of one gateway share: routes, limits, upstreams and observers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gateway.wire.routes import Route
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """What calls may take, by the settings' names: bytes and seconds.
+    """The limits of calls in bytes and seconds, by the settings' names.
 
-    `max_connections` is the most clients at once. A `heartbeat_interval` of None: there are no heartbeats.
+    `max_connections` is the most clients at once. With a `heartbeat_interval` of None there are no heartbeats.
     """
 
     max_connections: int | float
@@ -42,7 +42,7 @@ class CallLimits:
 
 @dataclass(slots=True)
 class Drain:
-    """The gateway's end: `began` once no more is to come, and what still runs at `ends_at` is ended."""
+    """The gateway's shutdown: `began` once no new calls are expected; calls that still run at `ends_at` are ended."""
 
     began: bool = False
     ends_at: float = math.inf
@@ -50,18 +50,18 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class DataPath:
-    """What all exchanges of one gateway share.
+    """The objects that all exchanges of one gateway share.
 
-    `routes` are those whose path is fixed, by method and path. `time` gives monotonic seconds, and `call_later` calls
-    back so many seconds from now. `finished` is called with each call at its end. `in_flight` holds those that have
-    begun and not ended, `arrivals` those of them that have not come whole, and `buffers` what is held of all; `work` is
-    what takes long. `keys` are those that clients must bring, None where anyone may call; `salts_caches` says that
-    each has its own part of vLLM's prefix cache. `owners` are whose calls are,
-    by address. `proxies` are those whose word counts for who calls. `credentials` are what the upstreams are shown.
-    `cors_origins` are those whose pages may call, which the application sees to. `allows_host` says whether a Host is
-    one to call us by, None where any is. `forwarded_headers` are those of clients that go upstream though vLLM obeys
-    them. `traced` puts what names a call's trace among the lines of the head that goes upstream, None where nothing is
-    traced. `tells_route` has answers name the upstream and the model that they are of.
+    `routes` are the routes with a fixed path, by method and path. `time` returns monotonic seconds, and `call_later`
+    calls back after so many seconds. `finished` is called with each call at its end. `in_flight` holds the calls that
+    have begun and not ended, and `arrivals` those of them that have not arrived completely. `buffers` counts the bytes
+    that all calls hold, and `work` runs long work in steps. `keys` are the keys that clients must send, None if anyone
+    may call; `salts_caches` says that each key has its own part of vLLM's prefix cache. `owners` are the owners of
+    calls by address. `proxies` are the networks of proxies that are trusted to name the client. `credentials` are the
+    credentials for the upstreams. `cors_origins` are the origins whose pages may call; the application handles CORS.
+    `allows_host` says whether a Host names this gateway, None if any does. `forwarded_headers` are request headers that
+    are forwarded although vLLM obeys them. `traced` adds the headers of a call's trace to the lines of the upstream's
+    request, None if nothing is traced. `tells_route` adds headers with the upstream and the model to answers.
     """
 
     routes: dict[tuple[bytes, bytes], Route]
@@ -91,11 +91,11 @@ class DataPath:
     tells_route: bool = False
 
     def overdue(self) -> list[Call]:
-        """The calls of which a time limit may have passed.
+        """The calls whose time limits may have passed.
 
         Polled by the periodic work: one timer per request would cost more than parsing its headers.
         """
         now = self.time()
         if now >= self.drain.ends_at:
-            return [*self.queue, *self.in_flight]  # those first, lest they take the places of the others
+            return [*self.queue, *self.in_flight]  # queued calls first, or they would take the places of the others
         return [call for call in self.in_flight if call.deadline <= now]

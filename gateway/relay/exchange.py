@@ -1,11 +1,11 @@
-"""One data-path request's life: a state machine that does no I/O of its own.
+"""One request of the data path and its answer: a state machine that does no I/O of its own.
 
-Events come in as method calls, in any order that a network can bring about: the request's body
-and end, the upstream connected or not, its head, body, end or loss, the client paused, resumed or
-gone, the timer. Actions go out as direct calls on three small interfaces, `Client`, `Connection` and `Transport`.
-State is changed first and acted on last, as an action may call back at once.
+Events come in as method calls, in any order that a network can cause: the request's body and end; the upstream
+connected or not, its head, body, end or loss; the client paused, resumed or gone; the timer. Actions go out as direct
+calls on three small interfaces, `Client`, `Connection` and `Transport`. State is changed before actions are taken, as
+an action may call back at once.
 
-`BufferedCall` and `Upload` are the two kinds of exchange: they differ in what becomes of the request's body.
+`BufferedCall` and `Upload` are the two kinds of exchange: they differ in the handling of the request's body.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ COLLECTED = 64 * 1024 * 1024
 NO_TOKEN: Final = "The gateway has no token for the model server yet: try again soon."
 FAILED: Final = "The gateway failed; its log says why under this request id."
 
-# An exchange's state. Plain ints: to read an Enum's member costs as much as a function call.
-RECEIVING: Final = 0  # the request comes in
+# An exchange's state. Plain ints: reading an Enum member costs as much as a function call.
+RECEIVING: Final = 0  # the request is arriving
 QUEUED: Final = 1  # there is no room upstream
 CONNECTING: Final = 2  # a connection is awaited
 WAITING: Final = 3  # the request is sent, no answer yet
-RENEWING: Final = 4  # the upstream has refused our credentials, and new ones are awaited
-ANSWERING: Final = 5  # the answer's head is there
+RENEWING: Final = 4  # the upstream has refused the gateway's credentials, and new ones are awaited
+ANSWERING: Final = 5  # the answer's head has arrived
 ENDED: Final = 6
-READING: Final = 7  # the request is there, and is read when its turn comes
+READING: Final = 7  # the request has arrived, and is read in steps when its turn comes
 
-# What happens to the answer's body.
-_RELAYED: Final = 0  # piece by piece, as it comes
+# How the answer's body is sent.
+_RELAYED: Final = 0  # piece by piece, as it arrives
 _IN_EVENTS: Final = 1  # in whole events
 _COLLECTED: Final = 2  # rewritten at its end
 
-# What a stream that waits for its client holds beside what was written last, in bytes: what waited before that for the
-# system to take it (server/http_protocol.py), the objects of a call and its two connections, and what malloc loses.
+# Bytes that a stream which waits for its client holds beside the last write: earlier writes that the system has not
+# taken yet (server/http_protocol.py), the objects of a call and its two connections, and the overhead of malloc.
 _OF_A_STREAM: Final = 32 * 1024
 
 _LINE_FEED: Final = ord("\n")
 _REPLY: Final = AnswerHead(200, [JSON])
-# Statuses that may be no answer: for others to give, or for nobody.
+# Statuses that may not reach the client: the call may be tried again, and redirects are never passed on.
 _REFUSALS: Final = REDIRECTS | {401, 503}
 
 
@@ -122,10 +122,10 @@ class Exchange(StreamedAnswer):
             self.owner = path.owners.of(self.address)
         self._client = client
         self._state = RECEIVING
-        # The request: what is held of its body, and of all, its framing and other headers as they go upstream.
+        # The request: the held part of its body, all bytes held, and its framing and other headers for the upstream.
         self._body: list[bytes | bytearray] = []
         self._held = 0
-        # Of its key's tokens.
+        # The tokens that are reserved of its key's budget, and the tokens that the call asks for.
         self._reserved: float | None = None
         self._asked: int | None = None
         self._framing = ""
@@ -133,9 +133,9 @@ class Exchange(StreamedAnswer):
         self._queued_until = now
         self._translation: Translation | None = None
         self._hides_usage = False
-        # Whether an upstream is needed that takes speech.
+        # Whether the upstream must take speech.
         self._needs_audio = False
-        # The upstream; the key of the prompt's beginning, by which it is found, and whether its first byte is awaited.
+        # The upstream; the key of the prompt, by which it is selected, and whether its first byte is awaited.
         self._prefix: int | None = None
         self._awaited = False
         self._connection: Connection | None = None
@@ -143,7 +143,7 @@ class Exchange(StreamedAnswer):
         self._retried = False
         self._renewed = False
         self._refusal: bytes | None = None
-        # The answer: its head and length until they go out, and what becomes of its body.
+        # The answer: its head and length until they are sent, and the handling of its body.
         self._head: AnswerHead | None = None
         self._length: bytes | None = None
         self._started = False
@@ -153,7 +153,7 @@ class Exchange(StreamedAnswer):
         self._rewritten = 0
         self._write_chunk = None
         self._collected: list[bytes | bytearray] | None = None
-        # The last two pieces, in which its end and its usage are, and the first that a whole one has before more.
+        # The last two pieces, which hold the answer's end and usage, and the first usage of an answer without events.
         self._first_usage = b""
         self._before_last = b""
         self._last = b""
@@ -161,7 +161,7 @@ class Exchange(StreamedAnswer):
     # The request
 
     def begin(self, length: int) -> None:
-        """The request's head is there, and its body so long, as far as it is known."""
+        """The request's head has arrived; `length` is its body's length, as far as it is known."""
         path = self._path
         limits = path.limits
         path.in_flight.add(self)
@@ -190,7 +190,7 @@ class Exchange(StreamedAnswer):
         """A piece of the request's body."""
 
     def awaits_more(self) -> None:
-        """What one read brought of the request is there, and more is to come."""
+        """The data of one read have been handled, and more of the request is to come."""
         if self._state == RECEIVING:
             self._path.arrivals.grow(self, self.owner, self._size)
 
@@ -199,7 +199,7 @@ class Exchange(StreamedAnswer):
         """The request is complete."""
 
     def _hold(self, size: int) -> bool:
-        """So many bytes are held now for this call; whether there is room for them."""
+        """Set the bytes that are held for this call; return whether there is room for them."""
         more = size - self._held
         self._held = size
         return self._path.buffers.hold(self.owner, more)
@@ -218,7 +218,7 @@ class Exchange(StreamedAnswer):
             self.fail(TooMany(f"There is no room, and {len(path.queue)} requests wait already: try again soon."))
 
     def give_way(self) -> None:
-        """The queue is full, and others have less in it."""
+        """End: the queue is full, and other owners have fewer calls in it."""
         self.fail(TooMany("There is no room, and most of those that wait are yours: others go first. Try again soon."))
 
     def try_admit(self) -> bool:
@@ -243,7 +243,7 @@ class Exchange(StreamedAnswer):
     # The upstream
 
     def _connect(self, upstream: Upstream, *, fresh: bool) -> None:
-        """Ask for a connection to this upstream, the request's second one if there was one before."""
+        """Ask for a connection to this upstream, which may replace an earlier one."""
         self._state = CONNECTING
         before = self.upstream
         if upstream is not before:
@@ -259,7 +259,7 @@ class Exchange(StreamedAnswer):
             self._path.queue.wake()
 
     def _fail_over(self, *, ready: bool) -> bool:
-        """Whether another upstream is asked in the place of this one, which did not begin; once a request."""
+        """Whether another upstream is tried instead of this one, which did not begin; at most once per request."""
         upstream = self.upstream
         assert upstream is not None
         if self._retried:
@@ -279,7 +279,7 @@ class Exchange(StreamedAnswer):
         return True
 
     def upstream_connected(self, connection: Connection) -> None:
-        """A connection is there; one that comes too late goes to the idle ones."""
+        """A connection is ready; one that comes too late is released to the idle connections."""
         if self._state != CONNECTING:
             connection.release()
             return
@@ -287,7 +287,7 @@ class Exchange(StreamedAnswer):
         assert upstream is not None
         own = upstream.authorization
         self._authorization = self._path.credentials.value if own is None else own
-        if self._authorization is None:  # it has run out since this began
+        if self._authorization is None:  # the token has expired since this call began
             connection.release()
             self.fail(NoneReady(NO_TOKEN))
             return
@@ -301,10 +301,10 @@ class Exchange(StreamedAnswer):
         if self._held <= HELD_EVENT:
             connection.send(b"".join((head, *self._body)))
         else:
-            connection.send_pieces((head, *self._body))  # as they are: a large one is not held twice
+            connection.send_pieces((head, *self._body))  # not joined: a large body is not held twice
 
     def _to_upstream(self) -> bytes:
-        """The request's head as it goes out."""
+        """The head of the request to the upstream."""
         upstream, lines, traced = self.upstream, self._lines, self._path.traced
         assert upstream is not None
         head = (
@@ -318,7 +318,7 @@ class Exchange(StreamedAnswer):
         return b"".join((head.encode("latin-1"), lines, b"\r\n"))
 
     def upstream_unreachable(self, why: str, *, timed_out: float | None = None) -> None:
-        """No connection: `why`, or the limit in seconds that passed."""
+        """No connection could be made: `why`, or `timed_out`, the limit in seconds that passed."""
         if self._state != CONNECTING:
             return
         upstream = self.upstream
@@ -329,7 +329,7 @@ class Exchange(StreamedAnswer):
         if self._refusal is not None:
             self.fail(NoneReady("No model server takes requests now: try again later.", retry_after=self._refusal))
         elif self.route.name == "models":
-            self.fail(NoneReady("No model server is up: try again soon."))  # as where all of several are down
+            self.fail(NoneReady("No model server is up: try again soon."))  # as if all of several upstreams are down
         elif timed_out is not None:
             self.fail(UpstreamTimeout("connect", timed_out))
         elif not upstream.ever_served:
@@ -338,7 +338,7 @@ class Exchange(StreamedAnswer):
             self.fail(UpstreamUnreachable(f"The model server cannot be reached: {why}."))
 
     def _is_no_answer(self, refusal: AnswerHead) -> bool:
-        """Whether the client does not get this: a redirect, or what others are asked for in this one's place."""
+        """Whether this refusal is not sent to the client: it is a redirect, or the call is tried again."""
         if refusal.status in REDIRECTS:
             self._upstream_failed(UpstreamRedirects(refusal.status))
             return True
@@ -346,10 +346,10 @@ class Exchange(StreamedAnswer):
 
     @abstractmethod
     def _is_dealt_with(self, refusal: AnswerHead) -> bool:
-        """Whether a refusal (status 401 or 503) is not the answer, as the upstream has not begun."""
+        """Whether a refusal (status 401 or 503) is handled without the client, as the upstream has not begun."""
 
     def _renew_credentials(self) -> bool:
-        """Whether the upstream, which refused our credentials, may be shown others; no client sees the refusal."""
+        """Whether new credentials are requested after the upstream refused the old ones; the client sees no refusal."""
         self._state = RENEWING
         self._refused = True
         connection, self._connection = self._connection, None
@@ -363,10 +363,10 @@ class Exchange(StreamedAnswer):
 
     @abstractmethod
     def credentials_renewed(self, error: GatewayError | None) -> None:
-        """There are other credentials, unless there is an error."""
+        """New credentials are available, unless there is an error."""
 
     def upstream_head(self, head: AnswerHead, length: bytes | None) -> None:
-        """The head of the answer; it goes out with the first byte of the body."""
+        """The head of the answer; it is sent with the first byte of the body."""
         if self._state != WAITING or (head.status in _REFUSALS and self._is_no_answer(head)):
             return
         self._state = ANSWERING
@@ -377,7 +377,7 @@ class Exchange(StreamedAnswer):
             self.status = head.status
             self._head = head
             self._choose_body_mode(head, length)
-        elif not head.streams or head.status != 200:  # to be told in the stream that a heartbeat has begun
+        elif not head.streams or head.status != 200:  # to be reported in the stream that a heartbeat has begun
             self._head = head
             self._body_mode = _COLLECTED
             self._collected = []
@@ -385,7 +385,7 @@ class Exchange(StreamedAnswer):
             self._stream.fingerprint = self.upstream.fingerprint
 
     def _choose_body_mode(self, head: AnswerHead, length: bytes | None) -> None:
-        """What becomes of the answer's body; no length can be promised where an error event may have to be added."""
+        """Choose how the body is sent; a length cannot be promised if an error event may have to be added."""
         if head.encoding and self._is_unreadable(head):
             return
         translation = self._translation if head.status == 200 else None
@@ -400,9 +400,9 @@ class Exchange(StreamedAnswer):
         if translation is not None and not translation.streaming:
             self._upstream_failed(UpstreamBroken("The model server streams an answer that was to be whole."))
             return
-        if self.route.body in ("none", "upload"):  # a stream is asked for in the query, or in a form's field
+        if self.route.body in ("none", "upload"):  # a stream is requested in the query, or in a form's field
             self.streaming = True
-            # Its limits count from now: until now nobody could know that it streams, and it may have waited for long.
+            # Its limits count from now: only now is it known that it streams, and it may have waited long.
             self._last_read_at = self._path.time()
             self.deadline = self._next_timeout(self._last_read_at)
         self._body_mode = _IN_EVENTS
@@ -416,7 +416,7 @@ class Exchange(StreamedAnswer):
             self._stream = ChunkStream([], hides_usage=True)
 
     def _is_unreadable(self, head: AnswerHead) -> bool:
-        """Whether what is compressed would have to be read, as the client gets it in other words; it is told so."""
+        """Whether a compressed body would have to be rewritten; the call then fails."""
         if head.status == 200:
             rewritten = self._translation is not None or self._hides_usage or self.route.name == "models"
         else:
@@ -426,14 +426,14 @@ class Exchange(StreamedAnswer):
         return rewritten
 
     def upstream_body(self, data: bytes) -> None:
-        """What one read brought of the answer's body."""
+        """A piece of the answer's body, from one read."""
         if self._state != ANSWERING:
             return
         if self._body_mode == _IN_EVENTS:
             events = self._events
             assert events is not None
-            # What is not whole, or does not begin with `data` or `event`, may be a comment; a response's first events
-            # say no more than one.
+            # Data that are not whole events, or do not begin with `data` or `event`, may hold a comment. The first
+            # events of a response show no more progress than a comment.
             if (
                 events.unfinished
                 or data[-2:] != b"\n\n"
@@ -464,7 +464,7 @@ class Exchange(StreamedAnswer):
 
     def _start(self) -> None:
         self._started = True
-        head, self._head = self._head, None  # not kept for as long as a stream lasts
+        head, self._head = self._head, None  # not to be kept while the stream lasts
         assert head is not None
         if self.key is not None or self._path.tells_route:
             head = self._with_own(head)
@@ -472,18 +472,18 @@ class Exchange(StreamedAnswer):
         self._write_chunk = self._chunk_writer()
 
     def upstream_chunk(self, chunk: bytes, size: int) -> None:
-        """What one read brought, where that was one HTTP chunk of `size` bytes, an event and its blank line or more.
+        """The data of one read that is exactly one HTTP chunk of `size` bytes, with one or more whole events.
 
-        That is how most events come; they cost least by going on as they are.
+        Most events arrive like this; relaying the chunk unchanged costs least.
         """
         write = self._write_chunk
         if write is None:
             self.upstream_body(chunk[-size - 2 : -2])
             return
         self._last_read_at = self._path.time()
-        # To count takes twice as long as to see that there is but one, as there mostly is: a single line.
+        # Usually there is a single event of one line. Seeing that takes half the time of counting.
         self.events += chunk.count(b"\n\n") if _LINE_FEED in chunk[-size - 2 : -4] else 1
-        self._before_last, self._last = self._last, chunk  # framed, but what is looked for in them is found
+        self._before_last, self._last = self._last, chunk  # with the chunk's framing, which does not disturb the scans
         self.bytes_out += size
         write(chunk)
 
@@ -495,7 +495,7 @@ class Exchange(StreamedAnswer):
         self.upstream_ended_at = self._path.time()
         if connection is not None:
             if self._lacks_end():
-                connection.discard()  # who broke off in the middle is not to be trusted with more
+                connection.discard()  # an upstream that broke off in the middle gets no more calls on this connection
             else:
                 connection.release()
         self._complete()
@@ -507,12 +507,12 @@ class Exchange(StreamedAnswer):
         return not self._has_end(self._before_last + self._last + events.held)
 
     def _has_end(self, tail: bytes) -> bool:
-        """Whether the stream's end is in its last bytes; an end that is too large to be held began before them."""
+        """Whether the stream's end is in its last bytes; an end event too large to be held began before them."""
         events = self._events
         return events is not None and sse.has_end(events.beginning + tail, self.route.ends)
 
     def upstream_answer(self, head: AnswerHead, content: bytes) -> None:
-        """The whole answer is there, at once."""
+        """The whole answer has arrived at once."""
         if head.streams:
             self.upstream_head(head, None)
             if content:
@@ -540,7 +540,7 @@ class Exchange(StreamedAnswer):
         """The upstream applies backpressure. No effect here; an upload pauses its client."""
 
     def upstream_resumed(self) -> None:
-        """The upstream takes more."""
+        """The upstream takes more data. No effect here; an upload resumes its client."""
 
     # The answer
 
@@ -572,7 +572,7 @@ class Exchange(StreamedAnswer):
             failed = failed or sse.has_error(end)
             if self._stream is not None and self.upstream is not None:
                 self.upstream.fingerprint = self._stream.fingerprint
-        if self._state == ENDED:  # the client has left while it was written to, or what it got was an error
+        if self._state == ENDED:  # the client has left during a write, or was sent an error
             return
         client = self._client
         if not self._started:
@@ -581,7 +581,7 @@ class Exchange(StreamedAnswer):
         client.end()
 
     def _answer(self, head: AnswerHead, content: bytes) -> None:
-        """Answer with all of it at once, in the simplified form where that was asked for."""
+        """Send the whole answer at once, translated if the request was in another form."""
         if head.encoding and self._is_unreadable(head):
             return
         self._last = content
@@ -625,7 +625,7 @@ class Exchange(StreamedAnswer):
         """The client reads more slowly than the upstream writes."""
         self._paused = True
         if self._started and self._state == ANSWERING and self._collected is None:
-            # What nobody reads is to hold little: its end, in which the usage is, and what is written of it.
+            # A stream that is not read should hold little: its end, which holds the usage, and the data written.
             written, self._last = len(self._last), sse.last_events(self._before_last + self._last, HELD_EVENT)
             self._before_last = b""
             if not self._hold(written + len(self._last) + _OF_A_STREAM):
@@ -645,7 +645,7 @@ class Exchange(StreamedAnswer):
             self._connection.resume()
 
     def client_gone(self, outcome: str = "client_left") -> None:
-        """The client has left, or reads no more; the upstream is told at once, by a closed connection."""
+        """The client has left, or reads no more; closing the connection tells the upstream at once."""
         if self._state == ENDED:
             return
         self._drop_connection()
@@ -658,7 +658,7 @@ class Exchange(StreamedAnswer):
     # Time
 
     def check_timeouts(self) -> None:
-        """End with what is due if a limit has passed, or set `deadline` to when one may."""
+        """End with the error of a limit that has passed, or set `deadline` to when one may pass."""
         if self._state == ENDED:
             return
         now = self._path.time()
@@ -692,7 +692,7 @@ class Exchange(StreamedAnswer):
         if silent and not self._paused and now - self._attempt_started_at >= limit / 2:
             self._upstream_failed(error)
         else:
-            self.fail(error)  # a long stream, a slow reader or a slow upload is no fault of the upstream's
+            self.fail(error)  # a long stream, a slow reader or a slow upload is not the upstream's fault
 
     # The end
 
@@ -703,10 +703,10 @@ class Exchange(StreamedAnswer):
         self.fail(error)
 
     def crashed(self, error: BaseException) -> None:
-        """A bug of ours, or a shortage of memory: the client is told, and the upstream's standing stays as it is."""
+        """A bug of the gateway's, or a shortage of memory: the client gets an error, and the upstream is not blamed."""
         _log.error("the exchange failed (request id %s)", self.request_id, exc_info=error)
         if self._state == ENDED:
-            self._client.abort()  # it was being answered
+            self._client.abort()  # the answer was being sent
         elif isinstance(error, MemoryError) or is_shortage(error):
             what = "memory" if isinstance(error, MemoryError) else "descriptors (ulimit -n)"
             self.fail(Shortage(f"The gateway is short of {what}: try again soon."))
@@ -714,7 +714,7 @@ class Exchange(StreamedAnswer):
             self.fail(GatewayError(FAILED))
 
     def fail(self, error: GatewayError) -> None:
-        """End with an error of our own: an answer, an event in a stream, or, where neither is possible, a cut."""
+        """End with an error of the gateway's own: an answer, an event in a stream or, if neither is possible, a cut."""
         if self._state == ENDED:
             return
         self._drop_connection()
@@ -734,7 +734,7 @@ class Exchange(StreamedAnswer):
             client.whole(head, content, self.request_id)
         elif events is not None and not events.is_cut:
             tail = self._before_last + self._last
-            done = self.status == 200 and self._has_end(tail)  # and so it has all of it
+            done = self.status == 200 and self._has_end(tail)  # so the client has the whole stream
             self._finish(error.outcome)
             if not done:
                 client.body(self._event_of(error, tail))
@@ -764,7 +764,7 @@ class Exchange(StreamedAnswer):
         path.in_flight.discard(self)
         if path.arrivals:
             path.arrivals.leave(self)
-        # Not by `_hold`, as every call ends here.
+        # Not by `_hold`, whose call every request would pay for.
         path.buffers.held -= self._held
         self.owner.held -= self._held
         self._held = 0
@@ -774,11 +774,11 @@ class Exchange(StreamedAnswer):
             self.owner.in_flight -= 1
         tail = self._before_last + self._last
         self._usage_text = usage_text(tail, self._first_usage)
-        if self.events and self._usage_text[8:9] != b"{":  # none, or one of null
+        if self.events and self._usage_text[8:9] != b"{":  # no usage, or null
             self._text_bytes = text_size(tail, self.events, self.bytes_out + self._rewritten)
         if self._reserved is not None:
             self._settle(self._reserved)
-        # Observers may hold this object for a while, so what is large is dropped.
+        # Observers may hold this object for a while, so drop what is large.
         self._last = self._before_last = self._first_usage = b""
         self._body.clear()
         self._collected = None
@@ -788,5 +788,5 @@ class Exchange(StreamedAnswer):
         path.finished(self)
         if path.queue:
             path.queue.leave(self)
-            if self.upstream is not None:  # else it makes no room, and refusals must not cost a look at all that wait
+            if self.upstream is not None:  # else no room is freed, and a refusal must not cost a scan of the queue
                 path.queue.wake()

@@ -1,4 +1,4 @@
-"""What an exchange acts on, and what it is told by: the client's side, the upstream's, and the periodic work."""
+"""The interfaces between an exchange and its surroundings: the client, the upstream and the periodic work."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gateway.wire.heads import AnswerHead
 
 
 class Client(Protocol):
-    """The side that asked; each adapter does its own framing.
+    """The client of a call; each adapter does its own framing.
 
-    `address` is that of the connection's other end, empty where it has none, and `owner` is whose it is. `chunk` takes
-    a piece that is framed as one HTTP chunk, where the answer, once begun, goes out in these.
+    `address` is the address of the connection's peer, empty if it has none, and `owner` is its owner. `chunk` takes a
+    piece that is framed as one HTTP chunk; None if the answer, once begun, is not sent in chunks.
     """
 
     address: str
@@ -24,7 +24,7 @@ class Client(Protocol):
     chunk: Callable[[bytes], None] | None
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
-        """The answer's head; comes with the first byte of its body, or its end. `length` as in content-length."""
+        """The answer's head, given with the first byte of its body or its end. `length` is the content-length."""
 
     def body(self, data: bytes) -> None:
         """A piece of the answer."""
@@ -33,23 +33,23 @@ class Client(Protocol):
         """The answer is complete."""
 
     def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
-        """All of the answer at once."""
+        """The whole answer at once."""
 
     def abort(self) -> None:
-        """The answer breaks off: the connection closes without a clean end."""
+        """The answer is cut short: the connection closes without a clean end."""
 
     def is_gone(self) -> bool:
-        """Whether nothing can reach it any more."""
+        """Whether nothing can reach the client any more."""
 
 
 class UploadingClient(Client, Protocol):
-    """A client whose request can be waited with."""
+    """A client whose reading of the request can be paused."""
 
     def pause(self) -> None:
-        """Read no more of the request."""
+        """Stop reading the request."""
 
     def resume(self) -> None:
-        """Read on."""
+        """Continue reading the request."""
 
 
 class Connection(Protocol):
@@ -61,7 +61,7 @@ class Connection(Protocol):
         """The whole request, head and body, or a piece of an upload."""
 
     def send_pieces(self, pieces: Iterable[bytes | bytearray]) -> None:
-        """The whole of a large request, none of which is copied where it can go out at once."""
+        """The whole of a large request, without a copy of the part that can be sent at once."""
 
     def pause(self) -> None:
         """Stop reading."""
@@ -70,17 +70,17 @@ class Connection(Protocol):
         """Read again."""
 
     def release(self) -> None:
-        """Done with it: to the idle ones where it can serve again."""
+        """The exchange is done: keep the connection with the idle ones if it can be reused."""
 
     def unsent(self) -> int:
-        """How many bytes of the request the upstream has yet to take."""
+        """How many bytes of the request the upstream has not taken yet."""
 
     def discard(self) -> None:
-        """Close it at once; what the upstream still does for this request is not wanted."""
+        """Close the connection at once; the upstream's further work on this request is not wanted."""
 
 
 class Caller(Protocol):
-    """The exchange as connections see it: what they tell it."""
+    """The exchange as connections see it: the events that they report."""
 
     def upstream_connected(self, connection: Connection) -> None: ...
 
@@ -103,33 +103,33 @@ class Caller(Protocol):
     def upstream_resumed(self) -> None: ...
 
     def crashed(self, error: BaseException) -> None:
-        """What was done for it has failed by no fault of an upstream's: a bug of ours, or a shortage."""
+        """Work for the exchange failed without fault of an upstream: a bug of the gateway's, or a shortage."""
 
 
 class Transport(Protocol):
-    """Where connections come from."""
+    """The source of connections."""
 
     def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
-        """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses none."""
+        """Call `upstream_connected` or `upstream_unreachable`, now or later; `fresh` reuses no connection."""
 
 
 class Credentials(Protocol):
-    """What the upstreams are shown.
+    """The gateway's credentials for the upstreams.
 
-    `value` is that of the Authorization header: empty where none is needed, None where there is none yet.
+    `value` is the value of the Authorization header: empty if none is needed, None if there is none yet.
     """
 
     value: str | None
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
-        """An upstream refused this value; False where there can be no other.
+        """An upstream refused this value; False if there can be no other value.
 
-        Else `told` is called, now or later: with None once there is one, or with what the client is to be told.
+        Otherwise `told` is called, now or later: with None once there is a new value, or with the client's error.
         """
 
 
 class Call(Protocol):
-    """The exchange as the periodic work and the queue see it. No time limit of it can have passed before `deadline`."""
+    """The exchange as the periodic work and the queue see it. None of its time limits can pass before `deadline`."""
 
     request_id: str
     model: str | None
@@ -139,13 +139,13 @@ class Call(Protocol):
     deadline: float
 
     def check_timeouts(self) -> None:
-        """End it if a limit has passed, or set `deadline` to when one may."""
+        """End the call if a limit has passed, or set `deadline` to when one may pass."""
 
     def try_admit(self) -> bool:
         """There may be room upstream; True if it was taken."""
 
     def give_way(self) -> None:
-        """End: too many wait."""
+        """End the call: too many wait."""
 
     def fail(self, error: GatewayError) -> None:
-        """End with this."""
+        """End the call with this error."""

@@ -1,4 +1,4 @@
-"""What a call's key lets it do and see, and what is left of that."""
+"""A call's record with its key: which calls and models the key allows, and what is left of its limits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from gateway.wire.key_marks import KeyMarks, check_owner
 LIMIT_HEADERS: Final = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
 TOKEN_HEADERS: Final = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
 ROUTE_HEADERS: Final = (b"x-gateway-upstream", b"x-gateway-model")
-# What stands in these as it is; else it is percent-encoded (RFC 3986, 2.1).
+# Characters of names that are not percent-encoded in these headers (RFC 3986, 2.1).
 _PLAIN: Final = "/:@+"
 _LONGEST_NAME: Final = 200
 JSON: Final = (b"content-type", b"application/json")
-# An upstream's answer for a path that it has not.
+# An upstream's answer for a path that it does not have.
 NO_SUCH_PATH: Final = b'{"detail":"Not Found"}'
 KEY_NEEDED: Final = "A key is needed: send it as Authorization: Bearer KEY, or as x-api-key or api-key."
 
 
 class KeyedRecord(TimedRecord):
-    """A record with whose it is. An exchange sets `owner`, which a key may become, and that nothing is reserved.
+    """A record with its owner. An exchange sets `owner`, which a key may replace, and sets `_reserved` to None.
 
-    `_asked` is how many tokens the call asks for, None where it does not say; it is there where `_reserved` is.
+    `_asked` is how many tokens the call asks for, None if it does not say; it is valid if `_reserved` is not None.
     """
 
     __slots__ = ("_asked", "_reserved", "owner")
@@ -60,7 +60,7 @@ class KeyedRecord(TimedRecord):
         return None
 
     def _marks(self) -> KeyMarks | None:
-        """What the call tells vLLM of its key; None where it has nothing to say."""
+        """The marks that tie the call to its key at vLLM; None if it needs none."""
         digest, route = self._request.key, self.route
         is_response, salts = route.body == "response", self._path.salts_caches and route.caches_prefixes
         if digest is None or not (is_response or salts):
@@ -68,7 +68,7 @@ class KeyedRecord(TimedRecord):
         return KeyMarks(digest, self.upstream_id if is_response else None, salts)
 
     def _bounded_by_key(self, key: Key, content: bytes) -> GatewayError | None:
-        """Why a call of this body may not be made with its key: for its model, or as its tokens are used up."""
+        """Why the key does not allow this call: the model is not the key's, or the key's tokens are used up."""
         models = key.models
         if models is not None and self.model not in models and self.alias not in models and self.route.body != "none":
             asked = f"the model {self.model[:200]!r}" if self.model else "a call that does not say of which model"
@@ -87,7 +87,7 @@ class KeyedRecord(TimedRecord):
         return None
 
     def _not_found(self, head: AnswerHead, content: bytes) -> tuple[AnswerHead, bytes]:
-        """An upstream's 404: it lacks the path, or the model, of which others may be served."""
+        """An upstream's 404, completed: it lacks the path, or the model, while others may be served elsewhere."""
         if content == NO_SUCH_PATH:
             rest = [header for header in head.headers if header[0] != b"content-type"]
             error = self._not_served()
@@ -100,16 +100,16 @@ class KeyedRecord(TimedRecord):
         return head, content
 
     def _not_served(self) -> NotServed:
-        """What the upstream says in two words: its model is of another kind."""
+        """The error for the upstream's "Not Found": its model is of another kind."""
         able = self._path.pool.models_of(self.route.asked_for_as)
         others = f"; those that do: {', '.join(able)}." if able else "."
         model = f"The model {self.model[:200]!r}" if self.model else "The model server's model"
         return NotServed(f"{model} does not take {self.route.path}{others}")
 
     def _with_own(self, head: AnswerHead) -> AnswerHead:
-        """The head, with what is left of the key's requests and tokens, in the headers that OpenAI's clients know.
+        """The head with the rest of the key's requests and tokens, in the headers that OpenAI's clients know.
 
-        And, where a setting asks for that, with who answers: the upstream, and the model with its other name.
+        If a setting asks for it, the head also names the upstream, and the model with its alias.
         """
         own: list[Header] = []
         key, upstream = self.key, self.upstream
@@ -130,7 +130,7 @@ class KeyedRecord(TimedRecord):
         return AnswerHead(head.status, own, streams=head.streams, encoding=head.encoding, behind=head)
 
     def _settle(self, reserved: float) -> None:
-        """Have the key's tokens be as many fewer as this call took: what is not told is estimated, as for the log."""
+        """Charge the key's budget with the tokens of this call; without usage they are estimated, as for the log."""
         assert self.key is not None
         used, usage = 0, self.usage
         if usage is not None:
@@ -139,13 +139,13 @@ class KeyedRecord(TimedRecord):
             used = found[0] + found[1]
         elif self._took_tokens:
             used = self._estimated_whole(reserved)
-        if self.key.tokens is not None:  # else the file of keys was read again
+        if self.key.tokens is not None:  # None if a reload of the file of keys has removed the budget
             self.key.tokens.settle(self.ended_at or self.started_at, reserved, used, told=usage is not None)
 
     def _estimated_whole(self, reserved: float) -> int:
-        """What a call took that was to be answered whole, and whose usage is not told.
+        """The estimated tokens of a call that is not streamed and whose usage is not known.
 
-        Where there is no answer, or it is yet to be made, as in the background, all that it may have is taken.
+        If there is no answer, or it is yet to be made, as in the background, the most that it may use is charged.
         """
         prompt = self.prompt_bytes // TOKEN
         if not self.route.generates:

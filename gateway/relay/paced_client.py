@@ -1,4 +1,4 @@
-"""A client that gets a stream's events one by one, for readers that take what one read brings for one event."""
+"""A client that is sent a stream's events one by one, for readers that take the data of one read for one event."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gateway.relay.interfaces import Client
 from gateway.wire import sse
 from gateway.wire.heads import AnswerHead
 
-# Between two events, in seconds: readers on a busy machine still take each for itself, and tokens come more slowly.
+# Seconds between two events: readers on a busy machine still read each event alone, and tokens arrive more slowly.
 _APART = 0.001
-# So many bytes wait at most; a stream that comes faster than that is no model's, and goes on as it comes.
+# The most bytes that wait. A stream faster than that is not a model's, and is sent as it arrives.
 _MOST = 64 * 1024
 
 
 class PacedClient:
-    """Writes each event for itself, some time after the one before; the end waits behind them."""
+    """Writes each event alone, some time after the event before; the end of the answer waits behind the events."""
 
     chunk: Callable[[bytes], None] | None = None
 
@@ -50,16 +50,16 @@ class PacedClient:
             self._client.end()
 
     def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
-        """All of the answer at once."""
+        """The whole answer at once."""
         self._client.whole(head, content, request_id)
 
     def abort(self) -> None:
-        """The answer breaks off."""
+        """The answer is cut short."""
         self._events.clear()
         self._client.abort()
 
     def is_gone(self) -> bool:
-        """Whether nothing can reach it any more."""
+        """Whether nothing can reach the client any more."""
         return self._client.is_gone()
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""What observers read of one call: logs, metrics, traces and the page."""
+"""The record of one call, which its observers read: logs, metrics, traces and the page."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ CLIENT_LEFT: Final = 499  # as nginx logs it; never sent
 
 
 class Trace(Protocol):
-    """What names a request where it is traced: its trace, and the span that is its own."""
+    """The ids of a traced request: its trace, and its own span."""
 
     trace_id: str
     span_id: str
 
 
 class Record:
-    """One call, as far as it has come. Observers may hold it for a while after its end: it keeps nothing that is large.
+    """The state of one call. Observers may hold it for a while after its end, so it keeps nothing that is large.
 
-    Times are the clock's seconds, None for what has not happened. `form` is `openai`, `simplified`, `generate` or
-    `ask`; empty where it is not known. `target` is what the upstream is asked for, `status` what the client got.
-    `trace` is there once something traces it. `outcome` is `done`, `client_left`, `refused`, `upstream_error`,
-    `drained`, `shortage` (of memory, for what nobody read) or `timeout:<which>`, and empty until the end. `address` is
-    the client's, as far as it is known. `alias` is the other name by which the model was asked for, None where it was
-    its own. `request_id` is what the client calls it, if anything, and `upstream_id` what the upstream is told, of
-    which a client has no say: vLLM ends calls by their ids. `bytes_in` are those of the request's body, `prompt_bytes`
-    those of them that count as text, `bytes_out` and `events` those of the answer. `cached_tokens` are those of the
-    prompt's that vLLM had in its prefix cache, as far as it tells. `error` is the code and the sentence of an error of
-    our own, which hold no text of the request's.
+    Times are the clock's seconds, None for events that have not happened. `form` is `openai`, `simplified`, `generate`
+    or `ask`; empty if it is not known. `target` is the path that is sent to the upstream, and `status` the status that
+    the client got. `trace` is set once the call is traced. `outcome` is `done`, `client_left`, `refused`,
+    `upstream_error`, `drained`, `shortage` (of memory, for data that the client did not read) or `timeout:<which>`; it
+    is empty until the end. `address` is the client's, as far as it is known. `alias` is the name by which the model was
+    asked for, None if that was its own. `request_id` is the client's id for the call, or a new one. `upstream_id` is
+    the id that is sent upstream, which a client cannot choose: vLLM ends calls by their ids. `bytes_in` is the size of
+    the request's body, `prompt_bytes` the part of it that counts as text, and `bytes_out` and `events` are the size of
+    the answer. `cached_tokens` are the prompt's tokens that vLLM had in its prefix cache, as far as it reports them.
+    `error` is the code and the message of an error of the gateway's own, which hold no text of the request.
     """
 
     __slots__ = (
@@ -96,20 +96,20 @@ class Record:
         self.first_byte_at: float | None = None
         self.upstream_ended_at: float | None = None
         self.ended_at: float | None = None
-        self._refused = False  # by the upstream that it was sent to last, though the status be that of a stream
+        self._refused = False  # by the last upstream; a stream that a heartbeat has begun keeps its status
         self._request = head
-        self._text_bytes = 0  # of a stream of whose tokens none was told
+        self._text_bytes = 0  # of a stream without usage
         self._usage: tuple[int, int] | None = None
         self._usage_text = b""
 
     @property
     def lines(self) -> bytes:
-        """The headers of the request that may go to an upstream."""
+        """The headers of the request that may be sent to an upstream."""
         return self._request.lines
 
     @property
     def usage(self) -> tuple[int, int] | None:
-        """Prompt and completion tokens, where vLLM has reported them; `cached_tokens` are known from then on."""
+        """Prompt and completion tokens, if vLLM has reported them; this also sets `cached_tokens`."""
         if self._usage_text:
             self._usage = usage_in(self._usage_text)
             if b'"cache' in self._usage_text:
@@ -119,9 +119,9 @@ class Record:
 
     @property
     def tokens(self) -> tuple[int, int, bool] | None:
-        """Prompt and completion tokens, and whether they are an estimate, as that of a stream of which none was told.
+        """Prompt and completion tokens, and whether they are an estimate, as for a stream without usage.
 
-        That is a quarter of its text's bytes, and of the answer's no fewer than the events that may bring text.
+        The estimate is a quarter of the text's bytes; for the answer, at least the number of events that may hold text.
         """
         usage = self.usage if self._usage_text else self._usage
         if usage is not None:
@@ -133,7 +133,7 @@ class Record:
 
     @property
     def _took_tokens(self) -> bool:
-        """Whether vLLM has worked for this call, as far as is known: it was sent, and not refused."""
+        """Whether vLLM has worked on this call, as far as is known: it was sent and not refused."""
         if self.sent_at is None or self.received_at is None or self._refused:
             return False
         return self.status in (200, CLIENT_LEFT) or self.outcome.startswith("timeout:")

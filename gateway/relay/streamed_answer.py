@@ -1,4 +1,4 @@
-"""An answer that streams: its whole events, as they came or translated, and comments that keep it open."""
+"""A streamed answer: its whole events, unchanged or translated, and the comments that keep it open."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from gateway.wire import sse
 from gateway.wire.errors import GatewayError, NotServed, UpstreamRefused
 from gateway.wire.heads import AnswerHead
 
-# As vLLM writes them.
+# A comment as vLLM writes it.
 HEARTBEAT: Final = b": keep-alive\n\n"
-# Of an answer whose own head has not come when a heartbeat is due.
+# The head of an answer whose own head has not arrived when a heartbeat is due.
 _STREAM: Final = EVENTS_HEAD
 
 
 class StreamedAnswer(KeyedRecord):
-    """A record with the stream of its answer, which an exchange has go out by `_start` and its client.
+    """A record with the stream of its answer, which an exchange sends by `_start` and its client.
 
-    `_awaited` says that nothing of a stream has come, and its upstream counts it so. `_last` and `_before_last` are the
-    last two pieces of it, in which its end and its usage are, and `_rewritten` is how many bytes more came than went
-    out. `_write_chunk` takes a chunk of whole events as it came; it is None where the next one has to be looked at.
-    Comments say nothing of the model.
+    `_awaited` says that no byte of a stream has arrived, and that its upstream counts it as awaited. `_last` and
+    `_before_last` are its last two pieces, which hold its end and usage. `_rewritten` is how many bytes more arrived
+    than were sent. `_write_chunk` relays a chunk of whole events unchanged; it is None if the next chunk must be
+    inspected. Comments show no progress of the model.
     """
 
     __slots__ = (
@@ -55,11 +55,11 @@ class StreamedAnswer(KeyedRecord):
 
     @abstractmethod
     def _start(self) -> None:
-        """Have the answer's head go out."""
+        """Send the answer's head."""
 
     @abstractmethod
     def _choose_body_mode(self, head: AnswerHead, length: bytes | None) -> None:
-        """Have the body of an answer with this head be what it is to be."""
+        """Choose how the body of an answer with this head is sent."""
 
     @abstractmethod
     def _upstream_failed(self, error: GatewayError) -> None:
@@ -67,20 +67,20 @@ class StreamedAnswer(KeyedRecord):
 
     @abstractmethod
     def _uses_erag_errors(self) -> bool:
-        """Whether the call is answered as a release did."""
+        """Whether the call's errors have a release's form."""
 
     @abstractmethod
     def _event_of(self, error: GatewayError, tail: bytes) -> bytes:
-        """An error as a stream's end."""
+        """An error as the end of a stream."""
 
     @abstractmethod
     def _answered(self, *, failed: bool, outcome: str) -> None:
-        """The upstream has done what it would."""
+        """The upstream has answered: record whether it failed, and finish."""
 
     def _whole_events(self, events: sse.WholeEvents, data: bytes) -> bytes:
-        """The whole events that this read brought, less those that go on by themselves, being no sign of the model.
+        """The whole events of this read, without those that are sent on separately as they show no progress.
 
-        These are comments and, of a response, what vLLM says before its engine begins.
+        These are comments and, of a response, the events that vLLM writes before its engine begins.
         """
         was_cut = events.is_cut
         data = events.feed(data)
@@ -91,7 +91,7 @@ class StreamedAnswer(KeyedRecord):
             self._before_last, self._last = self._last, data
             self._comment(data)
             data = b""
-        elif not data and events.held[:1] not in b":" and not awaits_engine:  # of an event, some of which has come
+        elif not data and events.held[:1] not in b":" and not awaits_engine:  # a part of an event has arrived
             self._last_read_at = self._path.time()
             if self.first_byte_at is None:
                 self._first_byte(self._last_read_at)
@@ -99,7 +99,7 @@ class StreamedAnswer(KeyedRecord):
         return data
 
     def _chunk_writer(self) -> Callable[[bytes], None] | None:
-        """What takes a chunk of whole events as it came; None where the next one has to be looked at."""
+        """The function that relays a chunk of whole events unchanged; None if the next chunk must be inspected."""
         events, stream = self._events, self._stream
         if events is None or events.unfinished or self.first_byte_at is None:
             return None
@@ -109,7 +109,7 @@ class StreamedAnswer(KeyedRecord):
         return self._write_until_finish if plain else None
 
     def _write_until_finish(self, chunk: bytes) -> None:
-        """A chunk of whole events as it came, unless a finish reason is in it."""
+        """Relay a chunk of whole events unchanged, unless it holds a finish reason."""
         if FINISH not in chunk:
             assert self._client.chunk is not None
             self._client.chunk(chunk)
@@ -131,19 +131,19 @@ class StreamedAnswer(KeyedRecord):
             return b""
         self._rewritten += came - len(data)
         if self._write_chunk is not None:
-            self._write_chunk = self._chunk_writer()  # what came with these may have to wait for the next
+            self._write_chunk = self._chunk_writer()  # the stream may now hold events until the next one
         return data
 
     def _first_byte(self, now: float) -> None:
-        """The first that the model says has come."""
+        """The first byte of the model's output has arrived."""
         self.first_byte_at = now
         if self.upstream is not None:
             self.upstream.awaited -= self._awaited
         self._awaited = False
-        self._write_chunk = self._chunk_writer() if self._started else None  # by a comment
+        self._write_chunk = self._chunk_writer() if self._started else None  # a comment may have started the answer
 
     def _beat_if_due(self, now: float) -> None:
-        """Write a comment where nothing has come, or gone out, for a heartbeat's time."""
+        """Write a comment if nothing was received and no comment was sent for the heartbeat's interval."""
         if self._path.limits.heartbeat_interval is None or now < self._next_heartbeat():
             return
         self._commented_at = now
@@ -151,20 +151,20 @@ class StreamedAnswer(KeyedRecord):
             self._comment(HEARTBEAT)
 
     def _streams_comments(self) -> bool:
-        """Whether a comment may go out now; where nothing of the answer has come, it then begins as a stream.
+        """Whether a comment may be sent now; if nothing of the answer has arrived, it then begins as a stream.
 
-        That is the price of a heartbeat: the status is 200, and what goes wrong from then on is told in the stream.
+        This is the price of a heartbeat: the status is 200, and later errors are reported in the stream.
         """
         if self._head is None and not self._started:
             if self._uses_erag_errors() or self.route.body == "generate":
-                return False  # whose readers know no comments
+                return False  # clients of these forms know no comments
             self._head = _STREAM
             self.status = _STREAM.status
             self._choose_body_mode(_STREAM, None)
         return self._events is not None and not self._events.is_cut
 
     def _tell_in_stream(self, refused: UpstreamRefused | NotServed) -> None:
-        """The stream's end, where a heartbeat has begun it and the upstream then refuses the call."""
+        """End a stream that a heartbeat has begun, after the upstream has refused the call."""
         self.status, self.first_byte_at, self._refused = _STREAM.status, None, True
         event = self._event_of(refused, b"")
         self._answered(failed=not 400 <= refused.status < 500, outcome="refused")
@@ -172,9 +172,9 @@ class StreamedAnswer(KeyedRecord):
         self._client.end()
 
     def _without_comments(self, data: bytes) -> bytes:
-        """What is left of whole events once those that carry nothing have gone on, as they are no sign of the model.
+        """The whole events without comments, which are sent on separately as they show no progress of the model.
 
-        Among others, where these go on as they are, they stay at their place.
+        Comments among other events stay in place if these events are relayed unchanged.
         """
         if data[:1] in b"de" and b"\n:" not in data:
             return data  # vLLM's events begin with `data` or `event`
@@ -188,7 +188,7 @@ class StreamedAnswer(KeyedRecord):
         return b"" if self.outcome else b"".join(told)
 
     def _comment(self, comments: bytes) -> None:
-        """Have comments go out, in every style that has any."""
+        """Send comments, in the styles that have them."""
         if self._stream is not None:
             comments = self._stream.comment(comments)
         if not comments:

@@ -1,4 +1,4 @@
-"""The time limits of one call: which of them has passed, and when one may."""
+"""The time limits of one call: which limit has passed, and when the next may pass."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from gateway.relay.data_path import DataPath
 from gateway.relay.record import Record
 from gateway.wire.errors import RequestTimeout, UpstreamTimeout
 
-# The slowest that a body may come, in bytes a second, past its time limit.
+# The slowest rate of a body in bytes a second, after its time limit.
 _BODY_RATE: Final = 1024
 
 
 class TimedRecord(Record):
-    """A record with what its time limits go by, which an exchange sets. No limit can have passed before `deadline`.
+    """A record with the times and sizes of its limits, which an exchange sets. No limit can pass before `deadline`.
 
-    `_commented_at` is when a comment went out last. `_size` is how much of the request's body has come; `_last_read_at`
-    is when some of it came, or of the answer; `_paused` says that the answer's client reads more slowly than the
-    upstream writes.
+    `_commented_at` is when the last comment was sent. `_size` is the size of the received part of the request's body.
+    `_last_read_at` is when a part of it, or of the answer, was last received. `_paused` says that the client reads the
+    answer more slowly than the upstream writes it.
     """
 
     __slots__ = ("_attempt_started_at", "_commented_at", "_last_read_at", "_path", "_paused", "_size", "deadline")
@@ -32,7 +32,7 @@ class TimedRecord(Record):
     deadline: float
 
     def _late_body(self, now: float, since: float) -> RequestTimeout | None:
-        """What is wrong with the time in which the request's body has come since then."""
+        """The error if the request's body, which is timed from `since`, is too slow."""
         limits = self._path.limits
         if now - self._last_read_at >= limits.body_timeout:
             return RequestTimeout(f"The request's body stopped for {limits.body_timeout:g} s (GATEWAY_BODY_TIMEOUT).")
@@ -43,7 +43,7 @@ class TimedRecord(Record):
         return None
 
     def _body_deadline(self, since: float) -> float:
-        """When `_late_body` may find something."""
+        """When `_late_body` may next return an error."""
         limits = self._path.limits
         slowest = since + limits.body_timeout + self._size / _BODY_RATE
         return min(self._last_read_at + limits.body_timeout, slowest, self.started_at + limits.total_timeout)
@@ -59,14 +59,14 @@ class TimedRecord(Record):
         return UpstreamTimeout("idle", limits.idle_timeout) if late else None
 
     def _next_heartbeat(self) -> float:
-        """When a comment is due, unless something comes before it."""
+        """When a comment is due, unless data are received before."""
         interval = self._path.limits.heartbeat_interval
         return math.inf if interval is None else max(self._last_read_at, self._commented_at) + interval
 
     def _next_timeout(self, now: float) -> float:
         """When a limit may pass, or a heartbeat is due.
 
-        At most an idle gap from now, so that the first byte need not set it anew.
+        For a stream, at most an idle gap from now, so that the first byte need not set it again.
         """
         limits = self._path.limits
         end = self.started_at + limits.total_timeout

@@ -1,4 +1,4 @@
-"""A call whose body goes up as it comes, so that a large one is not held."""
+"""A call whose body is sent upstream as it arrives, so that a large body is not held."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gateway.wire.heads import AnswerHead, RequestHead
 from gateway.wire.pieces import add_piece
 from gateway.wire.routes import Route
 
-# What is held of a body while there is no connection yet, before the client is paused.
+# Bytes of a body that are held while there is no connection yet, before the client is paused.
 HELD: Final = 64 * 1024
 
 
 class Upload(Exchange):
-    """An exchange that asks for a connection once there is something to send, and sends each piece of its body on.
+    """An exchange that asks for a connection once there is something to send, and sends on each piece of its body.
 
-    What was sent is gone, so nothing is sent twice: the connection is always a new one, and another upstream
-    is asked only where this one took no connection. The model stands somewhere in the body, so that an upstream
-    is asked that takes speech at all, whichever model it has.
+    Data that were sent are not kept, so nothing is sent twice: the connection is always a new one, and another upstream
+    is tried only if this one accepted no connection. The model's name is somewhere in the body, so the upstream is any
+    that takes speech, whatever its model.
     """
 
     __slots__ = ("_all_came", "_blocked", "_uploader")
@@ -34,12 +34,12 @@ class Upload(Exchange):
         self._needs_audio = True
         self._uploader = client
         self._all_came = False
-        self._blocked = False  # the client, by us
+        self._blocked = False  # whether this upload has paused its client
 
     # The request
 
     def begin(self, length: int) -> None:
-        """The request's head is there; its body goes up in chunks where it does not say how long it is."""
+        """The request's head has arrived; its body is sent upstream in chunks if it states no length."""
         self.form = "openai"
         super().begin(length)
         if self.outcome:
@@ -74,7 +74,7 @@ class Upload(Exchange):
                     self.upstream_paused()
 
     def _go(self, now: float) -> None:
-        """There is something to send: only now is a place upstream taken for it."""
+        """There is something to send: only now does the call take a place upstream."""
         if self._state != RECEIVING:
             return
         self._path.arrivals.leave(self)
@@ -82,7 +82,7 @@ class Upload(Exchange):
             self._enqueue(now)
 
     def _has_room(self, size: int) -> bool:
-        """So many bytes are held now; where that is too much the call ends."""
+        """Set the bytes that are held; the call ends if there is no room for them."""
         if not self.outcome and not self._hold(size):
             self.fail(no_room(self._path.buffers))
         return not self.outcome
@@ -92,13 +92,13 @@ class Upload(Exchange):
         if self.outcome:
             return
         if self._size != self._request.length > 0:
-            # As of one with an `Upgrade` under an ASGI server that takes it for the end of HTTP.
+            # For example with an `Upgrade` header, under an ASGI server that takes that for the end of HTTP.
             self.fail(BadRequest("The request's body is not as long as its Content-Length says."))
             return
         self._all_came = True
         self.prompt_bytes = min(self._size, ITEM)
         self.received_at = self._path.time()
-        if self._blocked:  # its end came with what blocked it
+        if self._blocked:  # the end arrived together with the data that blocked the client
             self._blocked = False
             self._uploader.resume()
         end = self._framed(b"")
@@ -121,7 +121,7 @@ class Upload(Exchange):
         super()._connect(upstream, fresh=True)
 
     def upstream_paused(self) -> None:
-        """The upstream takes the request more slowly than it comes."""
+        """The upstream applies backpressure: the request arrives faster than the upstream takes it."""
         if self._connection is not None and not self._has_room(self._connection.unsent()):
             return
         if not self._all_came and not self._blocked:
@@ -129,18 +129,18 @@ class Upload(Exchange):
             self._uploader.pause()
 
     def upstream_resumed(self) -> None:
-        """The upstream takes more."""
+        """The upstream takes more data."""
         self._hold(0)
         if self._blocked and not self.outcome:
             now = self._path.time()
-            self._attempt_started_at += now - self._last_read_at  # the client could send nothing in this time
+            self._attempt_started_at += now - self._last_read_at  # the client was paused for this time
             self._last_read_at = now
             self._blocked = False
             self.deadline = self._next_timeout(now)
             self._uploader.resume()
 
     def upstream_connected(self, connection: Connection) -> None:
-        """A connection is there, for what has come and what is to come."""
+        """A connection is ready, for the received part of the body and the rest."""
         was_blocked, self._blocked = self._blocked, False
         self._last_read_at = self._attempt_started_at = self._path.time()
         super().upstream_connected(connection)
@@ -148,18 +148,18 @@ class Upload(Exchange):
         if self._connection is not None:
             self._hold(connection.unsent() if self._blocked else 0)
             self.deadline = self._next_timeout(self._attempt_started_at)
-            if was_blocked and not self._blocked:  # the sending may have paused it again
+            if was_blocked and not self._blocked:  # sending may have paused the client again
                 self._uploader.resume()
 
     def _is_dealt_with(self, refusal: AnswerHead) -> bool:
-        """Whether other credentials are asked for; the next call finds them, and to wait would not help this one."""
+        """Whether new credentials are requested: for the next call, as this one cannot be sent again."""
         if refusal.status != 401 or not self._renew_credentials():
             return False
         self.credentials_renewed(None)
         return True
 
     def credentials_renewed(self, error: GatewayError | None) -> None:
-        """There may be other credentials, but nothing is left to send."""
+        """There may be new credentials, but the body is no longer held and cannot be sent again."""
         if self._state != RENEWING:
             return
         if error is not None:
@@ -172,7 +172,7 @@ class Upload(Exchange):
             )
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
-        """The connection is gone; one that closes while it is sent to may have answered, which is then lost."""
+        """The connection is gone; if it closes while the body is being sent, an answer may be lost with it."""
         if self._connection is not None and not self._all_came:
             self._connection = None
             self.fail(UpstreamBroken(f"The model server broke off while the request was sent: {why}."))
@@ -180,7 +180,7 @@ class Upload(Exchange):
             super().upstream_lost(why, answered=answered)
 
     def upstream_end(self) -> None:
-        """The answer is complete; a connection that was to take more of this request takes no other one."""
+        """The answer is complete; a connection that still expects a part of this body is not reused."""
         if not self._all_came:
             self._drop_connection()
         super().upstream_end()
@@ -192,7 +192,7 @@ class Upload(Exchange):
         return self._connection is not None and not self._all_came and not self._blocked
 
     def check_timeouts(self) -> None:
-        """Those of a body hold for as long as it comes and may come."""
+        """The time limits of a body hold while it is received and the client is not paused."""
         late = self._late_body(self._path.time(), self._attempt_started_at) if self._is_coming else None
         if late is not None:
             self.fail(late)

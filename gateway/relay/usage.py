@@ -1,4 +1,4 @@
-"""Token counts of a call by byte scans of it: what vLLM told in its answer, and what is estimated where it did not."""
+"""Token counts of a call by byte scans: the usage that vLLM reports in its answer, or else an estimate."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Generator
 from typing import Final
 
 _NAME: Final = b'"usage":'
-# Responses and Messages call them input and output. Inside a JSON string every quote is escaped, so a model that writes
-# this text is not mistaken for vLLM.
+# Responses and Messages call the counts input and output tokens. Inside a JSON string every quote is escaped, so a
+# model that writes this text is not mistaken for vLLM.
 _PROMPT: Final = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,18})\b')
 _COMPLETION: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,18})\b')
 _USUAL: Final = b'"usage":{"prompt_tokens":'
 _USUAL_SIZE: Final = len(_USUAL)
 _COMPLETION_NAME: Final = b'"completion_tokens":'
-# What Messages leave out of theirs.
+# Tokens that Messages do not include in their input tokens.
 _CACHED: Final = re.compile(rb'"cache_(?:read|creation)_input_tokens":\s*(\d{1,18})\b')
-# Those of them that it had, in the details of a prompt's.
+# The tokens that were found in the cache, in the details of the prompt's tokens.
 _FOUND_TOKENS: Final = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)":\s*(\d{1,18})\b')
-# An object and those in it, up to its end or its first that holds others.
+# An object and the objects in it, up to its end or to the first inner object that holds further objects.
 _OBJECT: Final = re.compile(rb'"usage":\s*\{(?:[^{}]++|\{[^{}]*+\})*+')
-# Enough for an object whose details are of each turn of a long conversation.
+# Enough bytes for a usage object with details of each turn of a long conversation.
 _LONG: Final = 4096
 
-# A text is a quarter as many tokens as bytes; a picture or a recording, whose bytes say nothing, a thousand.
+# A text has a quarter as many tokens as bytes. A picture or a recording counts as a thousand tokens, whatever its size.
 TOKEN: Final = 4
 ITEM: Final = 1000 * TOKEN
-# So many are told from text, and so much is looked through in a step.
+# The most pictures and recordings that are distinguished from text, and the bytes that are scanned in one step.
 _MOST_ITEMS: Final = 256
 _STEP: Final = 1024 * 1024
-# One byte in so many says what a body is made of.
+# One byte in so many is sampled to see if a body is all text.
 _SAMPLED: Final = 61
-# Where one is in a body. What is written of one inside a text has its quotes escaped.
+# The marks of a picture or recording in a body. Inside a text the quotes of a mark would be escaped.
 _MARKS: Final = (b";base64,", b'"data":', b'_embeds":')
 _BEFORE_URL: Final = re.compile(rb'url"\s*:\s*"data:[^"\s]*$', re.IGNORECASE)
 _BASE64: Final = re.compile(rb'\s{0,8}"([A-Za-z0-9+/=_\\-]{256})')
@@ -43,9 +43,9 @@ _TEXT: Final = re.compile(
 
 
 def usage_text(tail: bytes, first: bytes = b"") -> bytes:
-    """The beginning of a `usage` object in the end of an answer, or of its `first`; empty where vLLM reported none.
+    """The beginning of the `usage` object in an answer's `tail`, or of its `first` one; empty if vLLM reported none.
 
-    Of these two it is the last, unless that tells of fewer: what a client sent may come back behind vLLM's own.
+    This is the last object unless it counts fewer tokens: an object that the client sent may come back after vLLM's.
     """
     first = first if first.startswith(_NAME) else b""
     at = tail.rfind(_NAME)
@@ -59,7 +59,7 @@ def usage_text(tail: bytes, first: bytes = b"") -> bytes:
 
 
 def first_usage(found: bytes, data: bytes) -> bytes:
-    """The beginning of an answer's first `usage` object, or what may be one, as `found` so far and with `data` more."""
+    """The beginning of an answer's first `usage` object, or of a possible one: `found` so far, extended by `data`."""
     if found.startswith(_NAME):
         return found + data[: _LONG - len(found)]
     joined = found + data
@@ -68,11 +68,11 @@ def first_usage(found: bytes, data: bytes) -> bytes:
 
 
 def usage_in(text: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens in what `usage_text` has found; None where vLLM reported none.
+    """Prompt and completion tokens in the result of `usage_text`; None if vLLM reported none.
 
-    A call that completes nothing, as an embedding does, may leave out the second.
+    A call that generates nothing, such as an embedding, may lack the completion tokens.
     """
-    # As vLLM mostly writes it, by its bytes: a regular expression takes ten times as long.
+    # The form that vLLM usually writes is parsed byte by byte: a regular expression takes ten times as long.
     if text[:_USUAL_SIZE] == _USUAL:
         end = text.find(b"}")
         at = text.find(_COMPLETION_NAME, _USUAL_SIZE, end) if end > 0 else -1
@@ -87,7 +87,7 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
             while 48 <= text[stop] <= 57:
                 last = last * 10 + text[stop] - 48
                 stop += 1
-            # A comma comes next, or the object's end.
+            # Each number must be followed by a comma or the object's end.
             if (
                 0 < place - _USUAL_SIZE < 19
                 and 0 < stop - at < 19
@@ -104,7 +104,7 @@ def usage_in(text: bytes) -> tuple[int, int] | None:
 
 
 def cached_in(text: bytes) -> int:
-    """How many of the prompt's tokens vLLM had in its prefix cache, of what `usage_text` has found; 0: none is told."""
+    """How many prompt tokens vLLM had in its prefix cache, by the result of `usage_text`; 0 if it reports none."""
     told = _OBJECT.match(text)
     found = None if told is None else _FOUND_TOKENS.search(told[0])
     return 0 if found is None else int(found[1])
@@ -115,8 +115,8 @@ def _told(text: bytes) -> int:
 
 
 def prompt_size(content: bytes) -> int:
-    """How many bytes of text a body is worth: what it has of pictures and recordings counts as an item each."""
-    # What is text nearly all through has a space in eight bytes, as no base64 has; a few say so.
+    """The size of a body in bytes of text: each picture or recording in it counts as at most ITEM bytes."""
+    # A body that is nearly all text has a space in eight bytes, and base64 has none; a sample of bytes shows that.
     sample = content[::_SAMPLED]
     if 8 * sample.count(b" ") >= len(sample):
         return len(content)
@@ -130,7 +130,7 @@ def prompt_size(content: bytes) -> int:
 
 
 def prompt_size_in_steps(content: bytes) -> Generator[None, None, int]:
-    """As `prompt_size`, step by step."""
+    """Like `prompt_size`, in steps."""
     size = len(content)
     if size <= ITEM:
         return size
@@ -158,9 +158,10 @@ def prompt_size_in_steps(content: bytes) -> Generator[None, None, int]:
 
 
 def text_size(tail: bytes, events: int, size: int) -> int:
-    """How many bytes of text are in the `events` of a stream of this `size`, the last of which `tail` holds.
+    """How many bytes of text are in the `events` of a stream of this `size`; `tail` holds the last of them.
 
-    A server may write many tokens in one event. What is no text in an event that has one is as much as in these.
+    A server may write many tokens in one event. Each event with text is assumed to hold as many other bytes as those in
+    the tail.
     """
     text, other, begun = 0, 0, False
     for event in tail.split(b"\n\n"):
