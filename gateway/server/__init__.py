@@ -1,1 +1,1 @@
-"""Towards clients: the server, its protocols, the application's endpoints."""
+"""The client side: the server, its protocols and the application's endpoints."""

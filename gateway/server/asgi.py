@@ -1,4 +1,4 @@
-"""The data path under any ASGI server: drives an exchange from `receive` and `send`."""
+"""The data path under any ASGI server: it drives an exchange from `receive` and `send`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.wire.routes import RESPONSE_ID, Route
 
 _log = logging.getLogger(__name__)
 
-# An adapter's queue pauses the upstream above the one and resumes it below the other, in bytes.
+# Bytes queued for a client: the upstream is paused above the high mark and resumed below the low mark.
 _HIGH_WATER = 64 * 1024
 
 
@@ -35,7 +35,7 @@ class Relay:
         self._route = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, until its answer is written or its client has gone."""
+        """Serve one request until its response is written or its client has disconnected."""
         if not all(map(RESPONSE_ID.fullmatch, scope["path_params"].values())):
             raise HTTPException(404)
         state, context = state_of(scope), context_of(scope)
@@ -43,7 +43,7 @@ class Relay:
         path, head = state["parts"].data_path, context.head
         address = scope["client"][0] if scope["client"] else ""
         client = _AsgiClient(address, path.owners.of(address))
-        # Starlette answers HEAD wherever it answers GET; the exchange asks by GET, the server drops the body.
+        # Starlette answers HEAD wherever it answers GET: the exchange sends a GET and the server drops the body.
         query = scope["query_string"].decode("latin-1")
         target = self._route.path.format(**scope["path_params"])
         if query:
@@ -54,24 +54,24 @@ class Relay:
         kind = Upload if self._route.body == "upload" else BufferedCall
         exchange = client.exchange = kind(path, client, self._route, target, head)
         if self._route.body == "upload":
-            # Whose reader may wait for something else: it then sees at once that the client has left.
+            # The reader of an upload may be waiting in `readable`: this wakes it when the client disconnects.
             state.get("leaving", []).append(client.resume)
         reader = asyncio.create_task(_read(exchange, head.length, client, receive))
         try:
             await client.write(send)
         finally:
             reader.cancel()
-            del client.exchange  # which holds the client, too
-            client.abort()  # whatever still comes for it goes nowhere
+            del client.exchange  # the exchange refers to the client: break the cycle
+            client.abort()  # any further output is discarded
             exchange.client_gone()
 
 
 async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: Receive) -> None:
-    """Feed the exchange with what the client sends; the client's leaving is seen here, at any time."""
+    """Feed the request to the exchange; a disconnect of the client is detected here at any time."""
     try:
         exchange.begin(length)
         if exchange.outcome:
-            return  # what was refused by its head is not asked for, as `receive` would by a 100 (Continue)
+            return  # refused by its head: `receive` would ask for the body with a 100 (Continue)
         client.asked_for = True
         exchange.awaits_more()
         while (message := await receive())["type"] == "http.request":
@@ -84,14 +84,14 @@ async def _read(exchange: Exchange, length: int, client: _AsgiClient, receive: R
                 exchange.request_end()
         exchange.client_gone()
     except Exception:
-        # A bug of ours: the client, who waits on the other task, still gets an answer.
+        # A bug in the gateway: the client, served by the other task, still gets a response.
         _log.exception("the exchange failed (request id %s)", exchange.request_id)
         exchange.fail(GatewayError(FAILED))
     client.abort()
 
 
 class _AsgiClient:
-    """The exchange's client: queues what goes out, as `send` has to be awaited."""
+    """The exchange's client: it queues outgoing messages because `send` must be awaited."""
 
     exchange: Exchange
     chunk: Callable[[bytes], None] | None = None  # the server does the framing
@@ -106,7 +106,7 @@ class _AsgiClient:
         self._wake = asyncio.Event()
         self._waits: asyncio.Event | None = None
         self.asked_for = True
-        """Whether the request's body will come: not that of an `Expect`, until it is read."""
+        """Whether the client will send the body; with `Expect: 100-continue`, false until the body is read."""
 
     def pause(self) -> None:
         if self._waits is None:
@@ -118,7 +118,7 @@ class _AsgiClient:
             self._waits = None
 
     async def readable(self) -> None:
-        """Returns when more of the request is wanted."""
+        """Return when the exchange wants more of the request."""
         while self._waits is not None:
             await self._waits.wait()
 
@@ -128,7 +128,7 @@ class _AsgiClient:
             headers.append((b"content-length", length))
         headers.append((b"x-request-id", request_id.encode()))
         if not self.asked_for:
-            headers.append((b"connection", b"close"))  # RFC 9110, 10.1.1: or what comes next could be the body, or not
+            headers.append((b"connection", b"close"))  # RFC 9110, 10.1.1: the body may or may not follow
         self._put({"type": "http.response.start", "status": head.status, "headers": headers})
 
     def body(self, data: bytes) -> None:
@@ -158,7 +158,7 @@ class _AsgiClient:
         self._wake.set()
 
     async def write(self, send: Send) -> None:
-        """Send what comes until the answer ends; after an abort return at once, which a server takes as a cut."""
+        """Send messages until the response ends; after an abort return at once: the server then cuts the connection."""
         ended = False
         while not ended:
             await self._wake.wait()

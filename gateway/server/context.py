@@ -1,4 +1,4 @@
-"""What the server and the application's handlers find: the gateway's parts, and what is known of a request."""
+"""What the server and the handlers share: the gateway's parts and the context of a request."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gateway.wire.near_paths import NearPaths
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """One gateway's parts. `flush` has the finished requests counted, traced and logged; `sampler` is the page's.
+    """The parts of one gateway.
 
-    `near_paths` tells which of the paths that are served was meant. `reread` has the files that the settings name read
-    anew.
+    `flush` counts, traces and logs the finished requests. `sampler` feeds the status page. `near_paths` suggests a
+    served path for a mistyped one. `reread` reads the files that the settings name again.
     """
 
     data_path: DataPath
@@ -41,7 +41,7 @@ class Parts:
 
 
 class State(TypedDict):
-    """The lifespan's state, of which ASGI gives each request a copy; `leaving` is called once the client has left."""
+    """The lifespan's state, copied by ASGI for each request; `leaving` is called when the client disconnects."""
 
     parts: Parts
     leaving: NotRequired[list[Callable[[], None]]]
@@ -49,9 +49,9 @@ class State(TypedDict):
 
 @dataclass(slots=True)
 class Context:
-    """One request of the application: its head and id, whether an exchange answers it, and what answers a preflight.
+    """One request of the application: its head and id, `relayed` if an exchange answers it, and a preflight's response.
 
-    `route` is what metrics call its path, where that is not the same for every request.
+    `route` is the metrics' name for the path, set where the path varies between requests.
     """
 
     head: RequestHead
@@ -62,15 +62,15 @@ class Context:
 
 
 def state_of(scope: Mapping[str, object]) -> State:
-    """The gateway's state, as this request has it."""
+    """The gateway's state in this request's scope."""
     return cast(State, scope["state"])
 
 
 def context_of(scope: Scope) -> Context:
-    """The request's context, which the first that asks makes."""
+    """The request's context, created on first use."""
     context: Context | None = scope.get("gateway")
     if context is None:
-        # A copy, as the server may yet add trailers to its own list.
+        # A copy, because the server may later append trailers to its own list.
         head = RequestHead(list(scope["headers"]), state_of(scope)["parts"].data_path.forwarded_headers)
         head.request_id = request_id = head.request_id or new_request_id()
         context = scope["gateway"] = Context(head, request_id)

@@ -1,4 +1,4 @@
-"""The gateway's own endpoints: one short handler each."""
+"""The gateway's own endpoints, one short handler each."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from gateway.wire.errors import ModelNotFound, NoneReady, TooMany, Unauthorized
 from gateway.wire.heads import RequestHead
 
 Handler = Callable[[Request], Awaitable[Response]]
-# A status, what is said, which is JSON, and headers.
+# A status, a JSON body and headers.
 Answer = tuple[int, bytes, dict[str, str]]
 
 _LIVES = b'{"status":"ok"}'
 
-# No longer than a sample and a half does a watch go on, in seconds.
+# Shutdown grace of a status stream in seconds; a stream itself ends within a sample and a half.
 _WATCH_ENDS = 5.0
 
 
@@ -39,12 +39,12 @@ def _parts(request: Request) -> Parts:
 
 def _sampler(request: Request) -> Sampler:
     sampler = _parts(request).sampler
-    assert sampler is not None  # these handlers are there where the page is
+    assert sampler is not None  # these handlers are registered only with the page
     return sampler
 
 
 def _has_key(request: Request) -> bool:
-    """Whether there are no keys, or one was brought."""
+    """Whether the request has a valid key, or no keys are configured."""
     return _is_known(_parts(request), context_of(request.scope).head)
 
 
@@ -54,7 +54,7 @@ def _is_known(parts: Parts, head: RequestHead) -> bool:
 
 
 def guarded(handler: Handler) -> Handler:
-    """A handler of what only those with a key may see, where there are keys; calls are guarded by their exchange."""
+    """Wrap a handler so that it needs a key if keys are configured; the exchange itself checks relayed calls."""
 
     async def asks_for_key(request: Request) -> Response:
         if _has_key(request):
@@ -65,14 +65,15 @@ def guarded(handler: Handler) -> Handler:
 
 
 def lives(parts: Parts, head: RequestHead) -> Answer:
-    """This process lives; says nothing of the upstreams."""
+    """Liveness: 200 while this process runs, whatever the state of the upstreams."""
     return 200, _LIVES, {}
 
 
 def how_all_is(parts: Parts, head: RequestHead, asked: str | None = None) -> Answer:
-    """200 only when a chat call would succeed now, else 503; with how each upstream is and, to who may call, where.
+    """200 only when a chat call would succeed now, else 503; with the state of each upstream.
 
-    That is one of the model `asked` for, or of the one that a simplified call without a model is for.
+    The call is one for the model `asked`, or for the model of a simplified call that names none. Only clients that may
+    call see the upstreams' URLs and sources.
     """
     upstreams = parts.prober.report(time.monotonic())
     model = parts.data_path.reader.resolve("chat", asked) or parts.data_path.reader.default_model
@@ -93,17 +94,17 @@ def how_all_is(parts: Parts, head: RequestHead, asked: str | None = None) -> Ans
     return (200, orjson.dumps(body), {}) if serving else (503, orjson.dumps(body), {"retry-after": "2"})
 
 
-# What is asked again and again, of anyone, and costs the server least where it is answered at once.
+# Endpoints that are polled often and open to anyone: answering them in the protocol costs the server least.
 AT_ONCE: dict[bytes, Callable[[Parts, RequestHead], Answer]] = {b"/health": lives, b"/v1/health_check": how_all_is}
 
 
 async def health(request: Request) -> Response:
-    """As `lives`."""
+    """Return the answer of `lives`."""
     return _response(lives(_parts(request), context_of(request.scope).head))
 
 
 async def health_check(request: Request) -> Response:
-    """As `how_all_is`, of `?model=`."""
+    """Return the answer of `how_all_is` for the model in `?model=`."""
     head = context_of(request.scope).head
     return _response(how_all_is(_parts(request), head, request.query_params.get("model")))
 
@@ -114,7 +115,7 @@ def _response(answer: Answer) -> Response:
 
 
 async def ping(request: Request) -> Response:
-    """What load balancers of GPU workers ask for: 200 serving, 204 loading, else 503; nothing is probed for it."""
+    """Answer load balancers of GPU workers: 200 serving, 204 loading, else 503; it sends no probe."""
     parts = _parts(request)
     upstreams, model = parts.prober.report(time.monotonic()), parts.data_path.reader.default_model
     states = {one["state"] for one in upstreams if model is None or not one["models"] or model in one["models"]}
@@ -124,7 +125,7 @@ async def ping(request: Request) -> Response:
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:
-    """What the probes have read of the upstreams that are not down, by id, with the other names; raises NoneReady."""
+    """The models of all upstreams that are not down, by id and with aliases, from the probes; raises NoneReady."""
     path, now = _parts(request).data_path, time.monotonic()
     lists = [(one.model_list, one.models) for one in path.pool if one.model_list and one.status(now)[0] != "down"]
     if not lists:
@@ -133,7 +134,7 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
 
 
 async def models(request: Request) -> Response:
-    """OpenAI's list of models, of all upstreams."""
+    """OpenAI's list of models, merged from all upstreams."""
     try:
         found = _models(request)
     except NoneReady as error:
@@ -142,7 +143,7 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """One of them, by its id."""
+    """One model of that list, by its id."""
     context, name = context_of(request.scope), request.path_params["model"]
     context.route = MODEL
     if not name:
@@ -158,19 +159,19 @@ async def model(request: Request) -> Response:
 
 
 async def statistics(request: Request) -> Response:
-    """How long the last chat calls took, in seconds."""
+    """The durations of the last chat calls, in seconds."""
     _parts(request).flush()
     return JSONResponse(_parts(request).recent.report())
 
 
 async def metrics(request: Request) -> Response:
-    """Prometheus's exposition format."""
+    """The metrics in Prometheus's exposition format."""
     _parts(request).flush()
     return Response(await _parts(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def page(document: Document) -> Handler:
-    """What answers with the page."""
+    """A handler that serves the page."""
 
     async def answers(request: Request) -> Response:
         return Response(document.content, headers=document.headers, media_type="text/html")
@@ -179,14 +180,15 @@ def page(document: Document) -> Handler:
 
 
 async def status(request: Request) -> Response:
-    """How the gateway and its upstreams are, and were in the last five minutes."""
+    """The status of the gateway and its upstreams, now and over the last five minutes."""
     content = await _sampler(request).report()
     return Response(content, headers={"cache-control": "no-store"}, media_type="application/json")
 
 
 async def status_stream(request: Request) -> Response:
-    """The same as server-sent events, one a second."""
-    # Only here: it patches uvicorn's way to end, which ours does not go, and not every gateway is watched.
+    """The same status as server-sent events, one per second."""
+    # Imported only here: it patches uvicorn's exit handler, which our server does not use, and not every gateway is
+    # watched.
     from sse_starlette import EventSourceResponse
 
     sampler = _sampler(request)
@@ -201,12 +203,12 @@ async def status_stream(request: Request) -> Response:
     async def events() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(sampler.watch()) as watched:
             async for event in watched:
-                if not _has_key(request):  # its key has been taken back
+                if not _has_key(request):  # the key has been revoked
                     return
                 yield event
 
     if not sampler.begin_watch():
         refused = TooMany(f"{MOST_WATCHERS} watch already, which is the most: try again later, or ask /v1/status.")
         return to_response(refused, context_of(request.scope).request_id)
-    # It would cut what still runs when the gateway ends; a watch ends by itself, well within this time.
+    # Without the grace period sse-starlette cuts streams at shutdown; a watch ends by itself well within it.
     return Watch(events(), ping=0, shutdown_grace_period=_WATCH_ENDS)

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with time limits, a refusal in the gateway's own words, and an end in good order."""
+"""uvicorn's HTTP protocol with timeouts, the gateway's own error responses and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 _NO_HTTP: GatewayError = BadRequest("What came is not an HTTP request: the connection is closed.")
 
-# What is used here of a class that promises nothing to those that inherit from it.
+# The members used here of uvicorn's protocol class, which is not a public interface for subclasses.
 _METHODS = (
     "connection_lost",
     "connection_made",
@@ -72,52 +72,53 @@ _ATTRIBUTES = (
 
 
 def missing_names(protocol: type[asyncio.Protocol]) -> list[str]:
-    """The names that we need of uvicorn's protocol and that the installed one lacks."""
+    """The names that this module needs and that the installed uvicorn's protocol lacks."""
     attributes = protocol.__init__.__code__.co_names
     methods = [name for name in _METHODS if not hasattr(protocol, name)]
     return methods + [name for name in _ATTRIBUTES if name not in attributes]
 
 
-# Once no more is accepted, a connection may get one more request for so many seconds: its client does not know yet.
+# Seconds after the listeners close in which a connection may get one more request: its client does not know yet.
 DRAIN_GRACE = 1.0
 # Longer where its last answer has just ended: most clients send their next request then, and on a busy machine a second
 # is too short for some of them.
 ANSWERED_GRACE = 3.0
 
-# So many bytes may wait for a client until its answer does.
+# High-water mark of a client's write buffer in bytes: above it the response is paused.
 _UNSENT = 16 * 1024
-# What may be many chunks is read in slices of so many bytes, one after the other for so many seconds: to read a chunk
-# takes as long as to read a thousand bytes.
+# Data that may hold many chunks is parsed in slices of so many bytes, for so many seconds in a row: parsing one chunk
+# takes as long as parsing a thousand bytes.
 _SLICE, _SLICE_TIME = 4096, 0.0005
 
-# Linux tells of a FIN behind unread bytes; a reset is told of everywhere, whatever is asked.
+# Linux reports a FIN behind unread bytes; every system reports a reset, whatever events are polled.
 _LEFT = getattr(select, "POLLRDHUP", 0)
 
-# A path with its query; before it, for a proxy, a host that decides nothing. No fragment, which nobody sends.
+# A path with its query, after an optional scheme and host as sent to a proxy, which are ignored. No client sends a
+# fragment.
 _TARGET = re.compile(rb"(?:https?://[A-Za-z0-9._~:\[\]-]+)?(/[^#]*)", re.IGNORECASE)
-# Of any other target; uvicorn reads it, and no route has it.
+# Replaces any other target: uvicorn can parse it and no route matches it.
 _NO_PATH = b"*"
 
-# struct linger: on, for no time.
+# struct linger: on, with zero seconds, so that closing sends a reset.
 _AT_ONCE = struct.pack("ii", 1, 0)
 
 
 def _unsent_by_the_system(connection: socket.socket) -> int:
-    """Bytes that were written and that the other side has not taken; 0 where the system does not tell."""
+    """Bytes written but not yet acknowledged by the peer; 0 where the system does not report them."""
     if sys.platform != "linux":
         return 0
     try:
         return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
     except OSError:
-        return 0  # it has just been closed
+        return 0  # the socket has just been closed
 
 
-# In the place of a deque for each connection, of which hardly any pipelines.
+# Shared instead of a deque per connection, because hardly any connection pipelines.
 _NOTHING_WAITS: deque[Any] = deque(maxlen=0)
 
 
 class _Flow(FlowControl):
-    """uvicorn's, without an event for each connection, which takes as much memory as the exchange."""
+    """uvicorn's flow control without an event per connection, which would take as much memory as the exchange."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -127,7 +128,7 @@ class _Flow(FlowControl):
         self._writable: asyncio.Event | None = None
 
     def hold_up(self) -> None:
-        """Read nothing, whatever uvicorn makes of it, until `read_on`."""
+        """Pause reading until `read_on`, even if uvicorn resumes it."""
         self.held_up = True
         if not self._transport.is_closing():
             self._transport.pause_reading()
@@ -160,37 +161,38 @@ class _Flow(FlowControl):
 
 
 class TooManyHeaders(Exception):
-    """Ends the parser's work on a head."""
+    """Raised in a callback to stop the parser on a head."""
 
 
 class _ClosedParser:
-    """The parser of a connection that was refused."""
+    """The parser of a refused connection: it discards all data."""
 
     @staticmethod
     def feed_data(data: bytes) -> None: ...
 
 
 class SharedState(ServerState):
-    """uvicorn's, with what its connections share beyond that."""
+    """uvicorn's server state with the additional state that the connections share."""
 
     def __init__(self) -> None:
         super().__init__()
-        # The headers that every answer has as they are written; they are made anew once a second.
+        # The default response headers in wire format; they change once a second.
         self.default_lines = b""
-        # The connections once more, in ten parts that are looked at in turn.
+        # The connections in ten groups; the timeouts of one group are checked per tick.
         self.sweep_groups: list[set[HttpProtocol]] = [set() for _ in range(10)]
         self.bulk_reads = BulkReads(lambda call: asyncio.get_running_loop().call_soon(call))
         self.few = FewAtATime(lambda call: asyncio.get_running_loop().call_soon(call))
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's own, but what is no HTTP is refused in OpenAI's envelope, and never in the middle of an answer."""
+    """uvicorn's protocol, but invalid HTTP is refused in OpenAI's envelope and never in the middle of a response."""
 
     server_state: SharedState
     flow: _Flow
     cycle: Any  # uvicorn's RequestResponseCycle, or, where the shortcut is taken, the protocol itself
 
-    # uvicorn's own attributes just fit in what its instances share; a slot more is 8 bytes, one past that 1,500.
+    # uvicorn's own attributes just fit CPython's shared-key dict. A slot costs 8 bytes; one more attribute would cost
+    # 1,500 bytes per connection.
     __slots__ = (
         "_awaited_since",
         "_ends",
@@ -223,25 +225,25 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self.pipeline = _NOTHING_WAITS
         self._in_body = False
-        # Why no more is read, once that is so.
+        # The error that ended reading, None while reading goes on.
         self._refusal: GatewayError | None = None
         self._ends = False
         self._idle_since: float | None = None
-        # The application's running request; uvicorn knows only the newest, which may wait behind it.
+        # The application's running request; uvicorn's `cycle` is the newest request, which may be queued behind it.
         self._running: RequestResponseCycle | None = None
-        # Since when more is to come of the client: a request's head, or the rest of a body that was refused.
+        # Since when the client owes data: the rest of a request's head, or of a refused body.
         self._awaited_since: float | None = None
         self._in_head = False
-        # Of what came with the head's beginning, and after that.
+        # Bytes of the read in which the head began, and bytes after that.
         self._first_read = 0
         self._head_size = 0
         self._unsent = 0
         self._stuck_since = 0.0
         self._has_all = False
-        # What has come and waits for its turn, and whether a part of it has that.
+        # Received data that waits for its turn, and whether a slice of it is being parsed now.
         self._rest = b""
         self._feeds_rest = False
-        # What this connection holds itself, in bytes, and whose it is.
+        # Bytes that this connection itself buffers, as counted for the owner in `_held_for`.
         self._held = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -249,8 +251,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.address = self.client[0] if self.client else ""
         self.owner = self._held_for = self._path.owners.of(self.address)
         self.flow = _Flow(self.transport)
-        # What waits for the client is counted once this is passed: of thousands, all that is not would be much.
-        # It goes on once all of it is sent, lest thousands that are read again go on in one turn.
+        # Unsent bytes are counted only above the high-water mark. It is low, because uncounted bytes of thousands of
+        # connections add up. Writing resumes when the buffer is empty, or thousands would resume in one loop turn.
         self.transport.set_write_buffer_limits(high=_UNSENT, low=0)
         self._awaited_since = self.loop.time()
         self._sweep_group = min(self.server_state.sweep_groups, key=len)
@@ -263,7 +265,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(self._refusal)
 
     def _one_too_many(self) -> Shortage | None:
-        """Why this connection may not be; who has most of them leaves some to others, as of what is held."""
+        """The error if this connection exceeds a limit; an owner of many leaves a share to others, as with buffers."""
         path = self._path
         most, others = path.limits.max_connections, len(self.server_state.connections) - 1
         if others >= most + self._kept:
@@ -278,7 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def _kept(self) -> int:
-        """How many more may be connected on this port, as a gateway that is full is not to be taken for a dead one."""
+        """Extra connections allowed on the health and metrics ports: a full gateway must not look dead."""
         parts: Parts = self.app_state["parts"]
         return WATCHERS if self.server and self.server[1] in (parts.health_port, parts.metrics_port) else 0
 
@@ -289,13 +291,13 @@ class HttpProtocol(HttpToolsProtocol):
         if len(data) <= _SLICE:
             self._parse(data)
             if self._feeds_rest:
-                return  # what was read is looked at when all of it is fed
+                return  # the size is checked once all of it is parsed
         elif not self._feed(data):
             return
         self._look_at_size(len(data))
 
     def _parse(self, data: bytes) -> None:
-        """As uvicorn's `data_received`, but for a request to change the protocol, which is read for what else it is."""
+        """uvicorn's `data_received`, but a request with `Upgrade` is parsed as a plain request."""
         self._idle_since = None
         try:
             self.parser.feed_data(data)
@@ -305,12 +307,12 @@ class HttpProtocol(HttpToolsProtocol):
             self._read_without_offer(data[offer.args[0] :])
 
     def _read_without_offer(self, rest: bytes) -> None:
-        """Read a head once more without its offer of another protocol, and the `rest`, of which its body is a part.
+        """Parse a head again without its `Upgrade`, then the `rest`, which begins with its body.
 
-        RFC 9110, 7.8: such an offer may be ignored, and java.net.http makes one with each request that is not in TLS.
-        httptools tells llhttp that no body follows a head with one, so that a new parser gets the head, which says now
-        that the connection closes: what stands behind the body may be of the other protocol already, and is not read.
-        A CONNECT is nothing without its tunnel: what follows it is not HTTP.
+        RFC 9110, 7.8: a server may ignore an upgrade. java.net.http offers one with each request that is not in TLS.
+        httptools tells llhttp that no body follows such a head, so a new parser gets the head. The new head says that
+        the connection closes: data after the body may already be of the other protocol and is not parsed. For CONNECT
+        nothing is parsed again: the data after it belongs to its tunnel and is not HTTP.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         self.parser = cast(Any, _ClosedParser)
@@ -322,22 +324,23 @@ class HttpProtocol(HttpToolsProtocol):
         headers.append((b"connection", b",".join([*named, b"close"])))
         head = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, lines(headers))
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's: it passes over the rest
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn: it skips the rest
         self._parse(head + rest)
 
     def hold_up(self) -> None:
-        """Others bring as much, and each has its turn."""
+        """Pause reading: other connections also send much, and each has its turn."""
         self.flow.hold_up()
 
     def read_on(self) -> None:
-        """It is this connection's turn again."""
+        """Resume reading: it is this connection's turn again."""
         if not self._rest:
             self.flow.read_on()
 
     def _feed(self, data: bytes) -> bool:
-        """Have the parser read so much: a body in chunks, which may be many, in slices, which wait for their turn.
+        """Feed the data to the parser; return whether all of it was parsed.
 
-        Whether it has read all.
+        A body of known length is parsed at once. Other data may hold many chunks: it is parsed in slices, and the rest
+        waits for its turn.
         """
         began, at = self._path.time(), 0
         while at < len(data):
@@ -354,11 +357,11 @@ class HttpProtocol(HttpToolsProtocol):
         return True
 
     def _has_length(self) -> bool:
-        """Whether what comes is a body that says how long it is."""
+        """Whether a body with a Content-Length is being received."""
         return self._in_body and any(name == b"content-length" for name, _ in self.scope["headers"])
 
     def _feed_in_steps(self, before: int) -> Iterator[None]:
-        """The rest of a read, of which so much is fed already."""
+        """Parse the rest of a read in slices, of which `before` bytes are parsed already."""
         at = 0
         while at < len(self._rest) and self._refusal is None and not self.transport.is_closing():
             self._feeds_rest = True
@@ -376,15 +379,15 @@ class HttpProtocol(HttpToolsProtocol):
             self._look_at_size(size)
 
     def _look_at_size(self, size: int) -> None:
-        """So much has come, of a head or of a body."""
+        """Account for `size` received bytes of a head or body: fair reading, head limit and buffer limit."""
         if self._in_body and size >= BULK and not self.flow.read_paused:
             if self.cycle.response_complete:
                 self.server_state.bulk_reads.has_read_for_nothing(self)
             else:
                 self.server_state.bulk_reads.has_read(self)
         if (self._in_head or self._in_body) and self._refusal is None:
-            # A head that does not end is not kept without end, nor what is no body in the midst of one: trailers, and
-            # what stands behind a chunk's size. What came with its beginning may be of a body before it.
+            # Limits a head that does not end, and the bytes inside a body that are no data: trailers and chunk
+            # extensions. The read in which a head began is not counted: it may hold the body before.
             if self._head_size < 0:
                 self._first_read, self._head_size = size, 0
             else:
@@ -398,7 +401,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._forget_pipelined(no_room(self._path.buffers))
 
     def _forget_pipelined(self, error: GatewayError) -> None:
-        """Requests that wait behind the running one are answered with this, once, and the connection is closed."""
+        """Drop the pipelined requests, answer them with this one error and close the connection."""
         for cycle, _ in self.pipeline:
             cycle.body = bytearray()
         self.pipeline.clear()
@@ -412,9 +415,9 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """As uvicorn's, but what is far too many is the end of a head, and of trailers nothing.
+        """uvicorn's `on_header`, but more than twice the limit ends a head; further trailers are dropped.
 
-        A few more are counted and refused with all else that an answer needs, as are those of other origins' pages.
+        A smaller excess is kept here and refused later by a complete response, like calls of other origins' pages.
         """
         if len(self.headers) > 2 * self.app_state["parts"].data_path.head_limits.max_headers:
             if self._in_head:
@@ -427,9 +430,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
-            return  # the head comes once more
+            return  # the head is parsed once more
         if self.parser.get_http_version() == "1.0":
-            self.expect_100_continue = False  # RFC 9110, 10.1.1: it knows none
+            self.expect_100_continue = False  # RFC 9110, 10.1.1: HTTP/1.0 has no 100 (Continue)
         self._in_head = False
         self._head_size = -1
         self._awaited_since = None
@@ -441,16 +444,16 @@ class HttpProtocol(HttpToolsProtocol):
         if self.pipeline is _NOTHING_WAITS and self.cycle is not None and not self.cycle.response_complete:
             self.pipeline = deque()
         super().on_headers_complete()
-        self.headers = []  # the parser goes on to fill the scope's own list, with trailers
+        self.headers = []  # trailers must not be appended to the scope's list
         if self.url is _NO_PATH:
             self.scope["path"] = target[:1000].decode("latin-1")
         if self._path.drain.began or self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
     def _readable(self, target: bytes) -> bytes:
-        """The path and query of a target, so that uvicorn, which would break off, can read them."""
+        """The path and query of a target, in a form that uvicorn can parse; it would fail on other targets."""
         found = _TARGET.fullmatch(target)
-        # What is longer than may be is told so by what is left of it; uvicorn reads 65,535 bytes.
+        # A too long target keeps enough bytes to be refused for its length; uvicorn parses at most 65,535 bytes.
         return found[1][: self._path.head_limits.max_url_bytes + 2] if found else _NO_PATH
 
     def on_body(self, body: bytes) -> None:
@@ -459,12 +462,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self._in_head:
-            return  # of a head that comes once more
+            return  # the head is parsed once more
         self._ends_message()
         super().on_message_complete()
 
     def _ends_message(self) -> None:
-        """The request is complete. Its trailers, too, may have made it the last that the parser reads."""
+        """The request is complete; its trailers may also have made it the last one of the connection."""
         self._in_body = False
         self._awaited_since = None
         if not self.parser.should_keep_alive():
@@ -473,7 +476,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's, but for the refusal and for one keep-alive timer a connection, not one a request."""
+        """uvicorn's, with the pending refusal, and with one keep-alive timer per connection instead of per request."""
         self.server_state.total_requests += 1
         self._running = None
         if self.transport.is_closing():
@@ -501,10 +504,10 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _without_chunks(self, app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
-        """`app` for a client of HTTP/1.0, which knows no chunks: an answer without a length ends with the connection.
+        """`app` for an HTTP/1.0 client, which knows no chunks: a response without a length ends with the connection.
 
-        RFC 9112, 6.1 and 6.3. uvicorn frames every answer by its length or in chunks, so that each piece is a length to
-        it. An answer that breaks off ends in a reset, as it would look whole otherwise.
+        RFC 9112, 6.1 and 6.3. uvicorn frames every response by its length or in chunks, so each piece is given to it as
+        one length. A truncated response ends in a reset, because it would look complete otherwise.
         """
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -550,10 +553,10 @@ class HttpProtocol(HttpToolsProtocol):
     def check_timeouts(self, now: float) -> None:
         """Enforce the client-side timeouts; called about once a second per connection, with the loop's time.
 
-        For all connections at once, as a timer for each would cost more than all of this.
+        Polled for all connections: one timer per connection would cost more than this whole check.
         """
         limits = self._path.limits
-        answered = self.cycle is None or self.cycle.response_complete  # an answer is not cut for what comes after it
+        answered = self.cycle is None or self.cycle.response_complete  # the next request does not cut a response
         if answered and self._awaited_since is not None and now - self._awaited_since >= limits.header_timeout:
             if self._in_head:
                 self._refuse(
@@ -567,7 +570,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._hold()
         unsent, closing = self.transport.get_write_buffer_size(), self.transport.is_closing()
         if unsent or closing:
-            # And what the system holds: it takes more of ours only once a third of that is gone.
+            # Plus the bytes in the system's buffer: it takes more of ours only once a third of that is sent.
             unsent += _unsent_by_the_system(self.transport.get_extra_info("socket"))
         if unsent and unsent >= self._unsent > 0:
             if now - self._stuck_since >= limits.client_write_timeout:
@@ -575,8 +578,8 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._stuck_since = now
         self._unsent = unsent
-        # In TLS it would be awaited for long that the client says that it closes, too, which many never do. Seen twice,
-        # as what is on its way to the system is seen nowhere.
+        # In TLS the transport would wait long for the client's close_notify, which many clients never send. Checked
+        # twice, because bytes on their way to the system are counted nowhere.
         has_all = closing and not unsent
         if has_all and self._has_all:
             self.transport.abort()
@@ -585,15 +588,15 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _has_left(self) -> bool:
-        """Whether the client has, which is not read while it is not read from: a second request waits behind one."""
+        """Whether the client has closed the connection; needed while reading is paused for a pipelined request."""
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket"), _LEFT)
         return bool(poll.poll(0))
 
     def _cut(self, outcome: str) -> None:
-        """The client reads nothing of what was written to it, or too little for what there is room for."""
+        """Cut the connection: the client does not read its response, or too slowly for the buffers' limit."""
         self._let_go()
-        self._reset()  # else the system keeps for minutes what it, too, could not send
+        self._reset()  # else the system keeps its unsent bytes for minutes
 
     def _reset(self) -> None:
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
@@ -608,15 +611,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.server_state.few.add(self._resume)
 
     def _resume(self) -> None:
-        """The client takes more."""
-        if self.transport.get_write_buffer_size() <= _UNSENT:  # else it was paused anew, and is resumed again
+        """The client's write buffer is empty again: resume the response."""
+        if self.transport.get_write_buffer_size() <= _UNSENT:  # else it was paused again, and another resume follows
             super().resume_writing()
             self._hold()
 
     def _hold(self) -> bool:
-        """Count what waits here for the client to take it, or for the rest of a head, or behind a running request.
+        """Count the bytes buffered here: unsent response, incomplete head, unparsed data and pipelined requests.
 
-        Whether there is room for it.
+        Return whether the buffers' limit allows them.
         """
         size = len(self._rest)
         if self.flow.write_paused:
@@ -637,14 +640,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._held = 0
 
     def _whose(self) -> Owner:
-        """Who answers for what is held here."""
+        """The owner that the buffered bytes count for."""
         return self.owner
 
     def shutdown(self) -> None:
-        """No more is accepted: one that is idle may still get one request, whose answer closes it.
+        """The server accepts no more connections: an idle one may still get one request, whose response closes it.
 
-        So may one whose answer has begun, once that is complete: its head did not say that the connection closes, and
-        the client's next request may be on its way by then.
+        The same holds for one whose response has begun, once that is complete: its head did not say that the connection
+        closes, and the client's next request may be on its way.
         """
         grace, self._ends = ANSWERED_GRACE if self._ends else DRAIN_GRACE, True
         if self.cycle is None or self.cycle.response_complete:
@@ -661,7 +664,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.server_state.few.add(partial(self._lost, exc))
 
     def _lost(self, exc: Exception | None) -> None:
-        """The connection is lost."""
+        """Clean up after a lost connection."""
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
         if self._running is not None:
@@ -675,7 +678,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what came; answers that are owed to requests before it go first."""
+        """Refuse invalid input; the responses to earlier requests go first."""
         error = sys.exception()
         fault = _NO_HTTP
         if error is not None and isinstance(error.__context__, TooManyHeaders):
@@ -686,14 +689,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal = error
         self.parser = cast(Any, _ClosedParser)
         if self._rest:
-            # Nobody will read it, and until its turn came it would be held against all.
+            # It will not be parsed, and until its turn it would count against the buffers' limit.
             self._rest = b""
             self._hold()
         if not self._in_body:
             if self.cycle is None or self.cycle.response_complete:
                 self._refuse(error)
         elif self.pipeline:
-            cycle, _ = self.pipeline.popleft()  # the newest, which is broken in its body
+            cycle, _ = self.pipeline.popleft()  # the newest request, whose body is invalid
             cycle.body = bytearray()
             self._hold()
         elif self.cycle.response_started:
@@ -721,5 +724,5 @@ class HttpProtocol(HttpToolsProtocol):
         parts.request_log.other(request_id, "-", "-", self.address, error.status, 0.0)
 
     def cut(self) -> None:
-        """The time to end in good order is over."""
+        """Abort the connection: the time for a graceful end is over."""
         self.transport.abort()

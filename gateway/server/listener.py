@@ -1,6 +1,6 @@
-"""The sockets that are listened on, and for how many clients there is room.
+"""The listening sockets, and the number of clients that the descriptors allow.
 
-An address that will not do is told of, and the end of one resets nobody.
+An unusable address is reported as CannotListen. A listener ends without resetting the connections that wait on it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from array import array
 from collections.abc import Iterator
 
 BACKLOG = 2048
-# What the system holds of a connection, in bytes, of what is received and what is to be sent; Linux takes twice as much
-# for it. Left alone it is megabytes of each that is not read: with a few hundred Linux drops packets of all connections
-# (tcp(7), tcp_mem), and what thousands of streams that nobody reads bring until then is as much work.
+# The system's receive and send buffers of a connection, in bytes; Linux reserves twice as much. By default each unread
+# connection takes megabytes. With a few hundred of those Linux drops packets of all connections (tcp(7), tcp_mem). The
+# data that thousands of unread streams bring until then is as much work.
 _SYSTEM_BUFFERS = ((socket.SO_RCVBUF, 256 * 1024), (socket.SO_SNDBUF, 64 * 1024))
 
-# Descriptors for listeners, the log, files, probes, and answers to those who are one too many.
+# Descriptors reserved for listeners, the log, files, probes, and refusals of surplus connections.
 _KEPT = 64
-# Of these, for who asks how the gateway is on a port for that, however many others are connected.
+# Of these, connections on the health and metrics ports, however many clients are connected.
 WATCHERS = 16
 
-# A filter on a listening socket sees what comes for it from the TCP header on, of which byte 13 is the flags: what has
-# SYN (2) is dropped. The numbers are those of Linux's include/uapi/linux/filter.h.
+# A filter on a listening socket sees each packet from the TCP header on. Byte 13 holds the flags: a packet with SYN (2)
+# is dropped. The numbers are those of Linux's include/uapi/linux/filter.h.
 _SO_ATTACH_FILTER = 26
 _NO_SYN = array(
     "B",
@@ -41,9 +41,9 @@ class CannotListen(Exception):
 
 
 def listen(host: str, port: int, setting: str = "GATEWAY_PORT") -> socket.socket:
-    """A socket that listens: who connects before the server runs waits for it. Raises CannotListen.
+    """A listening socket: clients that connect before the server runs wait in its backlog. Raises CannotListen.
 
-    `setting` is the name that changes the port.
+    `setting` names the setting that changes the port.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -66,37 +66,37 @@ def listen(host: str, port: int, setting: str = "GATEWAY_PORT") -> socket.socket
 
 
 def raise_descriptor_limit() -> int:
-    """Take as many descriptors as the system lets us have; how many that are."""
+    """Raise the descriptor limit to the hard limit; return the limit that holds then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # as where a system says more than it gives
+        except (OSError, ValueError):  # some systems report more than they grant
             return soft
     return hard
 
 
 def most_connections(descriptors: int) -> int:
-    """How many clients may be connected with so many, each of whom may need a connection to an upstream, too."""
+    """How many clients so many descriptors allow; each client may also need a connection to an upstream."""
     return max(1, (descriptors - _KEPT) // 2)
 
 
 def accept_the_last(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that wait on a listener that is closed next; on Linux it takes no more.
+    """Accept the connections that wait on a listener before it is closed; on Linux it takes no new ones.
 
-    Closing resets those that wait, and one may come between the last look and the close: its SYN is dropped, so that
-    its client sends another a second later and finds the port closed, or listened on anew. Without that, three of
-    twenty runs of the restarts behind nginx (tests/heavy/restarts.py) lost a call or two on a busy machine.
+    Closing a listener resets waiting connections, and one may arrive between the last accept and the close. So its SYN
+    is dropped: the client sends another a second later and finds the port closed, or a new listener. Without that,
+    three of twenty runs of the restarts behind nginx (tests/heavy/restarts.py) lost a call or two on a busy machine.
     """
     if sys.platform == "linux":
         address, size = _NO_SYN.buffer_info()
-        with contextlib.suppress(OSError):  # where a sandbox has no filters
+        with contextlib.suppress(OSError):  # a sandbox may not support filters
             listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", size // 8, address))
     listener.setblocking(False)
     while True:
         try:
             yield listener.accept()[0]
         except ConnectionAbortedError:
-            continue  # this one has left
+            continue  # this client has disconnected
         except OSError:
-            return  # none waits, or no more can be opened
+            return  # none waits, or the descriptors are exhausted

@@ -1,4 +1,4 @@
-"""The memory of many requests at once, given back to the system when they are over."""
+"""Returns the memory of many concurrent requests to the system when they have ended."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import ctypes
 import gc
 import sys
 
-# Fewer than so many in flight leave too little behind to be worth a collection.
+# A peak below so many requests in flight leaves too little garbage to be worth a collection.
 _MANY = 32
-# Observations in a row that find them over: the connections of those that have just ended close first, and those that
-# were kept to the upstreams are closed after 4 s.
+# Trim after so many quiet observations in a row: first the client connections of ended requests close, and idle
+# connections to the upstreams are closed after 4 s.
 _TRIM_AFTER = (4, 60)
-# uvloop keeps 250 of its handles, and of its timers' handles, for the next ones; so many are made for new ones to be
-# among them.
+# uvloop keeps 250 freed handles, and 250 timer handles, for reuse. Making so many handles replaces the kept old ones
+# by new ones.
 _HANDLES = 1000
-# New objects that outlive their making, until garbage is looked for; a request leaves hardly a cycle behind.
+# The garbage collector's threshold of new objects, high because a request leaves hardly any reference cycles.
 _GARBAGE = 20_000
 
-# glibc's; others give back by themselves.
+# These exist in glibc only; other allocators return memory by themselves.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h's M_…
-# From so many bytes on a buffer goes back as it is freed; what many calls have in turn is to be smaller, as memory that
-# is new to the process costs more than what is written to it.
+# A buffer of so many bytes or more is returned to the system when it is freed. Buffers that many calls use in turn
+# should be smaller: memory new to the process costs more than writing to it.
 _LARGE = 1024 * 1024
-# So much may be free at the heap's end. A simplified call has a parser's buffer and two of a writer's there in turn,
-# each of which may be nearly as large as one that goes back: with less it would have that memory anew each time.
+# So many bytes may stay free at the heap's end. A simplified call allocates a parser's buffer and two of a writer's
+# there in turn, each up to nearly `_LARGE`: with less, each call would get that memory from the system again.
 _FREE = 4 * _LARGE
 
 
 def share_heap() -> None:
-    """Have threads, which glibc gives a heap each, take theirs from the first; to be called before there are any.
+    """Make all threads share the first heap, where glibc gives each its own; call it before any thread starts.
 
-    `malloc_trim` leaves what is free at another's end, as after a batch of log lines: megabytes.
+    `malloc_trim` does not return the free end of another thread's heap, which can be megabytes after a batch of log
+    lines.
     """
     if _mallopt is not None:
         _mallopt(_ARENA_MAX, 1)
@@ -43,14 +44,14 @@ def share_heap() -> None:
 
 
 def settle() -> None:
-    """Look no more for garbage among what is there now, which lives as long as the process, and less often in all."""
+    """Exclude the existing objects, which live as long as the process, from collection, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GARBAGE, 10, 10)
 
 
 class MemoryTrimmer:
-    """Gives the memory of many requests at once back to the system when most of them are over."""
+    """Returns the memory of many concurrent requests to the system when most of them have ended."""
 
     def __init__(self) -> None:
         self._peak = 0
@@ -66,23 +67,23 @@ class MemoryTrimmer:
         if self._quiet in _TRIM_AFTER:
             _trim()
         if self._quiet == _TRIM_AFTER[-1]:
-            # What still runs is to be over, too.
+            # The requests that still run count as the next peak.
             self._peak, self._quiet = in_flight, 0
 
 
 def _trim() -> None:
-    """Let go of freed objects, which hold the megabytes that they lie in, and of what is free.
+    """Drop cached freed objects, which keep the megabytes around them allocated, and return free memory.
 
-    Python and uvloop keep freed objects of many kinds for the next ones; glibc keeps what is free below what is not.
+    Python and uvloop cache freed objects of many kinds for reuse; glibc keeps free memory below memory in use.
     """
     gc.collect()
-    # Of each name that C code has asked a type for; a full collection leaves them.
+    # The type cache has an entry for each attribute name looked up from C; a full collection leaves them.
     if sys.version_info < (3, 13):
         sys._clear_type_cache()
     else:
         sys._clear_internal_caches()
     loop = asyncio.get_running_loop()
-    context = contextvars.copy_context()  # one for all: Python keeps 255 of them
+    context = contextvars.copy_context()  # one for all handles: Python caches 255 contexts
     timers = [loop.call_later(1, _nothing, context=context) for _ in range(_HANDLES)]
     for timer in timers:
         timer.cancel()
@@ -93,8 +94,8 @@ def _nothing() -> None: ...
 
 
 def _free(handles: list[asyncio.Handle]) -> None:
-    # From the end: the newest are kept for the next ones, and the old are free.
+    # A list is cleared from its end: uvloop then caches the newest handles, and the old ones are freed.
     handles.clear()
-    gc.collect()  # Python keeps a hundred floats, now of those timers
+    gc.collect()  # Python caches a hundred floats, now those of the timers
     if _malloc_trim is not None:
         _malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What is around all handlers: request ids, refusals by the head alone, pages of other origins, ports of their own."""
+"""The middleware around all handlers: request ids, refusals by the head, CORS and separate ports."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from gateway.wire.origins import misdirected, page_fault
 
 _log = logging.getLogger(__name__)
 
-# Asked by platforms, by whatever name or address they know a gateway.
+# Polled by platforms under any host name or address, so the Host header is not checked.
 PROBES = frozenset({"/health", "/ping", "/v1/health_check"})
-# Asked again and again by machines: a line for each would hide the others.
+# Polled by machines: a log line for each request would hide the others.
 _QUIET = PROBES | {"/metrics", "/v1/statistics", "/v1/status", "/v1/status/stream"}
-# Before a model's id.
+# The path prefix of a model's id.
 MODELS = b"/v1/models/"
-# Where links of other sites may lead: the page, which is the same for everyone.
+# Links on other sites may lead here: the page is the same for everyone.
 _LINKED = "/"
 
 
 class PortRoute(BaseRoute):
-    """These routes, and no others, on one of the ports that are listened on."""
+    """Serves only these routes on one of the listening ports."""
 
     def __init__(self, port: int, routes: list[BaseRoute]) -> None:
         self._port = port
@@ -52,10 +52,10 @@ def _is_on(scope: Scope, port: int | None) -> bool:
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, but for calls alone; what a browser asks first is checked, counted and logged as they are."""
+    """Starlette's CORS, not on the metrics port; a preflight is checked, counted and logged like a call."""
 
     def __init__(self, app: ASGIApp, /, metrics_port: int | None, **options: Any) -> None:
-        """`metrics_port` is the one on which no page may read."""
+        """`metrics_port` is the port on which no page may read a response."""
         super().__init__(app, **options)
         self._metrics_port = metrics_port
 
@@ -72,7 +72,7 @@ class Cors(CORSMiddleware):
 
 
 def _refused(answer: Response, request_id: str) -> Response:
-    """A preflight that Starlette refuses, in the envelope of all errors."""
+    """A preflight that Starlette refuses, in the envelope that all errors have."""
     said = bytes(answer.body).decode()
     dropped = ("content-length", "content-type", "access-control-allow-private-network")
     headers = {name: value for name, value in answer.headers.items() if name not in dropped}
@@ -81,10 +81,10 @@ def _refused(answer: Response, request_id: str) -> Response:
 
 
 class RequestContext:
-    """Each request's id; of those that are not relayed, the log line and the count; an answer if a handler fails."""
+    """Adds the request id, logs and counts requests that are not relayed, and responds if a handler fails."""
 
     def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
-        """`paths` are those that metrics may name: no client's word."""
+        """`paths` are the route labels that metrics may have: no path that a client made up."""
         self._app = app
         self._paths = paths
 
@@ -129,10 +129,10 @@ class RequestContext:
 
 
 def _fault_of(scope: Scope, head: RequestHead) -> GatewayError | None:
-    """Why a request is refused by its head alone."""
+    """The error if a request is refused by its head alone."""
     path, raw = scope["path"], scope.get("raw_path") or b""
-    # No path that there is needs to be encoded, but for a model's id, which goes nowhere; who stands before us may not
-    # have decoded it. A line feed is what a pattern's `$` takes for the end.
+    # No served path needs percent-encoding except a model's id, which goes to no upstream. A proxy in front of the
+    # gateway may not have decoded the path. A trailing line feed is refused because a pattern's `$` matches before it.
     if (b"%" in raw and not raw.startswith(MODELS)) or path.endswith("\n"):
         return no_path(scope)
     target = len(raw or path) + len(scope["query_string"])
@@ -142,6 +142,6 @@ def _fault_of(scope: Scope, head: RequestHead) -> GatewayError | None:
         return fault
     if data_path.allows_host is not None and head.hosts is not None and not data_path.allows_host(head.hosts):
         return misdirected(head.hosts)
-    if path == _LINKED or scope["method"] == "OPTIONS":  # by which a browser asks
+    if path == _LINKED or scope["method"] == "OPTIONS":  # a preflight of a browser
         return None
     return page_fault(head, data_path.cors_origins)

@@ -1,4 +1,4 @@
-"""The OpenAPI description of what is served here, made from the list of routes."""
+"""The OpenAPI description of the gateway, made from the list of routes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ _OWN = {
     "/metrics": "Prometheus.",
     "/openapi.json": "This description.",
 }
-# Of a model's own path, which vLLM lacks.
+# The path of a single model, which vLLM lacks.
 MODEL = "/v1/models/{model}"
 _MODEL = {
     "summary": "One of them, by its id.",
@@ -131,9 +131,9 @@ _PAGE = {
 
 
 def describe(relayed: Sequence[Route], *, page: bool) -> Json:
-    """OpenAPI 3.1: the `relayed` routes, whose requests and answers are vLLM's own, and the gateway's.
+    """OpenAPI 3.1: the `relayed` routes, with vLLM's own requests and responses, and the gateway's routes.
 
-    `page` says whether there is the page, and what feeds it.
+    `page` says whether the page and its status endpoints are served.
     """
     paths: dict[str, Json] = {}
     for route in relayed:
@@ -156,7 +156,7 @@ def describe(relayed: Sequence[Route], *, page: bool) -> Json:
 def _operation(route: Route) -> Json:
     answer: Json = {} if route.body == "ask" else {"application/json": {"schema": {}}}
     if route.body == "generate":
-        answer["*/*"] = {"schema": {"type": "string"}, "example": '{"text": ["Once upon"]}\0'}  # of no type of its own
+        answer["*/*"] = {"schema": {"type": "string"}, "example": '{"text": ["Once upon"]}\0'}  # it has no type
     elif route.streams:
         answer["text/event-stream"] = {}
     operation: Json = {

@@ -1,4 +1,4 @@
-"""Errors as responses of the application."""
+"""The gateway's errors as responses of the application."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gateway.wire.sse import Ends
 
 
 def no_path(scope: Scope) -> NotFound:
-    """Nothing is served under this path; what was nearly meant is named."""
-    asked = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")  # as it was sent, encoded or not
+    """The error for a path that is not served; it suggests the nearest served path."""
+    asked = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")  # as the client sent it, encoded or not
     nearest = state_of(scope)["parts"].near_paths.nearest(scope["path"])
     meant = f": did you mean {nearest}?" if nearest and nearest != asked else "."
     return NotFound(f"There is no path {asked[:200]!r} here{meant}")
@@ -23,14 +23,14 @@ def no_path(scope: Scope) -> NotFound:
 def to_response(
     error: GatewayError, request_id: str, headers: dict[str, str] | None = None, ends: Ends = "done"
 ) -> Response:
-    """An error as a response, in OpenAI's envelope or Anthropic's."""
+    """Convert an error to a response, in OpenAI's envelope or Anthropic's."""
     own = {name.decode(): value.decode() for name, value in error.answer_headers}
     content = error.envelope(request_id, ends)
     return Response(content, error.status, own | (headers or {}), media_type="application/json")
 
 
 async def refused(request: Request, exception: Exception) -> Response:
-    """Starlette's own refusals: no such path, no such method on it."""
+    """Handle Starlette's own refusals: unknown path, or method not allowed on it."""
     assert isinstance(exception, HTTPException)
     error: GatewayError
     path = request.scope["path"][:200]

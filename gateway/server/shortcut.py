@@ -28,13 +28,13 @@ _log = logging.getLogger(__name__)
 
 
 class Shortcut(HttpProtocol):
-    """Drives an exchange by plain callbacks, with no scope and no task; is its client, too.
+    """Drives an exchange by plain callbacks, with no scope and no task, and is the exchange's client.
 
-    Taken for a plain request on a data-path route while nothing else is in flight on the
-    connection; all else goes through the application. The connection then stands in as uvicorn's
-    `cycle`, so that pipelining, keep-alive and the wait at shutdown stay uvicorn's. `cycle` is the
-    newest request, which may wait behind the running one: that is kept here. Writes the same bytes
-    as uvicorn's own cycle, the head together with what comes first.
+    It is used for a plain request on a data-path route while nothing else is in flight on the connection; every other
+    request goes through the application. The connection then acts as uvicorn's `cycle`, so that pipelining, keep-alive
+    and the wait at shutdown stay uvicorn's. `cycle` is the newest request, which may be queued behind the running one;
+    `_exchange` is the running one. It writes the same bytes as uvicorn's own cycle, the head together with the first
+    data.
     """
 
     __slots__ = (
@@ -60,16 +60,16 @@ class Shortcut(HttpProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # The running request, if any, and what uvicorn asks its cycle for.
+        # The running request, if any, and the attributes that uvicorn reads from its cycle.
         self._exchange: BufferedCall | None = None
         self.keep_alive = True
         self.response_started = False
         self.response_complete = True
-        # The answer's head until it is written.
+        # The response's head until it is written.
         self._head = b""
         self._chunked = False
         self.chunk: Callable[[bytes], None] | None = None
-        # What came last on the connection, for the next that is like it but for its length.
+        # Cache of the last parsed head of the connection; the next usually differs only in Content-Length.
         self._same: tuple[SameHead, RequestHead, Route] | None = None
         self._in_message = False
         self._length = 0
@@ -100,7 +100,7 @@ class Shortcut(HttpProtocol):
                 self._failed(exchange, error)
 
     def _take(self, head: RequestHead, route: Route, data: bytes, at: int) -> None:
-        """What is in `data` whole, its body beginning at `at`, is the request."""
+        """Start the request that `data` holds completely, with its body from `at` on."""
         exchange = self._begin(head, route)
         try:
             exchange.request(data[at:])
@@ -114,12 +114,12 @@ class Shortcut(HttpProtocol):
         self.cycle = self
         self.keep_alive = not path.drain.began
         self.response_started = self.response_complete = False
-        if self.flow.write_paused:  # by the answer before
+        if self.flow.write_paused:  # by the previous response
             exchange.client_paused()
         return exchange
 
     def on_message_begin(self) -> None:
-        # uvicorn makes the scope here; it is made later, where one is needed.
+        # uvicorn creates the scope here; this class creates it later, only where the application needs one.
         self._in_head = self._in_message = True
         self._head_size = -1
         self._awaited_since = self.loop.time()
@@ -129,7 +129,7 @@ class Shortcut(HttpProtocol):
 
     def on_headers_complete(self) -> None:
         parser, cycle = self.parser, self.cycle
-        # A target with a query, or in another spelling, goes the long way.
+        # A target with a query, or in another spelling, has no entry and goes through the application.
         route = self._routes.get((parser.get_method(), self.url))
         if route is None and self.url in AT_ONCE and self._is_answered_at_once(AT_ONCE[self.url]):
             return
@@ -151,9 +151,9 @@ class Shortcut(HttpProtocol):
             or (path.allows_host is not None and head.hosts is not None and not path.allows_host(head.hosts))
         ):
             self._data = b""
-            self._to_the_app()  # which says so
+            self._to_the_app()  # which refuses it
             return
-        self.headers = []  # trailers are of no interest
+        self.headers = []  # trailers are ignored
         exchange = self._begin(head, route)
         self._length = head.length
         self._in_head = False
@@ -168,11 +168,11 @@ class Shortcut(HttpProtocol):
         exchange.begin(head.length)
 
     def _is_answered_at_once(self, answer: Callable[[Parts, RequestHead], Answer]) -> bool:
-        """Whether a plain GET of what machines ask for was: past the application, as a call is."""
+        """Answer a plain GET of a polled endpoint past the application; return whether that was done."""
         parser, path, parts = self.parser, self._path, self.app_state["parts"]
         if (
-            not self._routes  # the port of the metrics
-            or self.flow.write_paused  # it reads none of its answers, for which the app waits
+            not self._routes  # the connection is on the metrics port
+            or self.flow.write_paused  # the client reads no responses; the app waits for that
             or path.cors_origins
             or parser.get_method() != b"GET"
             or self.expect_100_continue
@@ -188,7 +188,7 @@ class Shortcut(HttpProtocol):
         self._data = b""
         self.headers = []
         if self.transport.is_closing():
-            return True  # the answer before said so
+            return True  # the previous response announced the close
         self.cycle = self
         self._in_head, self._in_body = False, True
         self._awaited_since = None
@@ -229,7 +229,7 @@ class Shortcut(HttpProtocol):
 
     def on_message_complete(self) -> None:
         if self._in_head:
-            return  # of a head that comes once more
+            return  # the head is parsed once more
         if self.cycle is self and self._exchange is not None:
             self._ends_message()
             self._exchange.request_end()
@@ -244,7 +244,7 @@ class Shortcut(HttpProtocol):
             error.__context__, TooManyHeaders
         )
         if ours and error is not None and exchange is not None and self.cycle is self:
-            # A bug of ours, which httptools takes for one of the client's.
+            # A bug in the gateway, which httptools reports as an error of the client.
             self._failed(exchange, error)
         else:
             super().send_400_response(msg)
@@ -266,16 +266,16 @@ class Shortcut(HttpProtocol):
     def _has_length(self) -> bool:
         if self.cycle is not self:
             return super()._has_length()
-        return bool(self._in_body and self._length)  # of a call that was refused, too
+        return bool(self._in_body and self._length)  # also true for the body of a refused call
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
             self._exchange.client_paused()
-        super().pause_writing()  # which sees whether there is room for all of it
+        super().pause_writing()  # it also checks the buffers' limit
 
     def _resume(self) -> None:
         super()._resume()
-        # A client that is gone has nothing left to take, either.
+        # The buffer of a disconnected client is empty, too: it does not resume.
         if self._exchange is not None and not self.flow.write_paused and not self.transport.is_closing():
             self._exchange.client_resumed()
 
@@ -290,7 +290,7 @@ class Shortcut(HttpProtocol):
     # The exchange's client
 
     def start(self, head: AnswerHead, length: bytes | None, request_id: str) -> None:
-        """The answer's head, to be written with what comes first."""
+        """Prepare the response's head, to be written with the first data."""
         self.response_started = True
         self._chunked = length is None and head.status not in (204, 304)
         self.chunk = self.transport.write if self._chunked else None
@@ -310,7 +310,7 @@ class Shortcut(HttpProtocol):
         return b"".join((STATUS_LINE[head.status], default, head.lines, more.encode(), b"\r\n"))
 
     def body(self, data: bytes) -> None:
-        """A piece of the answer."""
+        """Write a piece of the response's body."""
         if self._chunked:
             data = b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
         if self._head:
@@ -318,7 +318,7 @@ class Shortcut(HttpProtocol):
         self.transport.write(data)
 
     def end(self) -> None:
-        """The answer is complete."""
+        """End the response."""
         rest = self._head + b"0\r\n\r\n" if self._chunked else self._head
         if rest:
             self._head = b""
@@ -326,7 +326,7 @@ class Shortcut(HttpProtocol):
         self._complete()
 
     def whole(self, head: AnswerHead, content: bytes, request_id: str) -> None:
-        """All of the answer at once."""
+        """Write a complete response at once."""
         self.response_started = True
         self._chunked = False
         more = f"content-length: {len(content)}\r\nx-request-id: {request_id}\r\n"
@@ -341,9 +341,9 @@ class Shortcut(HttpProtocol):
         self.on_response_complete()
 
     def abort(self) -> None:
-        """The answer breaks off."""
+        """Close the connection in the middle of a response."""
         self.transport.close()
 
     def is_gone(self) -> bool:
-        """Whether nothing can reach it any more."""
+        """Whether the client can no longer be written to."""
         return self.transport.is_closing()

@@ -34,7 +34,7 @@ _KEEP_ALIVE = 75
 
 
 def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Server:
-    """A server of `app` on both ways in, or, as `settings` say, through the app alone."""
+    """A server of `app` with the shortcut, or through the app alone if `settings` disable the shortcut."""
     protocol: type[HttpToolsProtocol] = Shortcut if settings.shortcut else HttpProtocol
     if missing := missing_names(HttpToolsProtocol):
         _log.warning(
@@ -55,7 +55,7 @@ def create_server(settings: Settings, secrets: Secrets, app: Starlette) -> Serve
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        # Calls end by a limit of their own, with an error; this one is for what does not.
+        # Calls end with an error by their own limit; this timeout is for anything that does not.
         timeout_graceful_shutdown=round(settings.drain_timeout) + CLOSING_TIME,
         ssl_context_factory=_as_factory(secrets.own_tls),
     )
@@ -66,13 +66,13 @@ def _as_factory(tls: ssl.SSLContext | None) -> Callable[..., ssl.SSLContext] | N
     return None if tls is None else lambda config, default: tls
 
 
-# So many clients are accepted in a turn of the loop. libuv accepts one of each listening descriptor (libuv/libuv#3696),
-# so that who connects behind some hundreds would wait for as many turns; with one more descriptor it is one more.
+# So many clients are accepted per loop turn. libuv accepts one client per listening descriptor (libuv/libuv#3696), so
+# a client behind some hundreds of others would wait for as many turns; each more descriptor accepts one more.
 _ACCEPTS = 4
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with an end in three steps: say so, accept no more, end what runs. At SIGHUP it has files read."""
+    """uvicorn's server with a shutdown in three steps: announce it, stop accepting, drain. SIGHUP rereads the files."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
         self._hung_up = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end, a second one is not to be argued with."""
+        """First signal: drain. Second signal: exit now."""
         if self._signalled_at is None:
             self._captured_signals.append(sig)
             self._signalled_at = time.monotonic()
@@ -92,11 +92,11 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
-        """A file has changed that the settings name."""
+        """Reread the files that the settings name, at the next tick."""
         self._hung_up = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Called by uvicorn ten times a second."""
         if self._hung_up:
             self._hung_up = False
             self._parts.reread()
@@ -119,14 +119,14 @@ class Server(uvicorn.Server):
         return self._parts.data_path.drain
 
     def _check_connections(self, counter: int) -> None:
-        """At a tenth of the connections, so that each has its turn once a second: all at once would hold up events."""
+        """Check a tenth of the connections, each one once a second: checking all at once would delay events."""
         now = asyncio.get_running_loop().time()
         self._shared.bulk_reads.tick()
         for connection in list(self._shared.sweep_groups[counter % 10]):
             try:
                 connection.check_timeouts(now)
             except Exception:
-                # A bug of ours, which must not be the end of the server.
+                # A bug in the gateway, which must not end the server.
                 _log.exception("the look at a connection failed")
 
     async def _check_connections_periodically(self) -> None:
@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
             self._check_connections(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup([])  # which gives a handshake a minute
+        await super().startup([])  # with sockets it would allow a TLS handshake one minute
         loop, tls = asyncio.get_running_loop(), self.config.ssl
         within = None if tls is None else self._settings.header_timeout
         for listener in sockets or ():
@@ -147,18 +147,18 @@ class Server(uvicorn.Server):
         settle()
 
     async def _accept_the_last(self, listeners: Iterable[socket.socket]) -> None:
-        """Stop listening, but for what has connected by then: closing a listener resets those in its queue."""
+        """Stop listening, but first accept the waiting connections: closing a listener resets those in its backlog."""
         loop = asyncio.get_running_loop()
         connecting: list[Awaitable[object]] = []
         with contextlib.ExitStack() as kept:
             last = [kept.enter_context(listener.dup()) for listener in listeners]
             for server in self.servers:
                 server.close()
-            await asyncio.sleep(0)  # those that were accepted in this turn become connections
+            await asyncio.sleep(0)  # connections accepted in this turn reach their protocol
             for listener in last:
                 for connection in accept_the_last(listener):
                     connecting.append(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
-        # In TLS they shake hands first: one that does not, or does it wrong, is not to hold up or end the others.
+        # In TLS they do the handshake first: one that stalls or fails must not delay or end the others.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_GRACE):
                 await asyncio.gather(*connecting, return_exceptions=True)
@@ -177,13 +177,13 @@ class Server(uvicorn.Server):
         await self._end_what_still_runs()
 
     async def _end_what_still_runs(self) -> None:
-        """After a second signal, or for what no limit has ended: each gets its error, and its log line."""
+        """End the remaining calls with an error and a log line: after a second signal, or if no timeout has."""
         self._drain.ends_at = time.monotonic()
         for call in self._parts.data_path.overdue():
             call.check_timeouts()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=1)
-        await asyncio.sleep(0)  # for what the system did not take at once
+        await asyncio.sleep(0)  # lets pending writes reach the system
         for connection in list(self.server_state.connections):
             if isinstance(connection, HttpProtocol):
                 connection.cut()
