@@ -1,1 +1,1 @@
-"""Towards vLLM: connections, probes and credentials."""
+"""The upstream side, towards vLLM: connections, probes and credentials."""

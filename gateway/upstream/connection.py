@@ -1,4 +1,4 @@
-"""One connection to an upstream: HTTP/1.1 by httptools, with the framing that this does not tell of."""
+"""One connection to an upstream: HTTP/1.1 by httptools, with the framing that httptools does not report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gateway.upstream.connect_errors import describe_error
 from gateway.wire.head_cache import SameHead
 from gateway.wire.heads import AnswerHead, Header, answer_head
 
-# A read of so many bytes is one of many: of thousands of streams at full speed each would have its turn before a timer.
+# A read of so many bytes takes turns with others: else thousands of streams at full speed would all run before a timer.
 _BULK: Final = 16 * 1024
-# Most that an answer may send before its head is complete, or after that without any of its body.
+# The most bytes that a response may send before its head is complete, or after that without body data.
 HEADER_BYTES: Final = 64 * 1024
-# What a chunk begins with, how long that is, and the chunk's size, by its whole length: an event of a usual size need
-# not be parsed and framed anew. Its first letter, of `data` or `event`, tells it from a comment.
+# By a chunk's total length: the bytes it begins with, their length and the chunk's size. With this table an event of a
+# usual size need not be parsed and framed again. The first letter of `data` or `event` excludes a comment.
 _CHUNKS: Final = {
     len(head) + size + 2: ((head + b"d", head + b"e"), len(head) + 1, size)
     for size, head in ((size, b"%x\r\n" % size) for size in range(1, 512))
@@ -29,23 +29,22 @@ _TOO_LARGE: Final = f"its headers are larger than {HEADER_BYTES} bytes"
 
 
 class Owner(Protocol):
-    """What has the connections of all upstreams, and whose turn it is of those that bring much."""
+    """Owns the connections of all upstreams, and gives turns to those that receive much."""
 
     bulk_reads: BulkReads
 
     def keep(self, connection: UpstreamConnection) -> None:
-        """It is idle, and may serve again."""
+        """Keep an idle connection for reuse."""
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """It is idle no more, as its upstream has closed it."""
+        """Forget an idle connection that its upstream has closed."""
 
 
 class UpstreamConnection:
     """One connection to an upstream; serves one exchange at a time.
 
-    httptools tells of 1xx answers and trailers by the same callbacks as of everything else, has no
-    call for the end of the stream, and goes on to a second answer without a word; so framing is
-    tracked here.
+    httptools reports 1xx responses and trailers by the same callbacks as everything else. It has no call for the end of
+    the stream, and parses a second response without notice. So framing is tracked here.
     """
 
     __slots__ = (
@@ -81,7 +80,7 @@ class UpstreamConnection:
     )
 
     def __init__(self, owner: Owner, upstream: Upstream, address: str, ends_at: float, requests: int) -> None:
-        """To `address`; it is closed after so many `requests`, and after the first that is over past `ends_at`."""
+        """A connection to `address`, closed after so many `requests`, or when a request ends after `ends_at`."""
         self.upstream = upstream
         self.address = address
         self.ends_at = ends_at
@@ -90,14 +89,14 @@ class UpstreamConnection:
         self.reused = False
         self.idle_since = 0.0  # not idle
         self._same: tuple[SameHead, AnswerHead] | None = None
-        # The transport's own, as one more call for each request would only pass it on.
+        # The transport's own method: a wrapper would cost one more call per request.
         self.send: Callable[[bytes | bytearray], None] = _nowhere
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._held_up = False
         self._body: list[bytes] = []
-        self.on_body = self._body.append  # the parser's callback: the list's own, as it comes with every event
+        self.on_body = self._body.append  # the parser's callback: the list's own method, as each event calls it
         self._parser: Any = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -117,10 +116,10 @@ class UpstreamConnection:
         self._keep_alive = False
         self._problem = ""
 
-    # What an exchange asks for
+    # Called by the exchange
 
     def send_pieces(self, pieces: Iterable[bytes | bytearray]) -> None:
-        """Send what is in pieces, in one call of the system."""
+        """Send several pieces in one system call."""
         if self._transport is not None:
             self._transport.writelines(pieces)
 
@@ -131,7 +130,7 @@ class UpstreamConnection:
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read again, in its turn: thousands of clients may begin to read at once."""
+        """Resume reading, in turn with others: thousands of clients may resume at once."""
         self._paused = False
         if self._transport is not None and not self._held_up:
             self._owner.bulk_reads.has_read(self)
@@ -139,23 +138,23 @@ class UpstreamConnection:
                 self._transport.resume_reading()
 
     def hold_up(self) -> None:
-        """Others bring much, too: read no more until it is its turn."""
+        """Pause reading until this connection's turn: others also receive much."""
         self._held_up = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def read_on(self) -> None:
-        """It is its turn."""
+        """Resume reading: it is this connection's turn."""
         self._held_up = False
         if self._transport is not None and not self._paused:
             self._transport.resume_reading()
 
     def unsent(self) -> int:
-        """How many bytes were written that the system has yet to take."""
+        """The number of written bytes that the system has not yet taken."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def release(self) -> None:
-        """To the idle ones, if the answer left the connection fit for another request."""
+        """Return the connection to the idle ones if it can serve another request, else close it."""
         self.exchange = None
         transport = self._transport
         if transport is None or transport.is_closing():
@@ -180,7 +179,7 @@ class UpstreamConnection:
         if self._transport is not None:
             self._transport.abort()
 
-    # What asyncio tells
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's transports are no subclasses of asyncio's.
@@ -190,7 +189,7 @@ class UpstreamConnection:
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
         if exchange is None:
-            # Nobody asked: an upstream that speaks first cannot be trusted with the next request.
+            # Unsolicited data: an upstream that speaks first cannot be trusted with the next request.
             self._forget()
             self.discard()
             return
@@ -201,13 +200,13 @@ class UpstreamConnection:
                 known = _CHUNKS.get(len(data))
                 if known is not None:
                     heads, start, size = known
-                    # By slices, as startswith and endswith take longer; the blank line is an event's end.
+                    # Slices, because startswith and endswith take longer. The blank line ends an event.
                     if data[:start] in heads and data[-4:] == b"\n\n\r\n":
                         exchange.upstream_chunk(data, size)
                         return
             self._parse(exchange, data)
         except Exception as error:
-            # A bug of ours, which asyncio would take for the end of the connection.
+            # A bug in the gateway, which asyncio would treat as the end of the connection.
             self.discard()
             exchange.crashed(error)
 
@@ -223,8 +222,8 @@ class UpstreamConnection:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._unreadable(error)
         if data[-1:] != b"\n":
-            self._between_chunks = False  # the next chunk's head may have begun
-        # What one read brought is handed on in order: head, body, end or problem; its body is one call.
+            self._between_chunks = False  # the next chunk's size line may have begun
+        # The data of one read is passed on in order: head, body, end or problem. All its body is one call.
         if self._new_head:
             self._hand_on_head(exchange, data, begins=begins)
         body = self._body
@@ -232,7 +231,7 @@ class UpstreamConnection:
             piece = body.pop() if len(body) == 1 else b"".join(body)
             body.clear()
             self._overhead = 0
-            if self.exchange is exchange:  # it may have left in its answer's head
+            if self.exchange is exchange:  # it may have released the connection at the head
                 exchange.upstream_body(piece)
         else:
             self._count_overhead(data)
@@ -252,7 +251,7 @@ class UpstreamConnection:
 
     def _end(self, exchange: Caller) -> None:
         if self.exchange is not exchange:
-            return  # it has ended, and may have given this connection back
+            return  # the exchange has ended and may have released the connection
         if self._complete:
             exchange.upstream_end()
         else:
@@ -290,7 +289,7 @@ class UpstreamConnection:
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self.send = _nowhere
-        self._parser = None  # which holds this connection, and would keep it until the garbage collector's next round
+        self._parser = None  # a reference cycle: without this the connection lives until the next collection
         self._forget()
         exchange, self.exchange = self.exchange, None
         if exchange is None:
@@ -306,14 +305,14 @@ class UpstreamConnection:
         if self.idle_since:
             self._owner.forget(self)
 
-    # What httptools tells
+    # Called by httptools
 
     def on_message_begin(self) -> None:
         if self._complete:
             self._stop("it sent more than one answer")
 
     def _stop(self, problem: str) -> None:
-        """Take nothing more of this read: the parser hands an exception on."""
+        """Stop parsing this read: the parser passes the exception on."""
         self._problem = problem
         raise ValueError(problem)
 
@@ -325,7 +324,7 @@ class UpstreamConnection:
         status = self._status = parser.get_status_code()
         if not 100 <= status <= 599:
             self._stop(f"its status {status} does not exist")
-        headers, self._headers = self._headers, []  # what comes from now on are trailers
+        headers, self._headers = self._headers, []  # later headers are trailers
         self._interim = status < 200
         if self._interim:
             return

@@ -1,4 +1,4 @@
-"""The connections to the upstreams: how they are made, and the idle ones that are kept for reuse."""
+"""The pool of connections to the upstreams: it dials new ones and keeps idle ones for reuse."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from gateway.upstream.keepalive import end_silent_peers
 from gateway.upstream.resolver import Address, Resolver
 from gateway.wire.errors import is_shortage
 
-# vLLM closes a connection that was idle for 5 s; one about to be closed must not get a request.
+# vLLM closes a connection that was idle for 5 s; a connection about to be closed must not get a request.
 IDLE_FOR = 4.0
-# What the system holds of an answer that is not read, in bytes; Linux takes twice as much for it. One read brings no
-# more, and thousands of streams may bring as much in one turn of the loop.
+# The system's receive buffer for an unread response, in bytes; Linux reserves twice as much. One read returns at most
+# that, and thousands of streams may each return as much in one loop turn.
 _SYSTEM_BUFFER = 64 * 1024
-# The next of several addresses is tried after so many seconds (RFC 8305, 5).
+# Seconds until the next of several addresses is tried (RFC 8305, 5).
 _NEXT_ADDRESS = 0.25
-# By so much of themselves ages and counts of requests are spread.
+# Maximum ages and request counts are multiplied by a random factor in this range.
 _SPREAD = (0.9, 1.1)
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """In seconds how long a connection may take to be there, be kept, and be to a peer that answers nothing.
+    """Limits of a connection: time to connect, age, and silence of the peer (`keepalive`), in seconds.
 
-    `max_requests` is how many it may serve. Age and requests are spread a little, lest all end at once.
+    `max_requests` is the number of requests it may serve. Age and requests are randomized so that connections do not
+    all end at once.
     """
 
     connect_timeout: float
@@ -51,7 +52,8 @@ class ConnectionLimits:
 class ConnectionPool:
     """Idle connections per upstream, and the dials that make new ones: the exchanges' `Transport`.
 
-    `resolver` says where hosts are, `tls` whom to trust. The event loop is the one that runs when it is made.
+    `resolver` resolves hosts, and `tls` says which certificates to trust. The pool uses the event loop that runs when
+    it is created.
     """
 
     def __init__(self, limits: ConnectionLimits, resolver: Resolver, tls: ssl.SSLContext | None = None) -> None:
@@ -69,9 +71,9 @@ class ConnectionPool:
         self.bulk_reads = BulkReads(self._loop.call_soon)
 
     def connect(self, upstream: Upstream, exchange: Caller, *, fresh: bool) -> None:
-        """Lend the exchange an idle connection now, or a new one when it is dialled."""
+        """Give the exchange an idle connection now, or a new one once it is dialled."""
         if not fresh and (idle := self._idle.get(upstream)):
-            # The one that was used last, as it will live longest; the others go unused and close.
+            # The connection used last, because it will live longest; the others stay unused and close.
             connection = idle[-1]
             if connection.idle_since + IDLE_FOR >= self._loop.time():
                 idle.pop()
@@ -127,19 +129,19 @@ class ConnectionPool:
 
     def _socket(self, address: Address) -> socket.socket:
         made = socket.socket(address[0], address[1], address[2])
-        # As of a client's: of a stream that waits for its client the system would hold megabytes.
+        # Bounded like a client's buffer: the system would hold megabytes of a stream that waits for its client.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SYSTEM_BUFFER)
         end_silent_peers(made, self._limits.keepalive)
         return made
 
     def _dialled(self, exchange: Caller, dial: asyncio.Task[None]) -> None:
-        """A dial has ended; what nobody has foreseen of it nobody else would see."""
+        """A dial has ended; report an unexpected error, which would otherwise go unseen."""
         self._dials.discard(dial)
         if not dial.cancelled() and (error := dial.exception()) is not None:
             exchange.crashed(error)
 
     def keep(self, connection: UpstreamConnection) -> None:
-        """Put an idle connection by, if it may serve again."""
+        """Keep an idle connection if it may serve another request, else close it."""
         now = self._loop.time()
         connection.requests -= 1
         if (
@@ -159,36 +161,36 @@ class ConnectionPool:
             self._sweep = self._loop.call_later(IDLE_FOR, self._drop_old)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """An idle connection that its upstream has closed."""
+        """Remove an idle connection that its upstream has closed."""
         connection.idle_since = 0.0
         with contextlib.suppress(KeyError, ValueError):
             self._idle[connection.upstream].remove(connection)
 
     def leave(self, upstream: Upstream) -> None:
-        """Close the idle connections to one that is gone; those in use close as they become idle."""
+        """Close the idle connections to a removed upstream; those in use close when they become idle."""
         for connection in self._idle.pop(upstream, ()):
             connection.discard()
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
-        """These are whom to trust from now on, where an upstream has nobody of its own."""
+        """Trust these certificates from now on, for upstreams without their own `trust`."""
         self._tls = tls
         for upstream in [*self._idle]:
             self.leave(upstream)
 
     def forget_hosts(self, hosts: Iterable[str]) -> None:
-        """No upstream is at these any more."""
+        """Stop resolving hosts that no upstream has any more."""
         for host in hosts:
             self._resolver.forget(host)
 
     def _drop_gone(self) -> None:
-        """Close the idle connections to where their host no longer is."""
+        """Close the idle connections to addresses that their host no longer has."""
         for upstream, idle in self._idle.items():
             for connection in [one for one in idle if (upstream.host, one.address) in self._gone]:
                 idle.remove(connection)
                 connection.discard()
 
     def _drop_old(self) -> None:
-        """Close what has been idle for too long, and look again while there are idle ones."""
+        """Close connections that were idle too long; schedule the next check while idle ones remain."""
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
@@ -203,7 +205,7 @@ class ConnectionPool:
             self._sweep = self._loop.call_later(oldest + IDLE_FOR - now, self._drop_old)
 
     async def close(self) -> None:
-        """Give up all dials and close the idle connections; what is released later is closed, too."""
+        """Cancel all dials and close the idle connections; connections released later are closed, too."""
         self._closed = True
         for dial in self._dials:
             dial.cancel()

@@ -1,4 +1,4 @@
-"""The upstreams' credentials: a key that stays, or OAuth's tokens, renewed before they end and where one is refused."""
+"""The upstreams' credentials: a fixed key, or OAuth tokens, renewed before they expire and when one is refused."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from gateway.wire.errors import GatewayError, NoneReady, UpstreamUnauthorized
 
 _log = logging.getLogger(__name__)
 
-# For all that the token server is asked for one token, in seconds, and for its answer, in bytes.
+# The timeout of all requests for one token, in seconds, and the size limit of a response, in bytes.
 _PATIENCE = 5.0
 _LARGEST = 64 * 1024
-# How much of a token's life passes until it is renewed: the rest is for a token server that is down just then, and
-# chance keeps gateways that started together from asking together.
+# The part of a token's lifetime after which it is renewed: the rest is a reserve for a token server that is down then.
+# The part is random so that gateways that started together do not ask together.
 _RENEWED_AFTER = (0.7, 0.8)
 _LONGEST_LIFE = 365 * 86400.0
-# Between two tries, in seconds: the first, doubled up to the last, and up to a half less by chance.
+# Backoff between two tries, in seconds: from the first value, doubled up to the last, minus up to half at random.
 _BACKOFF = (1.0, 32.0)
-# An upstream that refuses whatever it is shown has a token fetched once in so many seconds.
+# If an upstream refuses every token, a new one is fetched at most once in so many seconds.
 _AGAIN_AFTER = 5.0
-# How long a start waits for the first one, in seconds.
+# How long a start waits for the first token, in seconds.
 _EAGER = 1.0
 
 
@@ -50,21 +50,21 @@ class FixedKey:
 
     @contextlib.asynccontextmanager
     async def renewing(self) -> AsyncIterator[None]:
-        """There is nothing to do."""
+        """Do nothing: a fixed key is not renewed."""
         yield
 
     def replace(self, key: str | None) -> None:
-        """This is the key from now on."""
+        """Use this key from now on."""
         self.value = f"Bearer {key}" if key else ""
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
-        """There is no other one: what the upstream says of it goes on."""
+        """There is no other key: the upstream's refusal is relayed."""
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenClient:
-    """Who we are to a token server."""
+    """The gateway's client credentials at a token server."""
 
     url: str
     id: str
@@ -72,25 +72,25 @@ class TokenClient:
 
 
 class NoToken(Exception):
-    """Why there is none, in words that hold no secret and no address."""
+    """There is no token; the text says why, without any secret or address."""
 
 
 class ClientCredentials:
     """Tokens by the client credentials of OAuth (RFC 6749, 4.4).
 
-    `value` is None while there is none; `why` says why the last try gave none, empty where it did. One task asks for
-    all of them, so that no two are asked for at once.
+    `value` is None while there is no token. `why` says why the last try failed, and is empty if it succeeded. One task
+    makes all requests, so that no two run at once.
     """
 
     advice = "GATEWAY_UPSTREAM_TOKEN_URL is to give tokens that it takes"
 
     def __init__(self, client: TokenClient, transport: httpx.AsyncBaseTransport) -> None:
-        """`transport` is over what calls take: a proxy that is set for downloads must not see the secret."""
+        """`transport` uses the calls' connections: a proxy that is set for downloads must not see the secret."""
         self.value: str | None = None
         self.why = "the token server has not answered yet"
         self._as = client
-        # RFC 6749, 2.3.1: Basic is what a server must take. The body is what the replaced systems sent, and what some
-        # servers alone take: the way that gave a token is tried first.
+        # RFC 6749, 2.3.1: a server must accept Basic. The replaced systems sent the credentials in the body, and some
+        # servers accept only that. The way that last gave a token is tried first.
         self._in_body = False
         self._server = Upstream.from_url(client.url)
         self._client = httpx.AsyncClient(transport=transport)
@@ -104,7 +104,7 @@ class ClientCredentials:
 
     @contextlib.asynccontextmanager
     async def renewing(self) -> AsyncIterator[None]:
-        """Have a token for as long as the context lasts; it begins when one was asked for, or a second has passed."""
+        """Renew tokens within the context; it begins after the first request for a token, or after one second."""
         task = asyncio.create_task(self._renew_again_and_again())
         try:
             with contextlib.suppress(TimeoutError):
@@ -118,15 +118,15 @@ class ClientCredentials:
                 self._end.cancel()
 
     def replace(self, client: TokenClient) -> None:
-        """This is who we are from now on; a token is fetched at once, and the old one stays until there is another."""
+        """Use these credentials from now on; fetch a token at once and keep the old one until the new one arrives."""
         if client != self._as:
             self._as = client
             self._wanted.set()
 
     def renew(self, refused: str | None, told: Callable[[GatewayError | None], None]) -> bool:
-        """An upstream refused this value: `told` is called, now or later, with nothing once there is another one.
+        """An upstream refused this value: call `told`, now or later, with None once there is another token.
 
-        It is called with an error where there is none, or where this one is itself the answer to a refusal.
+        `told` gets an error if there is no token, or if the refused token was itself fetched after a refusal.
         """
         if self.value is None:
             told(NoneReady("The gateway has no token for the model server now: try again soon."))
@@ -158,7 +158,7 @@ class ClientCredentials:
             self._asked_once.set()
             waiting, self._waiting = self._waiting, []
             for told in waiting:
-                loop.call_soon(told, self._error())  # one that fails must not be the end of this task
+                loop.call_soon(told, self._error())  # a failing callback must not end this task
             if self.why:
                 first, last = _BACKOFF
                 pause: float | None = min(last, first * 2 ** min(tries, 16)) * random.uniform(0.5, 1)
@@ -171,7 +171,7 @@ class ClientCredentials:
                     await self._wanted.wait()
 
     async def _renew(self) -> None:
-        """Ask once; the old one stays where there is no new one, for as long as it lives."""
+        """Request a token once; without a new one the old one stays until it expires."""
         began, before = time.monotonic(), self.why
         try:
             token, life = await self._fetch()
@@ -181,7 +181,7 @@ class ClientCredentials:
                 _log.warning("no token for the upstreams from %s: %s", self._as.url, self.why)
             return
         except Exception:
-            # A bug of ours, which must not be the end of all renewals.
+            # A bug in the gateway, which must not end all renewals.
             self.why = "the gateway failed; its log says why"
             _log.exception("no token for the upstreams could be fetched")
             return
@@ -202,7 +202,7 @@ class ClientCredentials:
         _log.warning("the token for the upstreams has run out: calls are refused until there is another one")
 
     async def _fetch(self) -> tuple[str, float]:
-        """A token and how many seconds it lives; raises NoToken."""
+        """Fetch a token and its lifetime in seconds; raises NoToken."""
         try:
             async with asyncio.timeout(_PATIENCE):
                 status, content = await self._ask(in_body=self._in_body)
@@ -223,11 +223,11 @@ class ClientCredentials:
 
     async def _ask(self, *, in_body: bool) -> tuple[int, bytes]:
         form = {"grant_type": "client_credentials"}
-        # RFC 6749, 2.3.1: encoded as in a form before they are Basic's user and password.
+        # RFC 6749, 2.3.1: id and secret are form-encoded before they become Basic's user and password.
         auth = httpx.BasicAuth(quote_plus(self._as.id), quote_plus(self._as.secret))
         if in_body:
             form |= {"client_id": self._as.id, "client_secret": self._as.secret}
-        # Not compressed, as a few bytes of that may be very many.
+        # Not compressed: a few compressed bytes may expand to very many.
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         to_server = {"upstream": self._server}
         request = self._client.build_request("POST", self._as.url, data=form, headers=headers, extensions=to_server)
@@ -245,7 +245,7 @@ def _read(content: bytes) -> Any:
 
 
 def _code_in(content: bytes) -> str:
-    """RFC 6749's code of an error (5.2); its description may hold what it was sent."""
+    """The error code of RFC 6749 (5.2), without the description, which may repeat the request."""
     answer = _read(content)
     code = answer.get("error") if isinstance(answer, dict) else None
     return f" {code}" if code in _CODES else ""
@@ -276,7 +276,7 @@ def _token_in(content: bytes) -> tuple[str, float]:
 
 
 def _life(said: Any) -> float:
-    """Seconds that a token lives; one of which that is not said is good until it is refused."""
+    """Token lifetime in seconds; infinite if the server does not state one."""
     try:
         seconds = float(said)
     except (TypeError, ValueError):

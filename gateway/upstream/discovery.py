@@ -1,4 +1,4 @@
-"""Upstreams that come and go: each address of a name is one, as of a headless Service or of Compose's replicas."""
+"""DNS discovery of upstreams: each address of a name is one, as with a headless Service or Compose's replicas."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from gateway.upstream.resolver import Lookup
 
 _log = logging.getLogger(__name__)
 
-# What a URL begins with each address of whose host is an upstream.
+# The prefix of a URL of whose host each address is an upstream.
 BY_NAME = "dns+"
-# How long a lookup may take, and how long a start waits for the first of all, in seconds.
+# The timeout of a lookup, and how long a start waits for the first lookup of all names, in seconds.
 _PATIENCE = 5.0
 _EAGER = 1.0
-# More addresses of a name than the first are told of, as so many upstreams are each probed but rarely; more than the
-# second are not used, as nobody has so many, and each costs memory, a connection and metrics.
+# A name with more addresses than the first number is logged, because each of so many upstreams is probed rarely. The
+# addresses past the second number are not used: nobody has so many, and each costs memory, a connection and metrics.
 _MANY, _MOST = 256, 1024
-# What c-ares says where a name has no address of a family (ENODATA, ENOTFOUND), and not that it could not ask.
+# The c-ares codes for a name without an address of a family (ENODATA, ENOTFOUND), as opposed to a failed lookup.
 _HAS_NONE = (1, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What leads to an upstream, or, where its URL begins with `dns+`, to one at each address, and how they are called.
+    """The URL of an upstream, or of one at each address if it begins with `dns+`, and how to call it.
 
-    `named_by` is what has the source, as a setting or a file. `weight` is its part of calls beside others', `models`
-    are those that it may be asked for, None for all. `authorization` is what it is shown, None for what all are;
-    `trust` says whose certificates it may show, None likewise. `drains`: it gets no new calls.
+    `named_by` says where the source is configured: a setting or a file. `weight` is its share of calls relative to
+    others. `models` are the models it may be asked for, None for all. `authorization` is sent to it, and `trust` says
+    which certificates to accept: None for the common ones. `drains`: it gets no new calls.
     """
 
     url: str
@@ -47,10 +47,10 @@ class Source:
 
 
 class Discovery:
-    """Keeps the pool's upstreams those that its sources lead to, one for each address.
+    """Keeps the pool's upstreams in step with the sources, one upstream per address.
 
-    `changed` is called with those that came, those that are gone, where calls that run end and no new ones begin, and
-    those of which another certificate is to be asked for.
+    `changed` is called with three lists: new upstreams, removed upstreams, and upstreams with another `trust`. A
+    removed upstream finishes its running calls and gets no new ones.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Discovery:
         interval: float,
         changed: Callable[[list[Upstream], list[Upstream], list[Upstream]], None],
     ) -> None:
-        """`lookup` makes what asks for names, anew after so many seconds, once there is one to ask for."""
+        """`lookup` creates the resolver at the first name; names are resolved every `interval` seconds."""
         self._pool = pool
         self._make_lookup = lookup
         self._lookup: Lookup | None = None
@@ -77,7 +77,7 @@ class Discovery:
 
     @contextlib.asynccontextmanager
     async def discovering(self) -> AsyncIterator[None]:
-        """For as long as the context lasts; it begins when all names were asked for once, or a second has passed."""
+        """Resolve names within the context; it begins after the first lookup of all names, or after one second."""
         try:
             self.follow(self._sources)
             with contextlib.suppress(TimeoutError):
@@ -94,7 +94,7 @@ class Discovery:
                 await self._lookup.close()
 
     def follow(self, sources: Sequence[Source]) -> None:
-        """These lead to all upstreams from now on. One that stays is the same, with what its source says of it now."""
+        """Use these sources from now on. A remaining upstream keeps its object and gets its source's new values."""
         self._sources = sources
         names = {source.url for source in sources if source.url.startswith(BY_NAME)}
         for url in self._watches.keys() - names:
@@ -115,18 +115,18 @@ class Discovery:
             try:
                 await self._ask(url)
             except Exception:
-                # A bug of ours, which must not be the end of all lookups.
+                # A bug in the gateway, which must not end all lookups.
                 _log.exception("the addresses of %s could not be asked for", url)
             asked.set()
             await asyncio.sleep(self._interval)
 
     async def _ask(self, url: str) -> None:
-        """Ask once; the last answer stays where there is none, or an empty one."""
+        """Look a name up once; keep the last addresses if the lookup fails or finds none."""
         host = urlsplit(url).hostname or ""
         try:
             async with asyncio.timeout(_PATIENCE):
-                # Of both a server with both would be two. Whoever has A records has them for all, also where just now
-                # they cannot be asked for.
+                # One family only: a server with both kinds of address would count twice. A name with A records has
+                # them for all servers, even if they cannot be looked up just now.
                 found, why, has_none = await self._addresses(host, socket.AF_INET)
                 if not found and (has_none or not self._found.get(url)):
                     found, *_ = await self._addresses(host, socket.AF_INET6)
@@ -148,7 +148,7 @@ class Discovery:
             self._update()
 
     def _bounded(self, url: str, found: list[str]) -> list[str]:
-        """Those that are used; the log says once where there are very many."""
+        """The addresses that are used; a very large number is logged once."""
         self._pool.astray.pop(url, None)
         if len(found) > _MOST:
             self._pool.astray[url] = f"it leads to {len(found)} addresses, of which {_MOST} are used"
@@ -166,7 +166,7 @@ class Discovery:
         return found[:_MOST]
 
     async def _addresses(self, host: str, family: int) -> tuple[list[str], str, bool]:
-        """In an order of their own, as an answer's changes; or why there are none, and whether that is certain."""
+        """The sorted addresses, as DNS answers vary in order; or why there are none, and whether that is certain."""
         assert self._lookup is not None
         try:
             found = set(await self._lookup.find(host, family))
@@ -178,7 +178,7 @@ class Discovery:
         return ordered, "no address", True
 
     def _update(self) -> None:
-        """The pool's upstreams are those that are known now; an address that two sources lead to is one."""
+        """Update the pool to the known addresses; an address of two sources is one upstream."""
         before = self._known | {one.url: one for one in self._pool.leaving}
         wanted: dict[str, Upstream] = {}
         doubted = []

@@ -1,4 +1,4 @@
-"""httpx over the very connections that calls take, so that what a probe finds is what a call would find."""
+"""An httpx transport over the calls' own connections, so that a probe sees the same as a call."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from gateway.relay.interfaces import Connection, Transport
 from gateway.wire.errors import is_shortage
 from gateway.wire.heads import AnswerHead
 
-# What an answer may hold, in bytes: vLLM's metrics are some 100 KB, and a list of a thousand adapters as much.
+# Limit of a response in bytes: vLLM's metrics are some 100 KB, and a list of a thousand adapters is as large.
 _MOST = 16 * 1024 * 1024
 
 
 class UpstreamTransport(httpx.AsyncBaseTransport):
-    """Sends a request to the upstream that its extension `upstream` is. Time limits are its caller's."""
+    """Sends a request to the upstream in its extension `upstream`. The caller sets timeouts."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Raises httpx.ConnectError where there is no connection, and RemoteProtocolError where it breaks off."""
+        """Raises httpx.ConnectError if connecting fails, and RemoteProtocolError if the connection breaks."""
         upstream: Upstream = request.extensions["upstream"]
         content = await request.aread()
         head = b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.url.raw_path)
@@ -35,7 +35,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
 
 class _Call:
-    """One request, as connections see it."""
+    """One request, with the callbacks that a connection calls."""
 
     def __init__(self, transport: Transport, upstream: Upstream, request: bytes) -> None:
         self._transport = transport
@@ -52,7 +52,7 @@ class _Call:
         return await self._answer
 
     def end(self) -> None:
-        """Nobody waits for it any more."""
+        """End the call: the caller no longer waits for the response."""
         self._answer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -94,14 +94,14 @@ class _Call:
         if connection is not None:
             connection.release()
         if not self._answer.done():
-            # What is compressed, though nobody asked for that, is left so: it may be a thousand times as large.
+            # A body compressed without being asked for stays compressed: it may expand a thousandfold.
             headers = [header for header in head.headers if header[0] != b"content-encoding"]
             self._answer.set_result(httpx.Response(head.status, headers=headers, content=content))
 
     def upstream_lost(self, why: str, *, answered: bool) -> None:
         connection, self._connection = self._connection, None
         if connection is not None and connection.reused and not answered and not self._answer.done():
-            self._transport.connect(self._upstream, self, fresh=True)  # it was closing already
+            self._transport.connect(self._upstream, self, fresh=True)  # the upstream was already closing it
         else:
             self._fail(httpx.RemoteProtocolError(why))
 

@@ -1,18 +1,18 @@
-"""Peers that are gone without a word: TCP asks whether they are there, and ends what they do not answer."""
+"""TCP keepalive: the system detects peers that vanished and ends their connections."""
 
 from __future__ import annotations
 
 import socket
 
-# The keepalive's parts: silence before the first probe, between two probes, and how many, of the whole time.
+# The number of keepalive probes: half of the time is silence before the first, the rest is spread over all.
 _PROBES = 4
 
 
 def end_silent_peers(connection: socket.socket, seconds: float, *, unsent: float = 0.0) -> None:
-    """Have the system end this connection once its peer has answered nothing for so many seconds.
+    """Have the system end this connection once its peer has not answered for so many seconds.
 
-    What is sent and not acknowledged may be so for `unsent` seconds, if that is longer, as a peer that is there and
-    reads nothing is ended by that as well (tcp(7), TCP_USER_TIMEOUT). A listener's connections inherit it.
+    Sent data may stay unacknowledged for `unsent` seconds, if that is longer: this limit also ends a live peer that
+    reads nothing (tcp(7), TCP_USER_TIMEOUT). A listener's connections inherit the options.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {

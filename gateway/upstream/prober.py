@@ -1,4 +1,4 @@
-"""Probes of the upstreams, and whether a chat call would succeed now."""
+"""Probes the upstreams and says whether a chat call would succeed now."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from gateway.wire.heads import REDIRECTS
 
 _log = logging.getLogger(__name__)
 
-# Between two probes of an upstream that does not serve, and for one answer, in seconds.
+# The pause between two probes of an upstream that does not serve, and the timeout of a probe, in seconds.
 _EAGER = 1.0
 _PATIENCE = 5.0
-# Of more upstreams than that each waits longer, so that so many probes begin in a second at most.
+# With more upstreams than the first number each pauses longer: the second number is the most probes begun per second.
 _FEW = 8
 _A_SECOND = 20
-# Between two probes for broken calls, in seconds.
+# The shortest pause between two probes that broken calls trigger, in seconds.
 _SUSPECTED_AFTER = 0.1
-# The model list is read with each so many probes of an upstream that serves, and where there are several, how much of
-# its prompts it had.
+# The model list of a serving upstream is read at every so many probes; with several upstreams also its prefix cache hit
+# rate.
 _LIST_EVERY = 5
 _HITS_EVERY = 15
 _HITS_PATIENCE = 1.0
 
 
 class _UpstreamAuth(httpx.Auth):
-    """What the upstreams are shown, as it is now; what one refuses is renewed, and it is asked once more."""
+    """Adds the current credentials; renews them when an upstream refuses them, and retries once."""
 
     def __init__(self, credentials: FixedKey | ClientCredentials) -> None:
         self._credentials = credentials
@@ -62,7 +62,7 @@ class _UpstreamAuth(httpx.Auth):
 
 
 class Prober:
-    """Asks each upstream how it is, without ever making it generate a token."""
+    """Probes the state of each upstream, without ever making it generate a token."""
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class Prober:
         route_paths: Mapping[str, str] = MappingProxyType({}),
         model_aliases: Mapping[str, Alias] = MappingProxyType({}),
     ) -> None:
-        """`model` is the configured one, which may be one of `model_aliases`, `probe_interval` the seconds between two
-        probes of an upstream.
+        """`model` is the configured model, which may be one of `model_aliases`. `probe_interval` is the seconds between
+        two probes of an upstream.
 
-        `credentials` are what calls show, too, and `transport` is over what calls take. `reads_template` where chats
-        are relayed: a model for anything else may have none. `probe_audio` where it matters which upstreams take
-        speech, and `route_paths`, a path by its route's name, where it matters what each takes at all.
+        `credentials` and `transport` are those of calls. `reads_template` is true where chats are relayed: a model for
+        other tasks may have no template. `probe_audio` is true where it matters which upstreams take speech, and
+        `route_paths` (path by route name) is set where it matters which routes each takes.
         """
         self._pool = pool
         self._probe_interval = probe_interval
@@ -102,21 +102,21 @@ class Prober:
         )
         self._probes: Counter[Upstream] = Counter()
         self._loads: dict[Upstream, VllmLoad] = {}
-        # Those of which a call broke, until they are asked.
+        # Upstreams with a broken call, until they are probed.
         self._suspected: dict[Upstream, asyncio.TimerHandle] = {}
         self._running: dict[Upstream, asyncio.Task[None]] = {}
         self._probing = False
         self._watches: dict[Upstream, asyncio.Task[None]] = {}
-        # Those of which has been asked what does not change while they run.
+        # Upstreams whose constant properties were read; these do not change while an upstream runs.
         self._known: set[Upstream] = set()
 
     @contextlib.asynccontextmanager
     async def probing(self) -> AsyncIterator[None]:
-        """Probe for as long as the context lasts; it begins when all were asked once, or a second has passed."""
+        """Probe within the context; it begins after the first probe of all upstreams, or after one second."""
         self._probing = True
         self.follow(self._pool, ())
         try:
-            # So that the very first call finds a model, where a model server already runs.
+            # The very first call then finds a model if a model server already runs.
             await self.probe_all()
             yield
         finally:
@@ -127,7 +127,7 @@ class Prober:
             await self._client.aclose()
 
     def follow(self, came: Iterable[Upstream], gone: Iterable[Upstream]) -> None:
-        """Probe these from now on, and those no more, where probes have begun."""
+        """Start probing the new upstreams and stop probing the removed ones, if probing has begun."""
         if not self._probing:
             return
         for upstream in came:
@@ -149,14 +149,14 @@ class Prober:
             try:
                 await self.probe(upstream)
             except Exception:
-                # A bug of ours, or no memory, which must not be the end of all probes.
+                # A bug in the gateway, or no memory, must not end all probes.
                 _log.exception("the probe of %s failed", upstream.url)
             pause = self._probe_interval if upstream.state == "serving" else min(_EAGER, self._probe_interval)
             count = len(self._pool)
             await asyncio.sleep(max(pause, count / _A_SECOND if count > _FEW else 0.0))
 
     def _broke(self, upstream: Upstream) -> None:
-        """A call broke: whether that is the upstream's end is asked at once, but not with each of very many."""
+        """A call broke: probe its upstream at once, but not once for each of very many calls."""
         if upstream not in self._suspected and upstream.probed_at is not None:
             wait = max(0.0, upstream.probed_at + _SUSPECTED_AFTER - time.monotonic())
             self._suspected[upstream] = asyncio.get_running_loop().call_later(wait, self._ask_suspected, upstream)
@@ -166,12 +166,12 @@ class Prober:
         self._start(upstream)
 
     async def probe_all(self) -> None:
-        """Ask every upstream now; return when all have answered, or after a second: one that hangs is no news."""
+        """Probe every upstream now; return when all have answered, or after a second: a hanging one is no news."""
         if probes := [asyncio.create_task(self.probe(upstream)) for upstream in self._pool]:
             await asyncio.wait(probes, timeout=_EAGER)
 
     async def probe(self, upstream: Upstream) -> None:
-        """Ask now; whoever asks while an answer is awaited shares it, so that many askers cost one probe."""
+        """Probe now; concurrent callers share one probe, so that many callers cost one probe."""
         await asyncio.shield(self._start(upstream))
 
     def _start(self, upstream: Upstream) -> asyncio.Task[None]:
@@ -196,14 +196,14 @@ class Prober:
             state, why = "down", f"its answer broke off ({type(error).__name__})"
         if state != "serving":
             self._known.discard(upstream)
-            # It may come back as another.
+            # Another server may come back at this URL.
             upstream.fingerprint = upstream.prefix_hits = None
             self._loads.pop(upstream, None)
         if (state, why) != (upstream.state, upstream.why):
             level = logging.INFO if state != "down" else logging.WARNING
             _log.log(level, "upstream %s is %s%s", upstream.url, state, f": {why}" if why else "")
             if state == "serving":
-                upstream.record_success()  # it is back, and not to be held to what broke before
+                upstream.record_success()  # it is back: forget its earlier failures
         upstream.state, upstream.why, upstream.probed_at = state, why, time.monotonic()
 
     async def _ask(self, upstream: Upstream) -> tuple[State, str]:
@@ -226,7 +226,7 @@ class Prober:
         return "serving", ""
 
     async def _read_models(self, upstream: Upstream) -> str:
-        """Read its model list; why it would not take calls, empty where it would."""
+        """Read the model list; return why the upstream would not take calls, empty if it would."""
         models = await self._get(upstream, "/v1/models")
         if models.status_code in (401, 403):
             return f"its /v1/models answers {models.status_code}: {self._advice(upstream)}"
@@ -248,7 +248,7 @@ class Prober:
         return ""
 
     async def _learn(self, upstream: Upstream) -> str:
-        """Ask what does not change while it runs; why it would refuse chats, empty where it would not."""
+        """Read the properties that are constant while it runs; return why it would refuse chats, empty if not."""
         if self._probe_audio:
             upstream.supports_audio = await self._has(upstream, "/v1/audio/transcriptions")
         if self._route_paths:
@@ -262,7 +262,7 @@ class Prober:
         return await self._template_problem(upstream, model)
 
     def _model_among(self, served: tuple[str, ...]) -> str | None:
-        """The configured model, or the one that it is another name of where it is not served under its own."""
+        """The configured model, or, if it is not served under that name, the model that it is an alias of."""
         if self._model is None or self._model in served:
             return self._model
         alias = self._model_aliases.get(self._model) or self._model_aliases.get("*")
@@ -274,7 +274,7 @@ class Prober:
             return "down", f"{said}: {self._advice(upstream)}"
         if status in REDIRECTS:
             return "down", f"{said}, {REDIRECT_ADVICE}"
-        # vLLM's own 503 means a dead engine; before it ever served, or as 204, it means not yet.
+        # A 503 of vLLM means a dead engine. A 204, or a 503 before it ever served, means that it is not ready yet.
         loading = status == 204 or (status == 503 and not upstream.ever_served)
         return "loading" if loading else "down", said
 
@@ -283,14 +283,14 @@ class Prober:
         return "its key-file is to hold a key that it takes" if own else self._credentials.advice
 
     async def _has(self, upstream: Upstream, path: str) -> bool:
-        """Whether a path that is posted to is there: vLLM has those that its model can answer."""
+        """Whether a POST path exists: vLLM has only the paths that its model can answer."""
         return (await self._get(upstream, path)).status_code != 404
 
     async def _get(self, upstream: Upstream, path: str) -> httpx.Response:
         return await self._client.get(f"{upstream.origin}{path}", extensions={"upstream": upstream})
 
     async def _template_problem(self, upstream: Upstream, model: str) -> str:
-        """Why the model's chat template would refuse a simplified request; empty where it would not."""
+        """Why the model's chat template would refuse a simplified request, empty if it would not."""
         user = {"role": "user", "content": "Hello."}
         system = [] if self._system_role == "merge" else [{"role": "system", "content": "Be brief."}]
         answer = await self._client.post(
@@ -298,7 +298,7 @@ class Prober:
             json={"model": model, "messages": [*system, user]},
             extensions={"upstream": upstream},
         )
-        # Only a refusal says something of the template; a server without this path says nothing.
+        # Only a refusal says something about the template; a server without this path says nothing.
         if answer.status_code != 400 or not await self._has(upstream, "/v1/chat/completions"):
             return ""
         said = _error_message(answer)
@@ -310,7 +310,7 @@ class Prober:
         )
 
     async def _read_hits(self, upstream: Upstream) -> None:
-        """Which part of its prompts' tokens it had in its prefix cache since this was read last; no word is no news."""
+        """Read the prefix cache hit rate since the last read, by tokens; a failed read changes nothing."""
         try:
             async with asyncio.timeout(_HITS_PATIENCE):
                 answer = await self._get(upstream, "/metrics")
@@ -323,7 +323,7 @@ class Prober:
                 upstream.prefix_hits = round((load.found - (before.found if before else 0)) / looked_for, 4)
 
     async def metrics(self, upstream: Upstream) -> str:
-        """What its own `/metrics` says; empty where it says nothing, and where it is gone it is probed at once."""
+        """The text of its `/metrics`, empty if it has none; an upstream that does not answer is probed at once."""
         if self._credentials.value is None and upstream.authorization is None:
             return ""
         try:
@@ -335,7 +335,7 @@ class Prober:
         return answer.text if answer.status_code == 200 else ""
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """How each upstream is, and of those that are gone each at which calls still run; then what leads to none."""
+        """The state of each upstream, including removed ones with running calls; then the names without addresses."""
         known = [
             {
                 "url": upstream.url,
@@ -364,10 +364,10 @@ def _unconnected(upstream: Upstream, why: str) -> tuple[State, str]:
 
 
 def _models(answer: httpx.Response) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The models' ids, and the lengths of those that tell it."""
+    """The models' ids, and the context lengths of those that state one."""
     try:
         models = orjson.loads(answer.content)["data"] if answer.status_code == 200 else []
-        # Interned, so that no probe makes new ones of what all else holds on to.
+        # Interned, so that a probe does not allocate new copies of ids that other objects hold.
         lengths = {sys.intern(model["id"]): model.get("max_model_len") for model in models}
         return tuple(lengths), {model: length for model, length in lengths.items() if isinstance(length, int)}
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""The addresses of upstreams' names: each asked for once at a time, by no thread, and kept while asking fails."""
+"""Resolves upstreams' names: one lookup per name at a time, without threads; addresses are kept if lookups fail."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from typing import Any, Protocol
 
 _log = logging.getLogger(__name__)
 
-# As getaddrinfo gives them: family, type, protocol, canonical name, and the socket's address.
+# As returned by getaddrinfo: family, type, protocol, canonical name and socket address.
 Address = tuple[int, int, int, str, tuple[Any, ...]]
 
-# An answer is asked for anew after so many seconds, and stands in for one that does not come for so many.
+# Seconds after which a name is looked up again, and for which old addresses are used while lookups fail.
 _FRESH = 5.0
 _KEPT = 300.0
-# A lookup that fails is tried again after so many seconds, as a container's name is there once that runs; one that took
-# too long ever less often.
+# Seconds until a failed lookup is retried: a container's name resolves once the container runs. After a timeout the
+# pauses grow, from the first to the second of `_RESTS`.
 _AGAIN = 1.0
 _PATIENCE = 5.0
 _RESTS = (2.0, 30.0)
-# What asks is made anew after so many seconds, and with it what it keeps.
+# The c-ares resolver, with its cache, is replaced after so many seconds.
 _CACHED = 0.5
-# An address is its name's own for so many seconds after the last answer that had it, as some servers give each time
-# others of many.
+# An address counts as its name's for so many seconds after the last answer with it: some servers return a different
+# subset of many addresses each time.
 _OWN_FOR = 10.0
 
 
 class NameNotFound(OSError):
-    """The name leads to no address, as far as can be told; its text says why."""
+    """The name has no known address; the text says why."""
 
 
 class Lookup(Protocol):
-    """What asks for addresses."""
+    """Looks up addresses."""
 
     async def find(self, host: str, family: int) -> list[str]:
-        """A host's addresses of this family, of any for AF_UNSPEC; raises what says why there are none."""
+        """A host's addresses of this family, any family for AF_UNSPEC; raises an error that says why there are none."""
 
     async def close(self) -> None:
-        """Give up all lookups."""
+        """Cancel all lookups."""
 
 
 @dataclass(slots=True)
 class _Name:
-    """What is known of a name. `seen` is when each address was last in an answer; it is asked for while `wanted`."""
+    """The state of a name. `seen` is when each address was last in an answer; lookups go on while `wanted`."""
 
     addresses: list[str] = field(default_factory=list)
     answered_at: float = -math.inf
@@ -61,13 +61,13 @@ class _Name:
 
 
 class Resolver:
-    """Addresses by name. The event loop is the one that runs when it is made.
+    """Resolves names to addresses, on the event loop that runs when it is created.
 
-    `gone` are hosts with addresses that they led to and no longer do.
+    `gone` holds pairs of a host and an address that the host no longer has.
     """
 
     def __init__(self, lookup: Lookup | None = None) -> None:
-        """`lookup` is what asks; None where all hosts are addresses."""
+        """`lookup` resolves names; None if all hosts are addresses."""
         self.gone: set[tuple[str, str]] = set()
         self.on_gone: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -75,7 +75,7 @@ class Resolver:
         self._names: dict[str, _Name] = {}
 
     async def addresses(self, host: str, port: int) -> list[Address]:
-        """Where `host` is; raises NameNotFound. Waits only where nothing is known, for what is asked just then."""
+        """The addresses of `host`; raises NameNotFound. Waits for the running lookup only if none is known."""
         if _is_address(host):
             return [_address(host, port)]
         name = self._names.get(host)
@@ -84,17 +84,17 @@ class Resolver:
             self._ask(host, name)
         name.wanted = True
         if name.lookup is not None and not self._is_known(name):
-            await asyncio.shield(name.lookup)  # which others wait for, too
+            await asyncio.shield(name.lookup)  # others wait for it, too
         if not self._is_known(name):
             raise NameNotFound(name.why)
         return [_address(address, port) for address in name.addresses]
 
     def forget(self, host: str) -> None:
-        """Ask for this one no more, until somebody does again."""
+        """Stop looking this name up, until `addresses` asks for it again."""
         if (name := self._names.get(host)) is None:
             return
         name.wanted = False
-        if name.lookup is None:  # else it is dropped when that ends
+        if name.lookup is None:  # else it is dropped when the lookup ends
             self._drop(host, name)
 
     def _drop(self, host: str, name: _Name) -> None:
@@ -151,7 +151,7 @@ class Resolver:
             self.on_gone()
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Cancel all lookups and timers."""
         lookups = [name.lookup for name in self._names.values() if name.lookup is not None]
         for lookup in lookups:
             lookup.cancel()
@@ -164,14 +164,15 @@ class Resolver:
 
 
 class SystemLookup:
-    """c-ares, as resolv.conf and the hosts file have it. The event loop is the one that runs when it is asked.
+    """Lookups by c-ares, as resolv.conf and the hosts file say, on the event loop that runs at the lookup.
 
-    It keeps answers for as long as they say, and one without addresses for an hour (c-ares/c-ares#1293), by which a
-    headless Service without a pod that is ready would have none. So it is made anew, by what resolv.conf has by then.
+    c-ares caches answers for their TTL, and an answer without addresses for an hour (c-ares/c-ares#1293). A headless
+    Service that had no ready pod would stay without addresses. So the resolver is replaced often, which also reads
+    resolv.conf again.
     """
 
     def __init__(self) -> None:
-        # Here, as it takes a third of a second that nobody needs whose upstreams are addresses.
+        # Imported here: it takes a third of a second, not needed if all upstreams are addresses.
         import aiodns
 
         self._make = partial(aiodns.DNSResolver, timeout=_PATIENCE / 2, tries=2)
@@ -179,24 +180,24 @@ class SystemLookup:
         self._resolver: Any = None
 
     async def find(self, host: str, family: int) -> list[str]:
-        """As c-ares has them: by getaddrinfo, which reads the hosts file, `search` and `ndots`."""
+        """Look up by c-ares's getaddrinfo, which reads the hosts file, `search` and `ndots`."""
         now = asyncio.get_running_loop().time()
         if now - self._made_at >= _CACHED:
             self._made_at, self._resolver = now, self._make()
-        # The one before closes by itself once all that was asked of it is answered.
+        # The previous resolver closes by itself once its lookups have ended.
         resolver = self._resolver
         answer = await resolver.getaddrinfo(host, family=socket.AddressFamily(family), type=socket.SOCK_STREAM)
-        # From the hosts file they are text.
+        # Addresses from the hosts file are str.
         return [one.decode() if isinstance(one := node.addr[0], bytes) else one for node in answer.nodes]
 
     async def close(self) -> None:
-        """Give up all lookups."""
+        """Cancel all lookups."""
         if self._resolver is not None:
             await self._resolver.close()
 
 
 def system_lookup(hosts: Iterable[str]) -> Lookup | None:
-    """What asks where these hosts are; None where all are addresses."""
+    """A lookup for these hosts; None if all of them are addresses."""
     return None if all(map(_is_address, hosts)) else SystemLookup()
 
 

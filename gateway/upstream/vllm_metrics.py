@@ -1,4 +1,4 @@
-"""How busy a vLLM is, and how much of its prompts it had, by its own metrics."""
+"""Reads the load and the prefix cache hits of a vLLM server from its metrics."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _KV_CACHE = "vllm:kv_cache_usage_perc"
 _GENERATED = "vllm:generation_tokens_total"
-# Tokens of prompts that were looked for in the prefix cache, and those that were there.
+# Prompt tokens that were looked up in the prefix cache, and those that were found.
 _LOOKED_FOR = "vllm:prefix_cache_queries_total"
 _FOUND = "vllm:prefix_cache_hits_total"
 _NEEDED = (_RUNNING, _WAITING, _KV_CACHE, _GENERATED)
 _NAMES = (*_NEEDED, _LOOKED_FOR, _FOUND)
-# With their brace, as other metrics' names begin with these.
+# With the brace, because names of other metrics begin with these names.
 _STARTS = tuple(f"{name}{{" for name in _NAMES)
 
-# In characters; vLLM's own have some 100.
+# In characters; the lines of vLLM have some 100.
 _LONGEST_LINE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class VllmLoad:
-    """Requests that run and wait in all its engines, the fullest one's KV cache (0 to 1), and tokens made so far.
+    """Requests that run and wait in all engines, KV cache usage of the fullest engine (0 to 1), and generated tokens.
 
-    `looked_for` are all tokens of prompts that were looked for in the prefix cache, `found` those that were there.
+    `looked_for` counts the prompt tokens that were looked up in the prefix cache, `found` those that were found.
     """
 
     running: float
@@ -47,7 +47,7 @@ def read(text: str) -> VllmLoad | None:
     try:
         for sample in _samples(text):
             values[sample.name].append(float(sample.value))  # the parser makes an int of "2"
-    except (ValueError, IndexError, OverflowError):  # the parser's errors, which it does not document
+    except (ValueError, IndexError, OverflowError):  # the parser's undocumented errors
         return None
     if not all(values[name] for name in _NEEDED) or not all(map(math.isfinite, chain(*values.values()))):
         return None
@@ -58,7 +58,7 @@ def read(text: str) -> VllmLoad | None:
 
 
 def _samples(text: str) -> Iterator[Sample]:
-    # vLLM tells of hundreds of metrics, and the parser is slow.
+    # vLLM exports hundreds of metrics, and the parser is slow.
     lines = [line for line in text.splitlines() if line.startswith(_STARTS)]
     if any(len(line) > _LONGEST_LINE for line in lines):
         raise ValueError("a line is too long")  # the parser's time is quadratic in the number of labels
