@@ -1,1 +1,1 @@
-"""What operators see of calls: logs, metrics and traces."""
+"""The operators' view of calls: logs, metrics and traces."""

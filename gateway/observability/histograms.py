@@ -1,4 +1,4 @@
-"""Histograms by model, as plain numbers until somebody asks for them."""
+"""Histograms by model, kept as plain numbers until Prometheus scrapes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 
 
 class Histogram:
-    """Counts by model and bucket, each bucket but the last with its upper bound in seconds."""
+    """Counts by model and bucket; each bucket but the last has an upper bound in seconds."""
 
     __slots__ = ("_bounds", "_counts", "_name", "_sums", "_text")
 
@@ -19,12 +19,12 @@ class Histogram:
         self._name = name
         self._text = text
         self._bounds = bounds
-        # Not in lists: a number that changes is an object made anew, amid whatever is there at the time.
+        # Arrays, not lists: each new number in a list is a new object, allocated among short-lived objects.
         self._counts: dict[str, array[int]] = {}
         self._sums: dict[str, array[float]] = {}
 
     def observe(self, values: Mapping[str, list[float]]) -> None:
-        """Count these seconds, by model."""
+        """Add these durations in seconds, by model."""
         bounds = self._bounds
         for model, found in values.items():
             counts = self._counts.get(model)
@@ -36,12 +36,12 @@ class Histogram:
             self._sums[model][0] += sum(found)
 
     def drop(self, model: str) -> None:
-        """Tell of this one no more."""
+        """Drop this model's series."""
         self._counts.pop(model, None)
         self._sums.pop(model, None)
 
     def family(self) -> Metric:
-        """What Prometheus is told."""
+        """The metric family for Prometheus."""
         names = [*map(str, self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._text, labels=("model",))
         for model, counts in self._counts.items():

@@ -1,23 +1,23 @@
-"""Values of a metric's label: names that are known, as many as may be, each for as long as it is of use."""
+"""The values of a metric's label: known names, limited in number and dropped when no longer used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-# So many values a label has; what comes after these is one value.
+# A label has at most so many values; all further names share one value.
 MOST = 64
 OTHER = "other"
-# A client's word that is no name of ours.
+# The value for a name from a client that the gateway does not know.
 UNKNOWN = "unknown"
-# A name that is known no more, as a model's whose servers have left, has series for so many seconds.
+# A name that is no longer known, as of a model whose servers were removed, keeps its series for so many seconds.
 _KEPT = 3600.0
 
 
 class Labels(dict[str, str]):
-    """The value for each name that has one; `take` gives those that have none yet theirs."""
+    """Maps names to label values; `take` assigns the value of a new name."""
 
     def __init__(self, known: Callable[[], Collection[str]], time: Callable[[], float], drop: Callable[[str], None]):
-        """`known` tells the names that there are, `time` the clock's seconds; `drop` is told of a value that goes."""
+        """`known` returns the known names, `time` the clock's seconds; `drop` is called with each dropped value."""
         super().__init__()
         self._known = known
         self._time = time
@@ -25,7 +25,7 @@ class Labels(dict[str, str]):
         self._known_at: dict[str, float] = {}
 
     def take(self, name: str | None) -> str:
-        """The value for a name that is not among these yet."""
+        """The value for a name that is not in this mapping yet."""
         known = self._known()
         if name is None or name not in known:
             return UNKNOWN
@@ -38,7 +38,7 @@ class Labels(dict[str, str]):
         return name
 
     def tidy(self) -> None:
-        """Drop what has not been known for an hour."""
+        """Drop names that have not been known for an hour."""
         known, now = self._known(), self._time()
         for name in [*self]:
             if name in known:

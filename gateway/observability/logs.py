@@ -1,4 +1,4 @@
-"""The program's own log lines, as JSON or as text, and the thread that writes them and those of requests."""
+"""The program's own log lines, as JSON or text, and the thread that writes all log lines."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from queue import SimpleQueue
 
 from gateway.observability.request_log import Format, iso
 
-# Past this many unwritten lines new ones are dropped and counted: a stuck reader must not eat the memory.
+# Past this many unwritten lines new lines are dropped and counted: a stuck reader must not exhaust the memory.
 _PENDING = 50_000
-# Lines of this long are written together, in seconds.
+# Lines of so many seconds are written together.
 _TOGETHER = 0.1
 _LOST = b'{"level":"WARNING","message":"%d log lines were lost: %b"}'
 
 
 class LineWriter:
-    """Writes lines to a file descriptor from a thread of its own, so that a slow disk or pipe stops no request."""
+    """Writes lines to a file descriptor from its own thread, so that a slow disk or pipe delays no request."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         os.set_blocking(fd, True)
         self._pending: deque[tuple[bytes, int]] = deque()
-        # Each is changed by one thread alone: what was taken and what dropped, and what the lines' own thread did.
+        # Each counter has one writing thread: the callers' for taken and dropped, the log thread for the others.
         self._taken = 0
         self._dropped = 0
         self._written = 0
@@ -40,7 +40,7 @@ class LineWriter:
         self._thread.start()
 
     def write(self, lines: bytes, count: int = 1) -> None:
-        """Write so many lines, the last without its end, soon."""
+        """Queue `count` lines for writing; the last has no newline."""
         if self._taken - self._written >= _PENDING:
             self._dropped += count
             return
@@ -51,7 +51,7 @@ class LineWriter:
             self._wake.put(None)
 
     def close(self) -> None:
-        """Write what is left; wait at most 5 s for it."""
+        """Write the remaining lines; wait at most 5 s for that."""
         self._closing = True
         self._wake.put(None)
         self._thread.join(5)
@@ -112,7 +112,7 @@ class _Json(logging.Formatter):
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        # What an upstream said may stand in a message, and must not start a line of its own.
+        # A message may hold text from an upstream, which must not start a new line.
         message = record.getMessage().replace("\n", "\\n")
         text = f"{iso(int(record.created * 1000))} {record.levelname:<7} {message}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
@@ -132,6 +132,6 @@ def configure(writer: LineWriter, log_format: Format, log_level: str) -> None:
     handler = _Handler(writer)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.basicConfig(level=log_level, handlers=[handler], force=True)
-    # httpx tells of every probe, urllib3 of every batch of spans, uvicorn of every start and stop of its own.
+    # httpx logs every probe, urllib3 every batch of spans, and uvicorn its own start and stop.
     for name in ("httpx", "httpcore", "urllib3", "uvicorn"):
         logging.getLogger(name).setLevel("WARNING")

@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms for Prometheus, made into text when asked for."""
+"""Counters, gauges and histograms for Prometheus, rendered as text at each scrape."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Metrics(Collector):
         keys: Callable[[], Collection[str]],
         certificate_ends_at: Callable[[], float | None],
     ) -> None:
-        """Most of them the data path's; `lost_lines` tells how many lines of the log were lost.
+        """Most arguments are parts of the data path; `lost_lines` returns the number of lost log lines.
 
-        `aliases` are models' other names, `keys` tells those of the keys, and `certificate_ends_at` when our own ends,
-        in seconds since 1970.
+        `aliases` are the models' aliases and `keys` returns the names of the keys. `certificate_ends_at` returns when
+        the gateway's own certificate expires, in seconds since 1970.
         """
         self.requests = RequestMetrics(lambda: pool.models, keys, aliases, time)
         self._certificate_ends_at = certificate_ends_at
@@ -53,11 +53,11 @@ class Metrics(Collector):
         self._in_flight = in_flight
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        # Memory, CPU time and descriptors, of this process itself.
+        # Memory, CPU time and descriptors of this process.
         ProcessCollector(registry=self._registry)
 
     async def text(self) -> bytes:
-        """The exposition format, version 0.0.4; family by family, as that of many models and keys takes long."""
+        """The exposition format, version 0.0.4; it yields after each family, as many models and keys take long."""
         text = []
         for family in self._registry.collect():
             text.append(generate_latest(cast(CollectorRegistry, _One(family))))
@@ -65,7 +65,7 @@ class Metrics(Collector):
         return b"".join(text)
 
     def collect(self) -> list[Metric]:
-        """Called by the registry for each text."""
+        """Called by the registry at each scrape."""
         info = GaugeMetricFamily(
             "gateway_info", "1, for the version that runs, and whether it is compiled.", labels=("version", "build")
         )
@@ -89,7 +89,7 @@ class Metrics(Collector):
         return [info, certificate, *self._calls(), buffered, most, lost, *self.requests.families(), *self._upstreams()]
 
     def _calls(self) -> list[Metric]:
-        """Those that have begun and not ended, in all, by model and by key."""
+        """The calls in flight and waiting: in total, by model and by key."""
         in_flight = GaugeMetricFamily("gateway_in_flight", "Relayed requests in flight.", value=len(self._in_flight))
         waiting = GaugeMetricFamily("gateway_waiting", "Those of them that wait for room.", value=len(self._queue))
         arriving = GaugeMetricFamily(
@@ -145,11 +145,11 @@ class Metrics(Collector):
 
 
 class _One:
-    """A registry of one family, for its text."""
+    """A registry of one family, to render it alone."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family
 
     def collect(self) -> list[Metric]:
-        """That one."""
+        """Return the family."""
         return [self._family]

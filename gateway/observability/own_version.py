@@ -1,4 +1,4 @@
-"""Which version of the gateway runs, and whether that is compiled."""
+"""The version of the gateway, and whether it is compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.relay import exchange
 
 
 def own_version() -> str:
-    """As the package says; `unknown` where the source runs that nobody has installed."""
+    """The package's version; `unknown` if the source runs without being installed."""
     try:
         return version("vllm-gateway")
     except PackageNotFoundError:
@@ -17,5 +17,5 @@ def own_version() -> str:
 
 
 def own_build() -> Literal["compiled", "plain"]:
-    """Which of the two that a package can be: compiled on the way of a call, or plain Python."""
+    """The kind of build: with a compiled data path, or plain Python."""
     return "plain" if exchange.__file__.endswith(".py") else "compiled"

@@ -1,4 +1,4 @@
-"""The requests that ended last: their times for `GET /v1/statistics`, and more for the page."""
+"""The last ended requests: durations for `GET /v1/statistics`, and more figures for the page."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any, Final
 from gateway.observability.ring import Ring
 from gateway.relay.record import Record
 
-# How many times and failures are kept: older ones say nothing about now, and memory must not grow.
+# How many durations and failures are kept: older ones say nothing about now, and memory must not grow.
 _LAST: Final = 1000
 _FAILURES: Final = 20
-# So much of a sentence is kept: some name all models.
+# Error messages are cut to so many characters: some list all models.
 _LONGEST_SENTENCE: Final = 400
 
 
 class PageFigures:
-    """What only the page shows: how many requests ended and failed, the last failures, and the last first tokens.
+    """The page's own figures: counts of ended and failed requests, last failures, and last times to first token.
 
-    A request failed if it was refused, broke off or passed a time limit, but not if its client left.
+    A request failed if it was refused, broke off or timed out, but not if its client disconnected.
     """
 
     def __init__(self) -> None:
         self.requests = 0
         self.failed = 0
         self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
-        # Streams of all routes: the clock's time of the first token, and the seconds that it took.
+        # Streams of all routes: the clock's time of the first token, and the seconds until then.
         self.streams = Ring(_LAST, 2)
 
     def add_failure(self, record: Record) -> None:
-        """Count and keep a request that was not answered, unless its client left.
+        """Count and keep a failed request, unless its client disconnected.
 
-        An upstream's own error has no code and sentence here: vLLM's may repeat the prompt.
+        An upstream's own error has no code and message here: vLLM's message may repeat the prompt.
         """
         if record.outcome == "client_left":
             return
@@ -54,19 +54,19 @@ class PageFigures:
         )
 
     def first_tokens(self, since: float) -> tuple[float, float] | None:
-        """The median and the 99th percentile, in seconds, of those after the clock's time `since`; None without any."""
+        """The median and 99th percentile, in seconds, of first tokens after the clock's `since`; None without any."""
         return _percentiles([took for at, took in zip(*self.streams.columns(), strict=True) if at > since])
 
 
 class RecentRequests:
-    """How long the last chat calls took: to their end, and to the first byte of streamed ones.
+    """The durations of the last chat calls: to their end, and to the first byte of streamed calls.
 
-    The same pass over a batch fills the page's figures. Their first tokens are kept apart from those of the chat calls:
-    they are of streams of all routes, so the last 1000 of one are not the last 1000 of the other.
+    The same pass over a batch fills the page's figures. The page's first tokens are kept apart from those of chat
+    calls: they cover streams of all routes, so the last 1000 of one are not the last 1000 of the other.
     """
 
     def __init__(self, page: PageFigures | None) -> None:
-        """`page` None: there is no page."""
+        """`page` is None if the page is disabled."""
         self._page = page
         self._total = Ring(_LAST)
         self._first_token = Ring(_LAST)

@@ -1,4 +1,4 @@
-"""The log's line of each request, as JSON or as text."""
+"""The log line of each request, as JSON or text."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ Format = Literal["json", "text"]
 
 
 class Lines(Protocol):
-    """Where lines go."""
+    """The destination of log lines."""
 
     def write(self, lines: bytes, count: int = 1) -> None:
-        """Write so many lines, the last without its end, soon."""
+        """Queue `count` lines for writing; the last has no newline."""
 
 
 class RequestLog:
-    """One line a request: never a prompt, a reply or a key."""
+    """Logs one line per request: never a prompt, a reply or a key."""
 
     def __init__(self, writer: Lines | None, log_format: Format) -> None:
-        """`writer` None: no lines."""
+        """With `writer` None no lines are logged."""
         self._writer = writer
         self._log_format = log_format
 
     def records(self, records: list[Record]) -> None:
-        """The lines of data-path requests that have ended."""
+        """Log data-path requests that have ended."""
         if self._writer is not None:
-            # What the wall's clock shows more than the records'.
+            # The offset from the records' monotonic clock to the wall clock.
             ahead = time.time() - time.monotonic()
-            # As one piece: thousands of small ones a second would fill megabytes before the thread has its turn.
+            # Written as one block: thousands of small blocks a second would fill megabytes before the thread runs.
             lines = []
-            # Most begin in the same second.
+            # Most records of a batch begin in the same second, so its text is cached.
             second, text = -1, ""
             for record in records:
                 seconds, rest = divmod(int((record.started_at + ahead) * 1000), 1000)
@@ -79,7 +79,7 @@ class RequestLog:
         return self._line(fields)
 
     def other(self, request_id: str, method: str, path: str, client: str, status: int, total: float) -> None:
-        """The line of a request that is not relayed; `client` is its address, if any, `total` in seconds."""
+        """Log a request that is not relayed; `client` is its address, if any, and `total` is in seconds."""
         if self._writer is None:
             return
         line = self._line(
@@ -99,19 +99,19 @@ class RequestLog:
     def _line(self, fields: dict[str, Any]) -> bytes:
         if self._log_format == "json":
             line = orjson.dumps(fields)
-            # Beyond ASCII are characters, too, that a terminal obeys.
+            # Non-ASCII text is escaped: it may hold control characters that a terminal obeys.
             return line if line.isascii() else json.dumps(fields, separators=(",", ":")).encode()
         return _as_text(fields).encode(errors="backslashreplace")
 
 
 def _as_text(fields: dict[str, Any]) -> str:
-    """`time status method path`, then `name=value` for what is known."""
+    """`time status method path`, then `name=value` for each field that is not None."""
     head = f"{fields.pop('time')} {fields.pop('status')} {fields.pop('method')} {_word(fields.pop('path'))}"
     return " ".join([head, *(f"{name}={_word(value)}" for name, value in fields.items() if value is not None)])
 
 
 def _word(value: Any) -> str:
-    """As it is where that is plain, else quoted and escaped, so that nothing can forge a field or a line."""
+    """The text unchanged if it is plain, else quoted and escaped, so that no value can forge a field or a line."""
     text = str(value)[:200]
     return text if re.fullmatch(r"[!#-&(-<>-\[\]-~]+", text) else json.dumps(text)
 
@@ -121,7 +121,7 @@ def _in_microseconds(seconds: float) -> float:
 
 
 def iso(milliseconds: int) -> str:
-    """A moment since 1970 in UTC, as ISO 8601 has it."""
+    """Format milliseconds since 1970 as ISO 8601 in UTC."""
     seconds, rest = divmod(milliseconds, 1000)
     return f"{_second(seconds)}.{_three_digits(rest)}Z"
 

@@ -1,4 +1,4 @@
-"""What is counted of requests that have ended, by model, by key and by how they ended."""
+"""Metrics of ended requests, by model, key and outcome."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ L = TypeVar("L", bound=tuple[object, ...])
 
 
 class RequestMetrics:
-    """What it is made of.
+    """Counters and histograms of ended requests.
 
-    Kept as plain numbers of one thread: prometheus_client's own children, with a lock each, cost more than the rest of
-    a request's bookkeeping.
+    They are plain numbers used by one thread: prometheus_client's own children, with a lock each, cost more than the
+    rest of a request's bookkeeping.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class RequestMetrics:
         aliases: Container[str],
         time: Callable[[], float],
     ) -> None:
-        """`models` and `keys` tell the names that there are, `aliases` are models' other names."""
+        """`models` and `keys` return the known names; `aliases` are the models' aliases."""
         self.models = Labels(models, time, self._drop_model)
         self.keys = Labels(keys, time, self._drop_key)
         self._aliases = aliases
         # By route, form, model, status and outcome.
         self._requests: Counter[tuple[str, str, str, int, str]] = Counter()
-        # By another name and the model that was meant.
+        # By alias and the model that took the request.
         self._renamed: Counter[tuple[str, str]] = Counter()
         # By model, kind and source.
         self._tokens: Counter[tuple[str, str, str]] = Counter()
@@ -83,14 +83,14 @@ class RequestMetrics:
         )
 
     def finished(self, records: list[Record]) -> None:
-        """Relayed requests have ended."""
+        """Count relayed requests that have ended."""
         models, keys = self.models, self.keys
         tokens, tokens_of_keys = self._tokens, self._tokens_of_keys
         requests, of_keys = [], []
         total, added, first_token, per_event = _by_model(), _by_model(), _by_model(), _by_model()
         for record in records:
             started, ended = record.started_at, record.ended_at or record.started_at
-            # A client's word as a label only where it is one that we know, so that the series stay few.
+            # A name from a client becomes a label only if it is known, so that the series stay few.
             name, key = record.model, record.key
             model = UNKNOWN if name is None else models.get(name) or models.take(name)
             requests.append((record.route.path, record.form or "none", model, record.status, record.outcome))
@@ -126,11 +126,11 @@ class RequestMetrics:
         self._per_event.observe(per_event)
 
     def other(self, route: str, status: int) -> None:
-        """A request that is not relayed has ended; `route` is a path of ours or `unknown`. It has no outcome."""
+        """Count a request that is not relayed; `route` is a served path or `unknown`. It has no outcome."""
         self._requests[route, "none", "none", status, ""] += 1
 
     def families(self) -> list[Metric]:
-        """What Prometheus is told."""
+        """The metric families for Prometheus."""
         self.models.tidy()
         self.keys.tidy()
         requests = CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""The last values of a series, in memory that is taken once."""
+"""The last values of a series, in memory that is allocated once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ring:
     __slots__ = ("_columns", "_full", "_next", "_values")
 
     def __init__(self, rows: int, columns: int = 1) -> None:
-        """Keeps at most so many rows."""
+        """Keep at most `rows` rows."""
         self._values = array("d", bytes(8 * rows * columns))
         self._columns = columns
         self.clear()

@@ -1,11 +1,11 @@
-"""The names that spans and their attributes have: OpenTelemetry's semantic conventions, all in this one place.
+"""The names of spans and their attributes, from OpenTelemetry's semantic conventions, all in this one place.
 
-Those of 1.44: HTTP's are stable, GenAI's in development.
+They are of version 1.44: those for HTTP are stable, those for GenAI are in development.
 """
 
 from __future__ import annotations
 
-# Which version the names are of.
+# The version of the conventions.
 SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
 
 ERROR_TYPE = "error.type"
@@ -29,10 +29,10 @@ GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 
-# None of the well-known providers is vLLM; others may be named.
+# vLLM is not among the well-known providers; the conventions allow other names.
 VLLM = "vllm"
 
-# What vLLM's paths that generate are called. The others have no name there: their spans are HTTP's.
+# The operation names of vLLM's paths. Other paths have no name in the conventions: their spans are HTTP spans.
 OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/chat/completions/batch": "chat",

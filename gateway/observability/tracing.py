@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry's SDK: the request's and its upstream call's, begun when it goes up, ended in batches."""
+"""Spans by OpenTelemetry's SDK for requests and upstream calls, begun when sent upstream and ended in batches."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _log = logging.getLogger(__name__)
 _CONTEXT = re.compile(rb"^(traceparent|tracestate): ([^\r\n]*)\r\n", re.MULTILINE)
 _W3C = TraceContextTextMapPropagator()
 
-# Seconds that the last spans get at the end.
+# Seconds at shutdown for exporting the last spans.
 _LAST = 3
-# The most characters of a model's name, which is a client's word, and of what the SDK says.
+# The most characters of a model's name, which the client chooses, and of a message of the SDK.
 _LONG_NAME = 200
 _LONG_TEXT = 500
 
 
 class Trace:
-    """A request's spans. `ahead` is what the wall's clock shows more than the records'; `call` is its upstream's."""
+    """A request's spans. `ahead` is the wall clock minus the records' clock; `call` is the upstream call's span."""
 
     __slots__ = ("_ahead", "call", "called_at", "calls", "request", "span_id", "trace_id")
 
@@ -47,26 +47,26 @@ class Trace:
         self.call: Span | None = None
         self.called_at = 0.0
         self.calls = 0
-        # One for all of them: a clock that is set meanwhile changes no duration.
+        # One offset for all spans: setting the wall clock meanwhile changes no duration.
         self._ahead = ahead
 
     def wall(self, seconds: float) -> int:
-        """The record's time as nanoseconds since the epoch."""
+        """Convert a record's time to nanoseconds since the epoch."""
         return int((seconds + self._ahead) * 1e9)
 
 
 class Tracer:
-    """Makes and exports the spans, as the variables that the SDK reads say: sampler, exporter, batches, resource.
+    """Creates and exports the spans; the SDK's environment variables set sampler, exporter, batches and resource.
 
-    A request's spans begin when it first goes upstream, which must be told of them, and otherwise at its end. Sampling
-    is thus the SDK's own, and what it does not sample costs little.
+    A request's spans are created when it is first sent upstream, because the upstream gets their ids, else at its end.
+    So the SDK itself samples, and an unsampled request costs little.
     """
 
     def __init__(self, *, tls: bool) -> None:
-        """`tls`: clients speak it."""
+        """`tls` says whether clients connect by TLS."""
         ours = own_version()
         resource = Resource.create({semconv.SERVICE_NAME: "vllm-gateway", semconv.SERVICE_VERSION: ours})
-        # The environment's word counts more than ours, which `create` has the other way round.
+        # The environment overrides our attributes; `create` does the opposite.
         resource = resource.merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._tracer = self._provider.get_tracer("gateway", ours, semconv.SCHEMA)
@@ -75,7 +75,7 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     def to_upstream(self, record: Record, lines: bytes) -> bytes:
-        """The lines of a head that goes upstream, with the call's span as the parent of what is done there."""
+        """The header lines for the upstream, with the call's span as the parent of the upstream's spans."""
         trace = record.trace
         if not isinstance(trace, Trace):
             trace = record.trace = self._begin(record)
@@ -91,7 +91,7 @@ class Tracer:
         return lines + more.encode("latin-1")
 
     def finished(self, records: list[Record]) -> None:
-        """These have ended."""
+        """End the spans of requests that have ended."""
         for record in records:
             trace = record.trace
             if not isinstance(trace, Trace):
@@ -102,10 +102,10 @@ class Tracer:
                 _end(record, trace)
 
     def close(self) -> None:
-        """Export what is left, as far as that goes soon."""
+        """Export the remaining spans; wait a few seconds at most."""
         closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         closing.start()
-        # The SDK itself would wait for half a minute for a collector that does not answer.
+        # The SDK itself would wait half a minute for a collector that does not answer.
         closing.join(_LAST)
         if closing.is_alive():
             self._exporter.shutdown()
@@ -127,7 +127,7 @@ class Tracer:
         return Trace(span, ahead)
 
     def _begin_call(self, record: Record, trace: Trace) -> Span:
-        """One span, however often it is sent: so the conventions have it for GenAI's."""
+        """Begin one span for all attempts, as the conventions for GenAI say."""
         if not trace.request.is_recording():
             return trace.request
         upstream, route, model = record.upstream, record.route, record.model
@@ -158,26 +158,26 @@ class Tracer:
 
 
 def _parent_in(lines: bytes) -> Context:
-    """The client's span, empty where it names none, or none that can be understood."""
+    """The client's span as context, empty if the headers name none or are invalid."""
     if b"traceparent: " not in lines:
         return Context()
     headers: dict[str, list[str]] = {}
     for name, value in _CONTEXT.findall(lines):
         headers.setdefault(name.decode(), []).append(value.decode("latin-1"))
-    # Trace Context, 3.2: a second one is a fault, for which a new trace is begun.
+    # Trace Context, 3.2: a second traceparent is an error, and a new trace is begun.
     return _W3C.extract(headers, Context()) if len(headers.get("traceparent", ())) == 1 else Context()
 
 
 def _end(record: Record, trace: Trace) -> None:
     span, status, outcome = trace.request, record.status, record.outcome
     attributes: dict[str, AttributeValue] = {semconv.RESPONSE_REQUEST_ID: [record.request_id]}
-    if status != CLIENT_LEFT:  # which nobody has seen
+    if status != CLIENT_LEFT:  # no client has seen this status
         attributes[semconv.HTTP_RESPONSE_STATUS_CODE] = status
     if outcome == "done" and status >= 500:
         outcome = str(status)
     if outcome != "done":
         attributes[semconv.ERROR_TYPE] = outcome
-        # A client that is refused or leaves is no error of the server's, as the conventions have it.
+        # A refused or disconnected client is no server error, as the conventions say.
         if status >= 500 or (status < 400 and outcome != "client_left"):
             span.set_status(StatusCode.ERROR)
     span.set_attributes(attributes)
@@ -198,7 +198,7 @@ def _end_call(record: Record, trace: Trace, span: Span) -> None:
     if usage is not None:
         attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS], attributes[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = usage
     if outcome == "done" and record.status >= 400:
-        outcome = str(record.status)  # what the upstream itself has said
+        outcome = str(record.status)  # the upstream's own status
     if outcome != "done":
         attributes[semconv.ERROR_TYPE] = outcome
         if outcome != "client_left":
@@ -208,7 +208,7 @@ def _end_call(record: Record, trace: Trace, span: Span) -> None:
 
 
 class _Exporter(OTLPSpanExporter):
-    """The SDK's, which tells once that spans cannot be sent, and once that they can again."""
+    """The SDK's exporter; it logs once that spans cannot be sent, and once that they are sent again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,9 +225,9 @@ class _Exporter(OTLPSpanExporter):
 
 
 class _Once(logging.Handler):
-    """Passes on what the SDK says, each thing once: it says it again with each batch or span.
+    """Logs each message of the SDK once, because the SDK repeats it with each batch or span.
 
-    What it says of a client's headers goes nowhere: they are not the operator's, and may hold anything.
+    Messages about a client's headers are dropped: they do not concern the operator and may hold anything.
     """
 
     def __init__(self) -> None:
@@ -241,7 +241,7 @@ class _Once(logging.Handler):
             _log.log(record.levelno, "tracing: %s", record.getMessage()[:_LONG_TEXT], exc_info=record.exc_info)
 
     def over(self) -> None:
-        """A batch has been sent."""
+        """A batch was sent: log it if exports failed before."""
         if "export" in self._said:
             self._said.clear()
             _log.info("tracing: spans are sent again")
