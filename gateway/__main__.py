@@ -1,4 +1,4 @@
-"""Where the command line starts: `vllm-gateway`, and `python -m gateway`."""
+"""The entry point of the command line: `vllm-gateway` and `python -m gateway`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def main() -> None:
     """Run the command line."""
     command = sys.argv[1:2]
     if command in (["serve"], ["up"]):
-        # The rest takes half a second to import, in which a signal's own action would be the end. There is nothing to
-        # read again yet, and nothing to end in good order.
+        # The remaining imports take half a second, in which a signal's default action would kill the process. There is
+        # nothing to reread yet, and nothing to shut down gracefully.
         if command == ["serve"]:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _exit)
-    # httpx brings a command line of its own, with rich and pygments where they are installed: 3 MB, and half of its
-    # import. None makes the import of a module fail (language reference, 5.3.1), and httpx do without; typeshed does
-    # not have it. So the command line is imported after this.
+    # httpx imports its own command line, with rich and pygments where they are installed: 3 MB, and half of its import
+    # time. None makes the import of that module fail (language reference, 5.3.1), and httpx does without; typeshed does
+    # not know this. So the gateway's command line is imported after this line.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     from gateway.cli import main as run
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    os._exit(0)  # an exception might be lost in the midst of an import
+    os._exit(0)  # an exception may be lost in the middle of an import
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Composition root: `create_app` puts the parts together as a Starlette application."""
+"""Composition root: `create_app` builds the Starlette application from its parts."""
 
 from __future__ import annotations
 
@@ -70,11 +70,12 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = None) -> Starlette:
-    """The whole gateway under any ASGI server that runs the lifespan; `log` takes a line a request."""
+    """The whole gateway, for any ASGI server that runs the lifespan; `log` gets one line per request."""
     relayed = [route for route in ROUTES if route.name in settings.routes]
     description = describe(relayed, page=settings.page)
     paths = frozenset(description["paths"])
-    # Keys keep a page out that has another name for this address, and so does whoever stands before an open port.
+    # The check stops DNS rebinding by a page. Client keys also stop it, and so does the proxy in front of a port that
+    # is not on loopback.
     checks_hosts = bool(settings.allowed_hosts) or (secrets.client_keys is None and is_loopback(settings.host))
 
     @contextlib.asynccontextmanager
@@ -131,7 +132,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             pool=pool,
             reader=create_reader(settings, pool, aliases, keyed=keys is not None),
             transport=connections,
-            # Not the loop's own, which uvloop reads once a turn and in whole milliseconds.
+            # Not the loop's clock, which uvloop reads once per turn and in whole milliseconds.
             time=time.monotonic,
             call_later=asyncio.get_running_loop().call_later,
             in_flight=in_flight,
@@ -166,8 +167,8 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
             tells_route=settings.route_headers,
         )
         sampler = None if page_figures is None else Sampler(data_path, prober, page_figures, own_version(), own_build())
-        # The samples come with the looks: one more task that sleeps is some more objects that lie amid those of many
-        # requests, and hold their memory.
+        # The periodic work also takes the samples: another sleeping task would allocate small objects among request
+        # objects and keep their memory allocated.
         looking = asyncio.create_task(run_periodic_work(data_path, finished, sampler))
         async with credentials.renewing(), discovery.discovering(), prober.probing(), reloading.watching():
             yield {
@@ -196,7 +197,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
     async def openapi(request: Request) -> Response:
         return JSONResponse(description)
 
-    # What platforms ask, which have no keys; and a page that holds nothing of anybody's.
+    # Open without a key: the endpoints that platforms poll, and a page that holds no private data.
     open_to_all: dict[str, endpoints.Handler] = {
         "/health": endpoints.health,
         "/v1/health_check": endpoints.health_check,
@@ -209,7 +210,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         own |= {"/v1/status": endpoints.status, "/v1/status/stream": endpoints.status_stream}
     if any(one.name == "models" for one in relayed):
         own["/v1/models/{model:path}"] = endpoints.model
-        # One server's list is relayed as it is; several become one, and so does one whose models have other names.
+        # The list of a single server is relayed as it is; several lists, or one with aliases, are merged.
         if settings.may_have_several or settings.model_aliases.keys() - {"*"}:
             own["/v1/models"] = endpoints.models
             relayed = [one for one in relayed if one.name != "models"]
@@ -221,7 +222,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
         routes=[
             *elsewhere,
             *(Route(one.path, Relay(one), methods=[one.method]) for one in relayed),
-            # The releases sent a path with a slash to the one without, which some clients do not follow.
+            # The releases redirected a path with a slash to the path without; some clients do not follow redirects.
             *(
                 Route(f"{one.path}/", Relay(one), methods=["POST"])
                 for one in relayed
@@ -240,7 +241,7 @@ def create_app(settings: Settings, secrets: Secrets, log: LineWriter | None = No
 
 
 def create_reader(settings: Settings, models: Models, aliases: Mapping[str, Alias], *, keyed: bool) -> BodyReader:
-    """What reads requests' bodies as these settings say, in front of these models; `keyed` where keys are asked for."""
+    """Create the reader of request bodies for these settings and models; `keyed` says whether keys are required."""
     return BodyReader(
         models=models,
         body_limits=BodyLimits(
@@ -268,11 +269,11 @@ def create_reader(settings: Settings, models: Models, aliases: Mapping[str, Alia
 
 
 def create_tracer(settings: Settings) -> Tracer | None:
-    """What traces requests, None where OpenTelemetry's variables do not ask for that, or what it needs is missing."""
+    """Create the tracer; None if OpenTelemetry's variables do not enable tracing, or its packages are missing."""
     if not asks_for_traces():
         return None
     try:
-        # Here, as it takes megabytes that nobody else need have.
+        # Imported here: it takes megabytes, needed only for tracing.
         from gateway.observability.tracing import Tracer
     except ImportError as error:
         _log.warning("requests are not traced, as OTEL_… asks: pip install 'vllm-gateway[otel]' (%s)", error)
@@ -283,7 +284,7 @@ def create_tracer(settings: Settings) -> Tracer | None:
 def create_credentials(
     settings: Settings, secrets: Secrets, transport: httpx.AsyncBaseTransport
 ) -> FixedKey | ClientCredentials:
-    """What the upstreams are shown; `transport` is what a token is asked for by."""
+    """Create the upstreams' credentials; `transport` carries the requests for tokens."""
     if secrets.token_client is not None:
         return ClientCredentials(secrets.token_client, transport)
     key = settings.upstream_api_key
@@ -291,7 +292,7 @@ def create_credentials(
 
 
 def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
-    """What calls, probes and the asking for tokens go by."""
+    """Create the connections for calls, probes and requests for tokens."""
     limits = ConnectionLimits(
         connect_timeout=settings.connect_timeout,
         max_age=settings.upstream_max_age,
@@ -301,7 +302,7 @@ def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
     tokens = [secrets.token_client.url] if secrets.token_client else []
     named = [one.url for one in secrets.upstreams.sources if not one.url.startswith(BY_NAME)]
     hosts = [Upstream.from_url(url).host for url in (*named, *tokens)]
-    # A file may come to hold a name.
+    # A file may later contain a host name.
     lookup = SystemLookup() if secrets.upstreams.files else system_lookup(hosts)
     return ConnectionPool(limits, Resolver(lookup), secrets.upstream_tls)
 
@@ -309,7 +310,7 @@ def create_connections(settings: Settings, secrets: Secrets) -> ConnectionPool:
 def create_discovery(
     settings: Settings, secrets: Secrets, pool: UpstreamPool, prober: Prober, connections: ConnectionPool
 ) -> Discovery:
-    """What has the pool hold the upstreams that the settings lead to, as they come and go."""
+    """Create the discovery, which keeps the pool in step with the configured upstreams as they come and go."""
 
     def changed(came: list[Upstream], gone: list[Upstream], doubted: list[Upstream]) -> None:
         prober.follow(came, gone)
@@ -317,7 +318,7 @@ def create_discovery(
             connections.leave(upstream)
         connections.forget_hosts({one.at for one in gone} - {one.at for one in pool})
 
-    # Not SystemLookup itself, which tests stand in for.
+    # A lambda, because tests replace SystemLookup.
     return Discovery(secrets.upstreams.sources, pool, lambda: SystemLookup(), settings.probe_interval, changed)
 
 
@@ -328,7 +329,7 @@ def create_prober(
     transport: httpx.AsyncBaseTransport,
     aliases: Mapping[str, Alias],
 ) -> Prober:
-    """What probes the upstreams as these settings say."""
+    """Create the prober of the upstreams for these settings."""
     several = settings.may_have_several
     return Prober(
         pool,
@@ -345,7 +346,7 @@ def create_prober(
 
 
 def _cors(settings: Settings) -> list[Middleware]:
-    """Around all else, as a page must be allowed to read errors, too."""
+    """The CORS middleware, outermost because a page must also be allowed to read errors."""
     if not settings.cors_origins:
         return []
     return [
@@ -355,7 +356,7 @@ def _cors(settings: Settings) -> list[Middleware]:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            # Into a private network, from a public one: not for every page there is.
+            # Access from a public into a private network: not allowed for every origin.
             allow_private_network="*" not in settings.cors_origins,
             expose_headers=[
                 "x-request-id",

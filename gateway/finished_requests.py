@@ -1,4 +1,4 @@
-"""Requests that have ended, until they are counted, traced and logged: several at a time."""
+"""Collects ended requests until they are counted, traced and logged in batches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gateway.relay.record import Record
 
 _log = logging.getLogger(__name__)
 
-# Ended requests are counted and logged so many at a time, or after so many seconds: the same work in a row costs half
-# of what it costs between two requests, but a longer row would hold up other requests' events.
+# Ended requests are counted and logged in batches of so many, or by the periodic work: in a batch the same work costs
+# half of its cost between two requests, but a larger batch would delay other requests' events.
 _SETTLED_TOGETHER: Final = 16
 
 
 class Observer(Protocol):
-    """What is told of them, too, where requests are traced."""
+    """Also receives the ended requests if requests are traced."""
 
     def finished(self, records: list[Record]) -> None:
-        """These have ended."""
+        """Process requests that have ended."""
 
 
 class FinishedRequests:
-    """Data-path requests that have ended and are to be counted, traced and logged."""
+    """Data-path requests that have ended but are not yet counted, traced and logged."""
 
     def __init__(
         self, metrics: RequestMetrics, recent: RecentRequests, request_log: RequestLog, tracer: Observer | None
@@ -37,22 +37,22 @@ class FinishedRequests:
         self._waiting: list[Record] = []
 
     def add(self, record: Record) -> None:
-        """One more."""
+        """Add an ended request; flush a full batch."""
         self._waiting.append(record)
         if len(self._waiting) >= _SETTLED_TOGETHER:
             try:
                 self.flush()
             except Exception:
-                # The call that has ended has yet to be answered.
+                # Not raised further: the ended call must still be answered.
                 _log.exception("requests that have ended could not be counted or logged")
 
     def flush(self) -> None:
-        """Count, trace and log those that wait."""
+        """Count, trace and log the collected requests."""
         if not self._waiting:
             return
         finished, self._waiting = self._waiting, []
         self._metrics.finished(finished)
         self._recent.add(finished)
         if self._tracer is not None:
-            self._tracer.finished(finished)  # before their lines, which name the traces
+            self._tracer.finished(finished)  # before the log lines, which contain the trace ids
         self._request_log.records(finished)

@@ -1,4 +1,4 @@
-"""Periodic work: time limits, finished requests, the queue, samples and memory."""
+"""Periodic work: timeouts, finished requests, the queue, samples and memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 _LOOK_AFTER = 0.1
 
 
-# The time limits are looked at after so many, or after a tenth of the shortest: to look at thousands of calls holds up
-# their events, too.
+# The timeouts are checked after so many seconds, or after a tenth of the shortest timeout: checking thousands of calls
+# delays their events.
 _LIMITS_AFTER = 1.0
 
 
@@ -30,7 +30,7 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
     trimmer = MemoryTrimmer()
     for look in itertools.count():
         await asyncio.sleep(seconds)
-        # What fails here is a bug of ours, and must not be the end of all time limits.
+        # An error here is a bug in the gateway and must not end the checks of all timeouts.
         if look % every == 0 or data_path.drain.began:
             try:
                 end_overdue(data_path)
@@ -41,7 +41,7 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
         except Exception:
             _log.exception("requests that have ended could not be counted or logged")
         try:
-            data_path.queue.wake_all()  # an upstream may have come to serve, or be due for a trial
+            data_path.queue.wake_all()  # an upstream may now serve, or be due for a trial
         except Exception:
             _log.exception("requests that wait could not go on")
         if sampler is not None:
@@ -56,7 +56,7 @@ async def run_periodic_work(data_path: DataPath, finished: FinishedRequests, sam
 
 
 def end_overdue(data_path: DataPath) -> None:
-    """End the calls of which a time limit has passed."""
+    """End the calls that have passed a timeout."""
     for call in data_path.overdue():
         try:
             call.check_timeouts()

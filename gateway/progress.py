@@ -1,4 +1,4 @@
-"""Progress of what takes long: a live display on a terminal, plain lines elsewhere."""
+"""The progress of long tasks: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# Columns of the bar, and of spinner, time and the blanks between all.
+# Widths in columns: the bar; the spinner, the time and all blanks.
 _BAR = 20
 _BESIDE = 15
 
 
 class Update(Protocol):
-    """Tells how far a task is, from 0 to 1, and what it does now."""
+    """Reports the progress of a task, from 0 to 1, and its current step."""
 
     def __call__(self, share: float, note: str = "") -> None: ...
 
 
 class Display:
-    """What `up` says to the person who started it."""
+    """The output of `up` for the person who started it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
@@ -34,9 +34,9 @@ class Display:
 
     @contextlib.contextmanager
     def task(self, label: str, *, in_steps: bool = False) -> Iterator[Update]:
-        """Show the progress of one task; the terminal is clean again after it, however it ended.
+        """Show the progress of one task; afterwards the display is removed, even after an error.
 
-        `in_steps`: its notes are few, and how far it is is a guess.
+        `in_steps`: the task has few notes, and its progress is a guess.
         """
         if not self._console.is_terminal:
             yield self._steps(label) if in_steps else self._lines(label)
@@ -53,7 +53,7 @@ class Display:
             yield update
 
     def _lines(self, label: str) -> Update:
-        """A line for each quarter of the way: enough for a log, and a sign of life."""
+        """Print a line for each quarter of the task: enough for a log, and a sign of life."""
         said = -1
 
         def update(share: float, note: str = "") -> None:
@@ -66,7 +66,7 @@ class Display:
         return update
 
     def _steps(self, label: str) -> Update:
-        """A line for each step, with the seconds at which it began."""
+        """Print a line for each step, with the seconds from the task's start to the step's."""
         said, began = "", time.monotonic()
 
         def update(share: float, note: str = "") -> None:

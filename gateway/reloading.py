@@ -1,4 +1,4 @@
-"""Reads the files that the settings name anew, at SIGHUP and when they have changed; what is wrong changes nothing."""
+"""Reloads the files that the settings name, at SIGHUP and after a change; an invalid file changes nothing."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from gateway.upstream.discovery import Discovery
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two looks at the files; one that has changed is read when it was the same for two of them.
+# Seconds between two checks of the files; a changed file is read once two checks found it the same.
 _EVERY = 2.0
 
-# Device, inode, number of names, size and time of change of what a path leads to; None where it leads nowhere. A file
-# that is mounted by itself has no name left where another has taken its place.
+# Device, inode, link count, size and modification time of the file at a path; None if there is no file. A file that is
+# mounted by itself has a link count of zero after another file has replaced it.
 _Seen = tuple[int, int, int, int, int] | None
 
 
 class WatchedFiles:
-    """Some files, each as it was when it was looked at last. To look may take long where a disk or a network hangs.
+    """Some files, each with its state at the last check. A check may take long if a disk or a network hangs.
 
-    The system is asked of each: mounted files, and links that are swapped, as Kubernetes does it, send no events to who
-    watches them or their folder.
+    The files are polled: mounted files, and links swapped as Kubernetes does it, send no events to watchers of the file
+    or its folder.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._read = self._seen = _look(files)
 
     def look(self, files: Iterable[Path]) -> bool:
-        """Whether these are others than they were when `read` was called last, and have stood still for one look."""
+        """Whether the files differ from their state at the last `read`, and were the same in the check before."""
         before, self._seen = self._seen, _look(files)
         return self._seen == before and self._seen != self._read
 
     def read(self) -> None:
-        """They are read, as they were at the last look."""
+        """Mark the files as read in the state of the last check."""
         self._read = self._seen
 
 
@@ -66,9 +66,9 @@ def _seen(file: Path) -> _Seen:
 
 @dataclass(slots=True)
 class _Watched:
-    """Files that belong together: what they are, which, and what reads them, which raises SettingsError.
+    """Files that are reloaded together: a text for the log, their paths and their reader.
 
-    `fault` is what was wrong with them when they were read last.
+    `read` raises SettingsError. `fault` is the error of the last read, if any.
     """
 
     what: str
@@ -82,7 +82,7 @@ class _Watched:
 
 
 class Reloading:
-    """What the files say, put to use: keys, our certificate, upstreams with keys and certificates, aliases."""
+    """Applies the files: client keys, own certificate, upstreams with their keys and certificates, and aliases."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Reloading:
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """For as long as the context lasts."""
+        """Watch the files within the context."""
         watching = asyncio.create_task(self._watch())
         try:
             yield
@@ -128,7 +128,7 @@ class Reloading:
             await asyncio.gather(watching, return_exceptions=True)
 
     def reread(self) -> None:
-        """Read all files soon, whether they have changed or not."""
+        """Read all files soon, even if they have not changed."""
         self._asked.set()
 
     async def _watch(self) -> None:
@@ -144,13 +144,13 @@ class Reloading:
                 try:
                     await self._read_if_changed(one, asked=asked)
                 except Exception:
-                    # A bug of ours, which must not be the end of all looks.
+                    # A bug in the gateway, which must not end the watching.
                     _log.exception("the files were not read again")
 
     async def _read_if_changed(self, one: _Watched, *, asked: bool) -> None:
-        # In a thread, as a disk that hangs is not to hold up calls.
+        # In a thread, because a hanging disk must not delay calls.
         changed = await asyncio.to_thread(one.seen.look, one.files())
-        # What is wrong may be so by a file that is named there, and that nobody watches yet.
+        # After an error read again each time: the cause may be a file named in these files and not watched yet.
         if not changed and not asked and not one.fault:
             return
         one.seen.read()
@@ -166,7 +166,7 @@ class Reloading:
 
     async def _read_certificate(self) -> str:
         assert self._own_tls is not None
-        own_tls(self._settings)  # lest one that is wrong spoil the one that is in use
+        own_tls(self._settings)  # an invalid certificate must not spoil the context in use
         load_certificate(self._own_tls, self._settings)
         self.certificate_ends_at = ends = ends_at(self._own_tls)
         until = "" if ends is None else f", good until {datetime.fromtimestamp(ends, UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -207,7 +207,7 @@ class Reloading:
         return f"upstreams read again: {len(found.sources)}"
 
     def _use_aliases(self, upstreams: Upstreams) -> None:
-        # In place, as the data path holds it; without a moment in which there are none.
+        # In place, because the data path holds this dict; never empty in between.
         made = {name: Alias(name, weights) for name, weights in upstreams.aliases.items()}
         for name in self._aliases.keys() - made.keys():
             del self._aliases[name]
