@@ -1,1 +1,1 @@
-"""The status page and what feeds it."""
+"""The status page and the data that feeds it."""

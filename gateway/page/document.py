@@ -1,4 +1,4 @@
-"""The page as one document: its parts put together, and what a browser may do with it."""
+"""The page as one HTML document with its parts inlined, and its security headers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from hashlib import sha256
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "static"
-# The lines of the page that name its parts, one after the other.
+# The consecutive lines of the page that name its parts.
 _STYLES = re.compile(r'(?:\s*<link rel="stylesheet" href="[^"]+">)+')
 _SCRIPTS = re.compile(r'(?:\s*<script src="[^"]+"></script>)+')
 _NAME = re.compile(r'(?:href|src)="([^"]+)"')
-# What is for readers of the files alone: comments and indentation, and in styles the space around their marks.
+# Removed because only readers of the files need them: comments, indentation, and in styles the space around marks.
 _COMMENTS = re.compile(r"^\s*(?://.*|/\*.*\*/)\n|^\s+| // .*$", re.MULTILINE)
 _SPACE = re.compile(r"\s*([{};,>])\s*|(?<=:) ")
 
 
 class Document:
-    """It loads nothing, runs no other code than its own, and talks to no other host than the one it came from."""
+    """The page: it loads nothing, runs only its own code, and talks only to the host it came from."""
 
     def __init__(self) -> None:
         html = _COMMENTS.sub("", (_FOLDER / "index.html").read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ class Document:
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
-            # No text becomes markup or code.
+            # Text never becomes markup or code.
             "require-trusted-types-for 'script'",
             "trusted-types 'none'",
         ]
@@ -51,7 +51,7 @@ class Document:
 
 
 def _joined(html: str, lines: re.Pattern[str]) -> str:
-    """The files that these lines of the page name, as one."""
+    """The files that these lines of the page name, joined."""
     found = lines.search(html)
     assert found is not None
     parts = ((_FOLDER / name).read_text(encoding="utf-8") for name in _NAME.findall(found[0]))

@@ -1,4 +1,4 @@
-"""One sampler for all who watch: how the gateway and its upstreams are, each second and for the last five minutes."""
+"""Samples the status of the gateway and its upstreams, each second and for five minutes, for all watchers."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from gateway.wire import sse
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two samples, how many are kept, and how long one waits for what the upstreams say of themselves.
+# Seconds between two samples, how many are kept, and seconds that a sample waits for the upstreams' metrics.
 _EVERY = 1.0
 _KEPT = 300
 _PATIENCE = 0.5
-# A rate is that of so many samples, as two alone say little; first tokens are those of the last minute.
+# A rate is over so many samples, because two alone say little; first tokens are those of the last minute.
 _RATE_OF = 6
 _FIRST_TOKENS_OF = 60.0
-# Seconds for which the metrics of an upstream count.
+# Seconds for which the metrics of an upstream are valid.
 _GOOD_FOR = 3.0
-# Prefix hits are those of so many samples: a minute's.
+# Prefix hits are over so many samples: one minute.
 _HITS_OF = 60
-# Each costs an event a second, through the app.
+# Each watcher costs one event per second, sent through the app.
 MOST_WATCHERS = 64
 
 
 class _Rate:
-    """How fast a count grows."""
+    """The growth rate of a counter."""
 
     def __init__(self) -> None:
         # The time and the count of each sample.
         self._samples = Ring(_RATE_OF, 2)
 
     def add(self, now: float, count: float) -> None:
-        """Add a sample; after a gap, or a restart of the counter, begin anew."""
+        """Add a sample; start over after a gap or a restart of the counter."""
         at, counts = self._samples.columns()
         if at and (count < counts[-1] or now - at[-1] >= _GOOD_FOR):
             self._samples.clear()
@@ -55,21 +55,21 @@ class _Rate:
 
     @property
     def a_second(self) -> float | None:
-        """None where it is not known yet."""
+        """The rate per second; None if it is not known yet."""
         at, counts = self._samples.columns()
         seconds = at[-1] - at[0] if at else 0
         return (counts[-1] - counts[0]) / seconds if seconds > 0 else None
 
 
 class _HitRate:
-    """Which part of the last minute's prompts a prefix cache had."""
+    """The prefix cache hit rate of the last minute's prompts."""
 
     def __init__(self) -> None:
         # The time, hits and queries of each sample.
         self._samples = Ring(_HITS_OF, 3)
 
     def add(self, now: float, hits: float, queries: float) -> None:
-        """Add a sample; after a gap, or a restart of the counters, begin anew."""
+        """Add a sample; start over after a gap or a restart of the counters."""
         at, _, counts = self._samples.columns()
         if at and (queries < counts[-1] or now - at[-1] >= _GOOD_FOR):
             self._samples.clear()
@@ -77,7 +77,7 @@ class _HitRate:
 
     @property
     def part(self) -> float | None:
-        """From 0 to 1, by tokens; None where no prompt came."""
+        """The hit rate from 0 to 1, by tokens; None if no prompt came."""
         _, hits, queries = self._samples.columns()
         asked = queries[-1] - queries[0] if queries else 0
         return (hits[-1] - hits[0]) / asked if asked > 0 else None
@@ -91,12 +91,12 @@ class _History:
         self._samples = Ring(_KEPT, len(self._names))
 
     def add(self, figures: dict[str, float | None]) -> None:
-        """Add a sample that has all the names; the oldest goes."""
+        """Add a sample that has all names; the oldest sample is dropped."""
         found = [figures[name] for name in self._names]
         self._samples.extend([math.nan if figure is None else figure for figure in found])
 
     def series(self) -> dict[str, list[float | None]]:
-        """By name, the oldest first."""
+        """The values by name, oldest first."""
         return {
             name: [None if math.isnan(figure) else figure for figure in column]
             for name, column in zip(self._names, self._samples.columns(), strict=True)
@@ -104,7 +104,7 @@ class _History:
 
 
 class _UpstreamSample:
-    """The last metrics of an upstream, and the clock's time at which they came."""
+    """The last metrics of an upstream, and the clock's time when they arrived."""
 
     def __init__(self) -> None:
         self.load: VllmLoad | None = None
@@ -113,14 +113,14 @@ class _UpstreamSample:
         self.hits = _HitRate()
 
     def add(self, now: float, load: VllmLoad | None) -> None:
-        """What it says of itself now."""
+        """Add the metrics that the upstream reports now."""
         self.load, self.at = load, now
         if load is not None:
             self.generated.add(now, load.generated)
             self.hits.add(now, load.found, load.looked_for)
 
     def figures(self, now: float) -> dict[str, float | None]:
-        """As they are shown: None where they are not known, or no more; prefix hits only where a prompt came."""
+        """The figures for the page: None if unknown or outdated; prefix hits only if a prompt came."""
         load = self.load if now - self.at < _GOOD_FOR else None
         if load is None:
             return {"running": None, "waiting": None, "kv_cache": None, "tokens_per_second": None}
@@ -167,19 +167,19 @@ class Sampler:
             self._sample()
 
     async def close(self) -> None:
-        """Take no more."""
+        """Stop sampling."""
         tasks = [*self._asking.values(), *([self._sampling] if self._sampling else [])]
         for one in tasks:
             one.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def report(self) -> bytes:
-        """How all is now, and was."""
+        """The status now, with the history."""
         await self._ask()
         return orjson.dumps(self._report() | {"history": self._history.series()})
 
     def begin_watch(self) -> bool:
-        """Take one of the places from which one may `watch`; False where none is free. `end_watch` gives it back."""
+        """Take a place for a `watch`; False if none is free. `end_watch` gives it back."""
         free = self._watchers < MOST_WATCHERS
         self._watchers += free
         return free
@@ -189,7 +189,7 @@ class Sampler:
         self._watchers -= 1
 
     async def watch(self) -> AsyncGenerator[bytes, None]:
-        """The same as an event and, with each sample, one of how all is then, until the gateway ends."""
+        """The report as an event, then one event with the status per sample, until the gateway shuts down."""
         yield sse.encode(await self.report())
         while not self._ends:
             await self._sampled.wait()
@@ -204,7 +204,7 @@ class Sampler:
             await self._ask()
             self._sample()
         except Exception:
-            # A bug of ours, which must not be the end of all samples.
+            # A bug in the gateway, which must not end all samples.
             _log.exception("a sample failed")
 
     def _sample(self) -> None:
@@ -218,12 +218,12 @@ class Sampler:
             sampled.set()
 
     async def _ask(self) -> None:
-        """Ask the upstreams for their metrics, at most once a second however many watch."""
+        """Request the upstreams' metrics, at most once a second for any number of watchers."""
         now = self._path.time()
         if now - self._asked_at >= _EVERY * 0.9:
             self._asked_at = now
             for upstream in self._path.pool:
-                # Others are probed each second anyway.
+                # Upstreams in other states are probed each second anyway.
                 if upstream.state == "serving" and upstream not in self._asking:
                     self._asking[upstream] = asyncio.create_task(self._hear(upstream))
         if self._asking:
@@ -258,7 +258,7 @@ class Sampler:
         upstreams = self._prober.report(now)
         known = [one for one in (*self._path.pool, *self._path.pool.leaving) if one.in_flight or not one.gone]
         self._samples = {one: self._samples.get(one) or _UpstreamSample() for one in known}
-        # Names that lead to none stand behind them.
+        # The report lists names without addresses after the upstreams.
         for upstream, sample in zip(upstreams, chain(self._samples.values(), repeat(_UpstreamSample())), strict=False):
             upstream |= sample.figures(now) if upstream["state"] == "serving" else _UpstreamSample().figures(now)
         serving = any(upstream["state"] == "serving" for upstream in upstreams)
@@ -275,13 +275,13 @@ class Sampler:
         }
 
     def _models(self, upstreams: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """For each served model its upstreams, and its calls that run and wait; None names what is not served."""
+        """For each served model its upstreams and running and waiting calls; the name None is for models not served."""
         served = self._path.pool.models
         listed: Counter[str] = Counter(model for upstream in upstreams for model in upstream["models"])
         serving = Counter(
             model for upstream in upstreams if upstream["state"] == "serving" for model in upstream["models"]
         )
-        # A name that a client has made up is not shown; where one model is served, a call need not name it.
+        # A name that a client made up is not shown; if one model is served, a call need not name it.
         names: dict[str | None, str | None] = {model: model for model in served}
         unnamed = served[0] if len(served) == 1 else None
         waiting = Counter(names.get(call.model, unnamed) for call in self._path.queue)
@@ -299,7 +299,7 @@ class Sampler:
         ]
 
     def _keys(self, now: float) -> list[dict[str, Any]] | None:
-        """For each key, by its name, its calls that run and wait, and what is left of its minute; None without keys."""
+        """For each key its name, running and waiting calls, and the rest of its minute's limits; None without keys."""
         if self._path.keys is None:
             return None
         return [
