@@ -1,4 +1,4 @@
-"""What counts of the environment, or of a file of settings, and how settings are read from it."""
+"""Selects the usable variables of the environment or of a settings file, and reads settings from them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pydantic_settings import (
 
 from gateway.config.secret_files import BadSecretFile, with_files
 
-# What Kubernetes puts into the containers beside a Service that is named `gateway`, `gateway-…` or `llm-usvc`: names
-# that no setting has, and `…_PORT`, which may be one, with a URL.
+# Variables that Kubernetes sets in containers beside a Service named `gateway`, `gateway-…` or `llm-usvc`. No setting
+# has these names except `…_PORT`, which may be a setting: the one from Kubernetes holds a URL.
 _SERVICES = re.compile(
     r"(GATEWAY(?:_\w+?)??|LLM_USVC)_(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?|(PORT))"
 )
 
 
 class SettingsError(Exception):
-    """One or more settings are wrong; the text has a sentence for each, a line each."""
+    """One or more settings are wrong; the text has one sentence per wrong setting, each on its own line."""
 
 
 def service_of(name: str, value: str | None) -> str | None:
-    """The Service that Kubernetes has made this variable of; None where it may be a setting."""
+    """The Service for which Kubernetes made this variable; None if the variable may be a setting."""
     found = _SERVICES.fullmatch(name)
     if found is None or (found[2] and not re.match(r"(tcp|udp|sctp)://", value or "")):
         return None
@@ -35,16 +35,17 @@ def service_of(name: str, value: str | None) -> str | None:
 
 
 def unquoted(found: Mapping[str, str | None]) -> dict[str, str]:
-    """What has a value, without the quotes that `docker run --env-file` keeps."""
+    """The variables that have a value, without the quotes that `docker run --env-file` keeps."""
     return {
         name: re.sub(r"""^(["'])(.*)\1$""", r"\2", value, flags=re.DOTALL) for name, value in found.items() if value
     }
 
 
 def usable(found: Mapping[str, str | None]) -> dict[str, str]:
-    """What counts: values without the quotes that `docker run --env-file` keeps; an empty one is no value.
+    """The variables that may be settings, without the quotes that `docker run --env-file` keeps.
 
-    Secrets that are given as files are read. Raises SettingsError where one cannot be.
+    An empty variable counts as unset. Secrets that are given as files are read. Raises SettingsError if such a file
+    cannot be read.
     """
     try:
         given = with_files(unquoted(found))
@@ -54,21 +55,21 @@ def usable(found: Mapping[str, str | None]) -> dict[str, str]:
 
 
 class _Environment(EnvSettingsSource):
-    """The process's environment, of which only what is usable."""
+    """The usable variables of the process's environment."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
         return usable(super()._load_env_vars())
 
 
 class _File(DotEnvSettingsSource):
-    """The file of settings, likewise."""
+    """The usable variables of the settings file."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
         return usable(super()._load_env_vars())
 
 
 class EnvironmentSettings(BaseSettings):
-    """What all our settings share: they go by their exact names in the environment alone."""
+    """Base of all our settings classes: a setting is found in the environment by its exact name only."""
 
     model_config = SettingsConfigDict(
         case_sensitive=True, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True

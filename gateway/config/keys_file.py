@@ -1,4 +1,4 @@
-"""The keys that clients must bring: read at the start, and again while their file may be being written."""
+"""Reads the API keys of clients, at the start and again while their file may be being written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.admission.keys import BadKeys, Key, from_lines, from_secrets
 from gateway.config.environment import SettingsError
 from gateway.config.settings import Settings
 
-# Seconds between two reads of a file, and that one must stand still whose last line has no end.
+# Seconds between two reads of a file, and seconds that a file without a final newline must stay unchanged.
 _BETWEEN = 0.2
 _STANDS_STILL = 2.0
 
@@ -25,7 +25,7 @@ class _Read(NamedTuple):
 
 
 def client_keys(settings: Settings) -> dict[bytes, Key] | None:
-    """The keys that clients must bring, by their hashes; None where anyone may call.
+    """The API keys of clients, by their hashes; None if no key is required.
 
     Raises SettingsError for a file that cannot be read or is wrong.
     """
@@ -36,10 +36,11 @@ def client_keys(settings: Settings) -> dict[bytes, Key] | None:
 async def reread_client_keys(
     settings: Settings, pause: Callable[[float], Awaitable[object]] = asyncio.sleep
 ) -> dict[bytes, Key] | None:
-    """The same of a file that may be being written: half of a line, or of the lines, would take away keys or limits.
+    """Read the keys again from a file that may be being written.
 
-    `pause` waits for so many seconds. Raises SettingsError for a file that changes meanwhile, too. One that is whole
-    and shorter than before takes away what it lacks.
+    A partly written line or file would remove keys or limits, so a file that changes between two reads is refused.
+    A complete file that is shorter than before does remove the keys it lacks. `pause` waits for that many seconds.
+    Raises SettingsError as `client_keys` does, and for a file that changes.
     """
     file = settings.api_keys_file
     if file is None:
@@ -60,7 +61,7 @@ async def reread_client_keys(
 def _read(file: Path) -> _Read:
     try:
         content, status = _content(file)
-        if status.st_nlink == 0:  # which it may have lost just now to another
+        if status.st_nlink == 0:  # a new file may have replaced it just now, so read once more
             content, status = _content(file)
     except OSError as error:
         raise SettingsError(

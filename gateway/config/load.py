@@ -25,7 +25,7 @@ _Sources = tuple[Mapping[str, str], ...]
 def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Secrets, list[str]]:
     """The gateway's settings, the secrets that they name, and the warnings about them.
 
-    `given` comes from the command line and wins over the environment, which wins over `env_file`.
+    `given` comes from the command line and overrides the environment, which overrides `env_file`.
     Raises SettingsError for a wrong value, an unknown `GATEWAY_` name or a file that cannot be read.
     """
     sources = _sources(env_file)
@@ -49,7 +49,7 @@ def load(env_file: str | Path | None = None, **given: Any) -> tuple[Settings, Se
 
 
 def asks_for_traces() -> bool:
-    """Whether OpenTelemetry's own variables ask for traces, which its SDK reads by itself."""
+    """Whether OpenTelemetry's own variables enable traces; its SDK reads these variables by itself."""
     given = usable(os.environ)
     exporters = re.split(r"[,\s]+", given.get("OTEL_TRACES_EXPORTER", "otlp").strip())
     return (
@@ -87,12 +87,12 @@ def _doubts_about_services(environment: Mapping[str, str]) -> Iterable[str]:
 
 
 def differing(kind: type[BaseSettings], env_file: str | Path | None) -> list[str]:
-    """A sentence for each name whose setting has another name with another value. Raises SettingsError."""
+    """One sentence for each setting that is set under two names to different values. Raises SettingsError."""
     return list(_differing_names(kind, _sources(env_file)))
 
 
 def child_environment(env_file: str | Path | None = None) -> dict[str, str]:
-    """What a child process gets: the environment, over what the file of settings says, and secrets as themselves."""
+    """The environment of a child process: ours overrides the settings file, and secrets are given as values."""
     environment, *file = _sources(env_file)
     given = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in NAMES}
     secrets = {name: environment[name] for name in NAMES if name in environment}
@@ -110,7 +110,7 @@ def build(kind: type[T], env_file: str | Path | None, **given: Any) -> T:
 
 
 def _sources(env_file: str | Path | None) -> _Sources:
-    """What is usable of the environment, and of the file; the earlier beats the later."""
+    """The usable variables of the environment, then of the file; the earlier source overrides the later."""
     return tuple(usable(source) for source in _raw_sources(env_file))
 
 
@@ -128,7 +128,7 @@ def _raw_sources(env_file: str | Path | None) -> tuple[Mapping[str, str | None],
 
 
 def _found(names: Iterable[str], sources: Iterable[Mapping[str, Any]]) -> tuple[str, Any] | None:
-    """The name and value that count: of the first source that has any of the names, by the first of them."""
+    """The effective name and value: from the first source that has any of the names, by the first name it has."""
     return next(((name, source[name]) for source in sources for name in names if name in source), None)
 
 
@@ -158,7 +158,7 @@ def _sentences(error: ValidationError, kind: type[BaseSettings], sources: Iterab
         place = str(problem["loc"][0])
         field = next(field for field in kind.model_fields if place in (field, *names_of(field, kind)))
         name, _ = _found(names_of(field, kind), sources) or (names_of(field, kind)[0], None)
-        # What holds an @ may hold a password.
+        # A value with an @ may contain a password.
         secret = "SecretStr" in str(kind.model_fields[field].annotation) or "@" in str(problem["input"])
         value = "its value" if secret else repr(problem["input"])
         yield f"{name} is wrong: {value}. Allowed: {_allowed(problem['type'], problem['msg'])}."

@@ -1,25 +1,25 @@
-"""How much memory the process may have: the least of what its control groups allow."""
+"""Finds how much memory the process may use: the lowest limit of its control groups."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-# Where there is no limit.
+# Used if no limit is found.
 _DEFAULT = 1024**3
 
 
 def default_max_buffered_bytes(root: Path = Path("/")) -> int:
-    """Half of the memory that the container may have; 1 GiB where nothing says how much that is."""
+    """Half of the container's memory limit; 1 GiB if no limit is found."""
     limits = list(_limits(root))
     return min(limits) // 2 if limits else _DEFAULT
 
 
 def _limits(root: Path) -> Iterator[int]:
-    """Those of each group that the process is in: cgroups(7), of both versions, as far as they can be read.
+    """The limits of each group that the process is in: cgroups(7), both versions, as far as they can be read.
 
-    In a container the path is of the host's or begins at the container's own group, so that its parents are looked for
-    from both ends: what is not there is passed over.
+    In a container the path is the host's path or begins at the container's own group. So each parent of the path is
+    tried, and a path that does not exist is skipped.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
@@ -42,6 +42,6 @@ def _limits(root: Path) -> Iterator[int]:
                 found = (folder / one / name).read_text().strip()
             except OSError:
                 continue
-            # Version 2 says `max` where there is none, version 1 about as much as there can be of pages.
+            # Without a limit, version 2 says `max` and version 1 a number near the largest count of pages.
             if found.isdigit() and 0 < int(found) < 2**60:
                 yield int(found)

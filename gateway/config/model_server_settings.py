@@ -1,4 +1,4 @@
-"""What can be set of the local vLLM that `up` starts."""
+"""The settings of the local vLLM that `up` starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.config.environment import EnvironmentSettings
 
 
 class ModelServerSettings(EnvironmentSettings):
-    """Settings of the local vLLM that `up` starts; the names are those of the systems that this replaces."""
+    """Settings of the local vLLM that `up` starts; the names come from the systems that the gateway replaces."""
 
     port: int = Field(8008, ge=1, le=65535, validation_alias="LLM_VLLM_PORT", description="Port of the model server.")
     model: str | None = Field(

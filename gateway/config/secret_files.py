@@ -1,11 +1,11 @@
-"""Secrets that the environment gives as files: for a secret NAME, the path in NAME_FILE."""
+"""Reads secrets that the environment gives as files: NAME_FILE holds the path of the secret NAME."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-# Keys of clients are not among them: GATEWAY_API_KEYS_FILE holds their hashes, not the keys.
+# Client keys are not listed here: GATEWAY_API_KEYS_FILE holds their hashes, not the keys.
 NAMES = (
     "GATEWAY_UPSTREAM_API_KEY",
     "LLM_VLLM_API_KEY",
@@ -17,13 +17,13 @@ NAMES = (
 
 
 class BadSecretFile(Exception):
-    """A file has no secret that could be used; the text says which, and why."""
+    """A file has no usable secret; the text says which file, and why."""
 
 
 def with_files(environ: Mapping[str, str]) -> dict[str, str]:
-    """The same with each secret under its own name, without the blanks around it, and without the name of its file.
+    """The environment with each NAME_FILE replaced by NAME, which holds the stripped secret.
 
-    An empty name of a file is none. Raises BadSecretFile.
+    An empty NAME_FILE counts as unset. Raises BadSecretFile.
     """
     found = dict(environ)
     for name in NAMES:
@@ -35,7 +35,7 @@ def with_files(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def paths(environ: Mapping[str, str]) -> list[Path]:
-    """The files that it names."""
+    """The secret files that the environment names."""
     return [Path(path) for name in NAMES if (path := environ.get(f"{name}_FILE"))]
 
 

@@ -1,4 +1,4 @@
-"""The upstreams, keys, tokens and certificates that the settings name, read once a start."""
+"""The upstreams, keys, tokens and certificates that the settings name, read once per start."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OF_TOKENS = ("upstream_token_url", "upstream_client_id", "upstream_client_secre
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """Who is asked, whom we let in, who we are to the token server, whom we trust, and our own certificate.
+    """The upstreams, the client keys, our account at the token server, the CAs we trust, and our own certificate.
 
-    None is where there is none. `client_keys` are those that clients must bring, by their SHA-256. `upstream_tls` is
-    for calls, probes and the fetching of tokens. `files` hold what upstreams are shown and whom we trust, and `again`
-    makes the settings with what is in these now.
+    A field is None if nothing is configured for it. `client_keys` are the API keys of clients, by their SHA-256.
+    `upstream_tls` is for calls, probes and token requests. `files` hold the credentials for the upstreams and the CAs
+    that we trust. `again` builds the settings from the current content of these files.
     """
 
     upstreams: Upstreams
@@ -41,9 +41,9 @@ class Secrets:
 def read_secrets(
     settings: Settings, again: Callable[[], Settings] | None = None, files: Iterable[Path] = ()
 ) -> Secrets:
-    """All that these settings name. Raises SettingsError for what is missing, cannot be read or is wrong.
+    """Read all that these settings name. Raises SettingsError for a part that is missing, unreadable or wrong.
 
-    `again` makes the settings anew, with what is now in the `files` that hold their secrets.
+    `again` builds the settings anew, from the current content of the `files` that hold their secrets.
     """
     tokens = token_client(settings)
     trusted = [] if settings.upstream_ca_file is None else [settings.upstream_ca_file]
@@ -59,9 +59,9 @@ def read_secrets(
 
 
 def token_client(settings: Settings) -> TokenClient | None:
-    """Who we are to the token server; None where there is none, or a key in its place.
+    """Our account at the token server; None if there is no token server or an API key is set.
 
-    Raises SettingsError where a part of it is missing.
+    Raises SettingsError if only a part of the account is set.
     """
     url, name, secret = settings.upstream_token_url, settings.upstream_client_id, settings.upstream_client_secret
     if settings.upstream_api_key is not None:
@@ -78,10 +78,10 @@ def token_client(settings: Settings) -> TokenClient | None:
 
 
 def doubts_about_tokens(settings: Settings, client: TokenClient | None) -> Iterable[str]:
-    """A sentence for each thing about tokens that may not be as it was meant."""
+    """One warning for each token setting that may be a mistake."""
     given = [names_of(field)[0] for field in _OF_TOKENS if getattr(settings, field) is not None]
     if settings.upstream_api_key is not None and given:
         yield f"GATEWAY_UPSTREAM_API_KEY and {given[0]} are both set: the key is used, and no token."
-    # RFC 6749, 3.2: what is asked for a token has TLS; inside a cluster something else may see to that.
+    # RFC 6749, 3.2: a token endpoint must use TLS. Only a warning: in a cluster a service mesh or the like may add TLS.
     if client is not None and client.url.startswith("http:") and not is_loopback(urlsplit(client.url).hostname or ""):
         yield "GATEWAY_UPSTREAM_TOKEN_URL has no TLS: whoever is on the way there can read the client's secret."

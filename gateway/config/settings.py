@@ -1,4 +1,4 @@
-"""What can be set of the gateway: names, defaults, meanings, and what each value may be."""
+"""The settings of the gateway: their names, defaults, meanings and allowed values."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gateway.wire.client_address import Network
 from gateway.wire.heads import NOT_TO_UPSTREAM
 from gateway.wire.routes import NAMES
 
-# Where the command `chat` finds the key that it sends.
+# The variable with the key that the command `chat` sends.
 CLIENT_KEY = "GATEWAY_CHAT_KEY"
-# What the name of a file of upstreams stands behind.
+# The prefix of a value that names a file of upstreams.
 IN_FILE = "@"
-# Seconds that what is cut at the drain's end gets to write why.
+# Seconds that the calls still running at the drain's end get to write their error.
 CLOSING_TIME = 3
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
@@ -35,7 +35,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(EnvironmentSettings):
-    """Settings of the gateway. Each can be given as `GATEWAY_…`; some have an older name as well."""
+    """Settings of the gateway. Each can be set as `GATEWAY_…`; some have an older name as well."""
 
     model_config = SettingsConfigDict(alias_generator=lambda field: f"GATEWAY_{field.upper()}")
 
@@ -434,14 +434,14 @@ class Settings(EnvironmentSettings):
 
 
 def own_url(settings: Settings) -> str:
-    """Where this machine reaches the gateway that has these settings."""
+    """The URL at which this machine reaches the gateway that has these settings."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     scheme = "http" if settings.tls_cert_file is None else "https"
     return f"{scheme}://{authority(host, settings.port)}"
 
 
 def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, ...]:
-    """The environment names of a field, the one that wins first."""
+    """The environment names of a field, in order of precedence."""
     alias = settings.model_fields[field].validation_alias
     if isinstance(alias, AliasChoices):
         return tuple(str(choice) for choice in alias.choices)
@@ -449,7 +449,7 @@ def names_of(field: str, settings: type[BaseSettings] = Settings) -> tuple[str, 
 
 
 def table(kind: type[BaseSettings] = Settings) -> list[tuple[str, str, str]]:
-    """Names, default and meaning of every setting of a kind, for `vllm-gateway settings` and docs/settings.md."""
+    """Names, default and meaning of each setting of a class, for `vllm-gateway settings` and docs/settings.md."""
     rows = []
     for field, info in kind.model_fields.items():
         default = info.default

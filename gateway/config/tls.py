@@ -1,4 +1,4 @@
-"""Whom we trust and what we show of ourselves: the certificates that the settings name."""
+"""The TLS contexts for upstreams and for our own ports, from the certificates that the settings name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from gateway.config.settings import IN_FILE, Settings
 
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which `ssl` does not name.
 _ANY_TIME = 0x200000
-# No handshake has each side speak more often.
+# In no TLS handshake does a side send more flights than this.
 _FLIGHTS = 3
 
 
 def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | None:
-    """Whom calls, probes and the fetching of tokens trust.
+    """The TLS context of calls, probes and token requests.
 
-    None where nothing that is called can have TLS, as to read all certificates takes 1.5 MB.
+    None if no URL that is called can have TLS, because reading all certificates takes 1.5 MB.
 
-    Raises SettingsError for a file that cannot be read or holds none.
+    Raises SettingsError for a file that cannot be read or holds no certificate.
     """
     called = settings.upstreams if token_url is None else (*settings.upstreams, token_url)
     if not any(url.removeprefix("dns+").startswith(("https:", IN_FILE)) for url in called):
@@ -36,9 +36,9 @@ def upstream_tls(settings: Settings, token_url: str | None) -> ssl.SSLContext | 
 
 
 def trusting(file: Path | None, *, skip_verify: bool) -> ssl.SSLContext:
-    """What takes the certificates that those in the file have signed, the system's where there is none. Raises OSError.
+    """A context that trusts the CAs in the file, or the system's if there is no file. Raises OSError.
 
-    `skip_verify`: any certificate.
+    With `skip_verify` it accepts any certificate.
     """
     context = ssl.create_default_context(cafile=file)
     if skip_verify:
@@ -48,7 +48,7 @@ def trusting(file: Path | None, *, skip_verify: bool) -> ssl.SSLContext:
 
 
 def own_tls(settings: Settings) -> ssl.SSLContext | None:
-    """By which certificate the ports speak TLS; None where they do not.
+    """The TLS context of our own ports; None if they do not use TLS.
 
     Raises SettingsError for files that cannot be read or do not belong together.
     """
@@ -63,13 +63,13 @@ def own_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
-    """Have new connections show what is in the files now. Raises SettingsError."""
+    """Load the current certificate and key for new connections. Raises SettingsError."""
     certificate, key = settings.tls_cert_file, settings.tls_key_file
     assert certificate is not None
     try:
         # Without a password OpenSSL would ask for one at the terminal.
         context.load_cert_chain(certificate, key, password="")
-    except OSError as error:  # of OpenSSL's, too
+    except OSError as error:  # ssl.SSLError is one, too
         names = f"GATEWAY_TLS_CERT_FILE {str(certificate)!r}" + (f" with {str(key)!r}" if key else "")
         raise SettingsError(
             f"{names} cannot be used ({_certificate_fault(error)}): name a certificate and its key in PEM."
@@ -77,9 +77,10 @@ def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
 
 
 def ends_at(context: ssl.SSLContext) -> float | None:
-    """When the certificate that it shows ends, in seconds since 1970; None where that cannot be told.
+    """When the context's certificate expires, in seconds since 1970; None if that cannot be found out.
 
-    What `ssl` tells of a certificate it tells of a peer's, so it is shown to ourselves; its end may have passed.
+    `ssl` decodes only a peer's certificate, so a client in memory connects to the context. The certificate may have
+    expired already.
     """
     shown, seen = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(seen, shown, server_side=True)
@@ -100,7 +101,7 @@ def ends_at(context: ssl.SSLContext) -> float | None:
 
 
 def _handshake(server: ssl.SSLObject, client: ssl.SSLObject) -> ssl.SSLObject:
-    """The client, once the two have shaken hands."""
+    """The client, after the handshake of the two."""
     for one in (client, server) * _FLIGHTS:
         with contextlib.suppress(ssl.SSLWantReadError):
             one.do_handshake()

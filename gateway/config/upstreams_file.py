@@ -1,4 +1,4 @@
-"""Where upstreams are, and other names of models: of the settings, and of the files that these name with an `@`."""
+"""Reads upstreams and model aliases, from the settings and from the files that these name with an `@`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEAVIEST = 1_000_000.0
 
 @dataclass(slots=True)
 class Upstreams:
-    """Where they are, the other names of their models, and the files that say so."""
+    """The upstreams, the aliases of their models, and the files that list them."""
 
     sources: list[Source] = field(default_factory=list)
     aliases: dict[str, Weights] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Upstreams:
 
 
 def read_upstreams(settings: Settings) -> Upstreams:
-    """All that the settings lead to. Raises SettingsError for a file that cannot be read or is wrong."""
+    """All upstreams and aliases of the settings. Raises SettingsError for a file that cannot be read or is wrong."""
     found = Upstreams(aliases=dict(settings.model_aliases))
     for word in settings.upstreams:
         if word.startswith(IN_FILE):
@@ -41,7 +41,7 @@ def read_upstreams(settings: Settings) -> Upstreams:
 
 
 class _Wrong(ValueError):
-    """What is wrong with a line, in a clause that shows no secret."""
+    """A line is wrong; the text is a clause that says why and shows no secret."""
 
 
 def _read(file: Path, word: str, found: Upstreams, settings: Settings) -> None:
@@ -139,11 +139,11 @@ def _key(file: Path) -> str:
 def _trust(file: Path, settings: Settings) -> ssl.SSLContext:
     try:
         return trusting(file, skip_verify=settings.tls_skip_verify)
-    except OSError as error:  # of OpenSSL's, too
+    except OSError as error:  # ssl.SSLError is one, too
         why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise _Wrong(f"ca-file {str(file)!r} cannot be used ({why}): name a file of certificates in PEM") from None
 
 
 def _shown(word: str) -> str:
-    """A word of a line, but not what may be a password."""
+    """A word of a line for an error text, hidden if it may contain a password."""
     return "its value" if "@" in word else repr(word[:80])

@@ -1,4 +1,4 @@
-"""URLs of other servers, checked and brought into one form."""
+"""Checks and normalizes the URLs of other servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base_url(url: str) -> str:
 
 
 def upstream_url(url: str) -> str:
-    """A base URL; before it may stand `dns+`, where each address of its host is a server. Raises ValueError."""
+    """A base URL, or `dns+` and one: then each address of its host is a server. Raises ValueError."""
     rest = url.removeprefix("dns+")
     found = base_url(rest)
     if rest == url:
@@ -53,10 +53,10 @@ def token_url(url: str) -> str:
 
 
 def authority(host: str, port: int) -> str:
-    """`host:port` as it stands in a URL; an address of IPv6 in brackets (RFC 3986, 3.2.2)."""
+    """`host:port` as in a URL, with an IPv6 address in brackets (RFC 3986, 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
+    """Whether only this machine can reach a server at this host."""
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
