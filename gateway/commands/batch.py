@@ -1,4 +1,4 @@
-"""The command `batch`: a file of requests through a running gateway, and a file of results."""
+"""The command `batch`: sends a file of requests through a running gateway and writes a file of results."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ UNREAD = 128 + signal.SIGPIPE
 
 _AGAIN = "Run the same again to go on."
 _LOOK = 0.5
-# Seconds between two lines, where progress goes into a log; and those that its rate is of.
+# Seconds between two progress lines in a log, and seconds over which the rate is measured.
 _BETWEEN_LINES = 30
 _RATE_OF = 60
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What to send, where its results go, and to which gateway, `most` at a time."""
+    """The input file, the output file and the gateway; at most `most` requests run at a time."""
 
     source: str
     output: str
@@ -46,7 +46,10 @@ class BatchOptions:
 
 
 def batch(options: BatchOptions, warn: Callable[[str], None]) -> int:
-    """Check all of the input, then send what has no answer yet; the exit status. Raises BadInput or BadOutput."""
+    """Check the whole input, then send the requests without an answer.
+
+    Returns the exit status. Raises BadInput or BadOutput.
+    """
     with (
         input_file.opened(options.source) as source,
         output_file.opened(options.output, source.status) as output,
@@ -61,12 +64,12 @@ def batch(options: BatchOptions, warn: Callable[[str], None]) -> int:
                 for digest, request in source.unchanged(options.model, known):
                     if digest not in output.answered:
                         yield request
-            except BadInput as error:  # those that run may end
+            except BadInput as error:  # raised at the end, so that running requests may finish
                 changed.append(error)
 
         began = time.monotonic()
         status = asyncio.run(_Run(options, output, figures, warn).run(requests()))
-        # Whoever reads the notes may have left: that is no failure.
+        # The reader of standard error may have closed it, which is no failure.
         with contextlib.suppress(BrokenPipeError):
             if status != UNREAD:
                 warn(_summary(figures, time.monotonic() - began))
@@ -76,7 +79,7 @@ def batch(options: BatchOptions, warn: Callable[[str], None]) -> int:
 
 
 class _Run:
-    """Sending, as signals and the person who waits see it."""
+    """One run of the batch, with its signals and its progress display."""
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class _Run:
         self._signals = 0
 
     async def run(self, requests: Iterator[Request]) -> int:
-        """Send them; the exit status."""
+        """Send the requests; returns the exit status."""
         options, figures = self._options, self._figures
         clients = Clients(options.key, tls=options.url.startswith("https:"))
         sender = Sender(clients, options.url, self._output.write, figures)
@@ -122,7 +125,7 @@ class _Run:
         return FAILED if figures.failed else 0
 
     def _hear(self, sender: Sender, display: Display) -> None:
-        """A first signal lets end what runs, a second one does not."""
+        """First signal: let running requests finish. Second signal: cancel them."""
         loop = asyncio.get_running_loop()
         sending = asyncio.current_task()
 
@@ -135,14 +138,14 @@ class _Run:
                 sending.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            # What a shell starts in the background ignores Ctrl-C.
+            # A shell makes its background processes ignore Ctrl-C; keep that.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, signalled)
 
 
 @contextlib.asynccontextmanager
 async def _shown(figures: Figures) -> AsyncIterator[Display]:
-    """Show how far it is, for as long as this lasts: live on a terminal, else as lines."""
+    """Show the progress while this context is open: live on a terminal, else as lines."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     display = Display(console)
     rate = _Rate(figures)
@@ -167,14 +170,14 @@ async def _shown(figures: Figures) -> AsyncIterator[Display]:
 
 
 class _Rate:
-    """How many results come in a second, of late."""
+    """The recent rate of results, per second."""
 
     def __init__(self, figures: Figures) -> None:
         self._figures = figures
         self._seen = deque([(time.monotonic(), figures.done)])
 
     def now(self) -> float:
-        """From now and some looks before."""
+        """The rate over the samples of about the last minute, with a new one."""
         self._seen.append((time.monotonic(), self._figures.done))
         while len(self._seen) > 2 and self._seen[-1][0] - self._seen[1][0] > _RATE_OF:
             self._seen.popleft()

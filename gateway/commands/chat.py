@@ -1,4 +1,4 @@
-"""The command `chat`: asks a running gateway, and shows the answer while it comes."""
+"""The command `chat`: asks a running gateway and shows the answer as it streams."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ UNREAD = 128 + signal.SIGPIPE
 _CHAT = "/v1/chat/completions"
 _CONNECT_SECONDS = 5
 _LARGEST_EVENT = 1024 * 1024
-# How a RAG pipeline asks, as the README has it.
+# The prompt of a RAG pipeline, as in the README.
 _INSTRUCTION = (
     "### You are a helpful, respectful and honest assistant. Answer the question from the search results, which come "
     "from the local knowledge base. Ignore what is not relevant to the question. If you do not know the answer, say so."
 )
 _SOURCES = b"json: "
 _LEAVING = "Ctrl-D or /exit leaves."
-# Nothing that drives a terminal may get there from an answer. Written so, JSON stays JSON.
+# Control characters in an answer must not reach a terminal. Escaped as \uXXXX, JSON stays valid JSON.
 _DRIVING = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\r\n\t"]
 _SHOWN = {ord("\r"): "", **{code: f"\\u{code:04x}" for code in _DRIVING}}
 
 
 class Unwritable(Exception):
-    """Standard output takes nothing more; the cause says why."""
+    """Standard output cannot be written any more; the cause says why."""
 
 
 class Failed(Exception):
-    """There is no answer, or no whole one: the error in OpenAI's form, and the exit status."""
+    """The answer is missing or incomplete; holds the error in OpenAI's form and the exit status."""
 
     def __init__(self, error: Json, status: int = FAILED) -> None:
         super().__init__(error["message"])
@@ -61,9 +61,9 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Whom to ask, and how; `fields` are those of the request beside its messages.
+    """The gateway to ask, and the request; `fields` are the request's fields beside its messages.
 
-    `documents` are what is to be answered from, as a retriever's.
+    `documents` are the context of the answer, in the form of a retriever's documents.
     """
 
     url: str
@@ -74,20 +74,20 @@ class ChatOptions:
     documents: list[Json] = field(default_factory=list)
 
     def system_text(self) -> str | None:
-        """What the model is told before all else."""
+        """The text of the system message, with the documents."""
         if not self.documents:
             return self.system
         results = "\n\n".join(document["text"] for document in self.documents)
         return f"{self.system or _INSTRUCTION} ### Search results: {results} \n\n"
 
     def user_text(self, prompt: str) -> str:
-        """A question as it is asked."""
+        """The text of the user message."""
         return f"### Question: {prompt} \n\n" if self.documents else prompt
 
 
 @dataclass
 class Answer:
-    """What has come of an answer; its fields are those of the JSON that is written."""
+    """The answer received so far; its fields are the fields of the JSON output."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -99,7 +99,10 @@ class Answer:
     citations: list[Json] | None = None
 
     def take(self, told: Json) -> str:
-        """Note what a chunk or a whole reply says; its text. Raises what comes of one that is neither."""
+        """Store the values of a chunk or a whole reply, and return its text.
+
+        Raises ValueError, LookupError, TypeError or AttributeError for data that is neither.
+        """
         self.model = told.get("model") or self.model
         self.usage = told.get("usage") or self.usage
         self.cite(told.get("data"))
@@ -108,23 +111,23 @@ class Answer:
         return "".join([told["text"]] if "text" in told else map(_text, told["choices"]))
 
     def cite(self, data: Json | None) -> None:
-        """Note the citations of a reply's `data`, where it has any."""
+        """Store the citations of a reply's `data`, if it has any."""
         if data and data.get("reranked_docs"):
             self.citations = [{**one} for one in data["reranked_docs"]]
 
 
 class CtrlC:
-    """Has Ctrl-C raise KeyboardInterrupt where it is waited for, once, and nowhere else."""
+    """Makes Ctrl-C raise KeyboardInterrupt inside `heard`, once, and nowhere else."""
 
     def __init__(self) -> None:
         self._heard = False
-        # What a shell starts in the background ignores it.
+        # A shell makes its background processes ignore SIGINT; keep that.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._pressed)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """It is waited for inside this."""
+        """Ctrl-C raises KeyboardInterrupt inside this context."""
         self._heard = True
         try:
             yield
@@ -138,7 +141,7 @@ class CtrlC:
 
 
 class Output:
-    """Standard output, for answers and nothing else."""
+    """Standard output, which gets the answers and nothing else."""
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -147,7 +150,7 @@ class Output:
         self._in_line = False
 
     def write(self, text: str, encoding: str | None = None) -> None:
-        """At once, in the terminal's encoding unless it must be another; raises Unwritable."""
+        """Write and flush, in the encoding of standard output unless another is given. Raises Unwritable."""
         if self._terminal:
             text = text.translate(_SHOWN)
         if not text:
@@ -157,20 +160,20 @@ class Output:
             sys.stdout.buffer.write(text.encode(encoding or sys.stdout.encoding, "replace"))
             sys.stdout.buffer.flush()
         except OSError as error:
-            # What is left in the buffer would be tried again at Python's end, and complained of.
+            # Python would flush the rest of the buffer at its exit, and report the error again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise Unwritable from error
 
     def end_line(self) -> None:
-        """What comes next begins a line."""
+        """End the current line, so that the next text begins a line."""
         if self._in_line:
             self.write("\n")
 
 
 def read_prompt(prompt: str | None) -> str | None:
-    """The prompt, and what is piped in below it; None where there is neither, but somebody at a terminal.
+    """The prompt, with piped input below it; None if there is neither and standard input is a terminal.
 
-    Raises ValueError, which says why there is nothing to ask.
+    Raises ValueError, whose text says why there is nothing to ask.
     """
     piped = None
     if sys.stdin is not None and not sys.stdin.isatty():
@@ -187,7 +190,7 @@ def read_prompt(prompt: str | None) -> str | None:
 
 
 def read_documents(files: Sequence[str]) -> list[Json]:
-    """These texts as a retriever's documents, numbered from 1. Raises ValueError, which names the file."""
+    """The files' texts as a retriever's documents, numbered from 1. Raises ValueError, which names the file."""
     documents = []
     for number, file in enumerate(files, 1):
         try:
@@ -203,7 +206,7 @@ def read_documents(files: Sequence[str]) -> list[Json]:
 
 
 def run(options: ChatOptions, prompt: str | None) -> int:
-    """Ask once, or without a prompt talk with whom is at the terminal; the exit status."""
+    """Ask once, or without a prompt start a conversation at the terminal; returns the exit status."""
     try:
         chat = Chat(options, Output(), CtrlC())
         return chat.talk() if prompt is None else chat.ask(prompt)
@@ -215,7 +218,7 @@ def run(options: ChatOptions, prompt: str | None) -> int:
 
 
 class Chat:
-    """A conversation with a gateway, which is told all of it with each question."""
+    """A conversation with a gateway; each question is sent with all messages before it."""
 
     def __init__(self, options: ChatOptions, output: Output, ctrl_c: CtrlC) -> None:
         self._options = options
@@ -223,14 +226,14 @@ class Chat:
         self._ctrl_c = ctrl_c
         system = options.system_text()
         self._messages: list[Json] = [{"role": "system", "content": system}] if system else []
-        # To read all of the system's certificates takes a while.
+        # Only for https: reading all of the system's certificates takes a while.
         secure = options.url.startswith("https:")
         self._tls = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def talk(self) -> int:
-        """Ask what is typed, until the end."""
+        """Ask each typed question, until the user leaves."""
         with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # input() then edits its line, and knows those before
+            importlib.import_module("readline")  # gives input() line editing and a history
         _note(f"Talking to {self._options.url}. Ctrl-C stops an answer. {_LEAVING}")
         while True:
             try:
@@ -250,7 +253,7 @@ class Chat:
                     self.ask(prompt)
 
     def ask(self, prompt: str) -> int:
-        """Ask, and show what comes."""
+        """Ask, and show the answer; returns the exit status."""
         messages = [*self._messages, {"role": "user", "content": self._options.user_text(prompt)}]
         answer, failure, began = Answer(), None, time.monotonic()
         try:
@@ -261,7 +264,7 @@ class Chat:
         except Failed as error:
             failure = error
         answer.seconds = _since(began)
-        if answer.text:  # a question without an answer is forgotten, as models want the two in turns
+        if answer.text:  # drop a question without an answer: models expect questions and answers in turns
             self._messages = [*messages, {"role": "assistant", "content": answer.text}]
         self._end(answer, failure)
         return failure.status if failure else 0
@@ -287,7 +290,7 @@ class Chat:
             _note(f"{failure}{hint}{known}")
 
     def _fetch(self, messages: list[Json], answer: Answer, began: float) -> None:
-        """Call, and show what comes. However this ends, the connection is closed then. Raises Failed."""
+        """Send the call and show the answer. The connection is closed in any case. Raises Failed."""
 
         def take(text: str) -> None:
             if text and not answer.text:
@@ -297,7 +300,7 @@ class Chat:
                 self._output.write(text)
 
         options = self._options
-        # In the simplified form, in which the gateway chooses the model and samples as it usually does.
+        # The simplified form: the gateway then chooses the model and the default sampling.
         body = {"messages": messages, "streaming": True, "stream_style": "openai", **options.fields}
         body["stream_options"] = {"include_usage": True}
         if options.documents:
@@ -305,11 +308,11 @@ class Chat:
         headers = {"content-type": "application/json"}
         if options.key:
             headers["authorization"] = f"Bearer {options.key}"
-        # No limit but for the connecting: the gateway has its own, and tells of them.
+        # Only a connect timeout: the gateway enforces its own timeouts, and reports them.
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         try:
             with (
-                # A proxy that is set for downloads has no part in this.
+                # Ignore the environment's proxy, which is set for downloads.
                 httpx.Client(trust_env=False, timeout=timeout, verify=self._tls) as client,
                 client.stream("POST", options.url + _CHAT, content=orjson.dumps(body), headers=headers) as reply,
             ):
@@ -328,9 +331,9 @@ class Chat:
 def _read(
     reply: httpx.Response, answer: Answer, take: Callable[[str], None], url: str, *, awaits_sources: bool
 ) -> None:
-    """A gateway's reply, as a stream or, where it gives no streams, whole. Raises Failed.
+    """Read the gateway's reply, a stream or (if it disables streaming) a whole reply. Raises Failed.
 
-    `awaits_sources`: under GATEWAY_COMPAT the citations come as a line of their own after the end.
+    `awaits_sources`: under GATEWAY_COMPAT the citations come as a line of their own after the end of the stream.
     """
     ok = reply.status_code == httpx.codes.OK
     kind = reply.headers.get("content-type", "").partition(";")[0]
@@ -359,7 +362,7 @@ def _read(
 
 
 def _sources_after(data: bytes, pieces: Iterator[bytes]) -> Json | None:
-    """What a line after the end says, which stands in this piece or the next ones."""
+    """The JSON of the line after the end of the stream, read from this piece and the next ones."""
     rest = data.rpartition(sse.DONE)[2]
     for piece in pieces:
         rest += piece
@@ -371,14 +374,14 @@ def _sources_after(data: bytes, pieces: Iterator[bytes]) -> Json | None:
 
 
 def _source(citation: Json) -> str:
-    """Where a document is from."""
+    """The source of a cited document."""
     parts = [citation.get(name) for name in ("url", "bucket_name", "object_name", "source")]
     return "/".join(str(part) for part in parts if part)
 
 
 @contextlib.contextmanager
 def _understanding(url: str, seems: str) -> Iterator[None]:
-    """Whatever comes of bytes that no gateway would send is Failed."""
+    """Turn the errors of parsing bytes that no gateway would send into Failed."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -394,7 +397,7 @@ def _told(data: bytes) -> Json:
 
 
 def _text(choice: Json) -> str:
-    # A chunk of a chat has a delta, a chunk of a completion the text itself.
+    # A chat chunk has a delta, a completion chunk has the text itself.
     return choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
 
 
@@ -403,7 +406,7 @@ def _broke_off(url: str, why: str) -> Failed:
 
 
 def _typed() -> str:
-    """A line. Raises EOFError at the end, UnicodeError for what is no text."""
+    """Read one line. Raises EOFError at the end of the input, UnicodeError for invalid text."""
     if sys.stdout.isatty():
         line = input("> ")
     else:
@@ -416,7 +419,7 @@ def _typed() -> str:
 
 
 def _note(text: str, *, behind_key: bool = False) -> None:
-    """A sentence of ours on standard error; `behind_key` begins a line, as a terminal shows ^C."""
+    """Write a message to standard error; `behind_key` first ends the line on which the terminal shows ^C."""
     if behind_key and sys.stderr is not None and sys.stderr.isatty():
         click.echo(err=True)
     _say(f"vllm-gateway: {text}")
@@ -427,7 +430,7 @@ def _say(text: str) -> None:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Without the numbers that only a program reads."""
+    """The error's text without error numbers and source positions, which only a program reads."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$|\.$", "", str(error)) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Says whether a call would succeed now, how the upstreams are, what the settings are and what is wrong with them."""
+"""The command `check`: whether a call would succeed now, the upstreams' states, the settings and warnings."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from gateway.pool.aliases import Alias, as_words
 from gateway.pool.upstream_pool import UpstreamPool
 from gateway.upstream.httpx_transport import UpstreamTransport
 
-# Docker and Podman each leave one of these in a container's root.
+# Docker and Podman each create one of these files in a container.
 _CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _PATIENCE = 5
 _HIDDEN = "(set, hidden)"
 
 
 class Findings(NamedTuple):
-    """What was found; the fields are those of the JSON.
+    """The result; its fields are the fields of the JSON output.
 
-    `gateways` are those that `up` runs on this machine. `upstreams` are those that their health checks tell of, or
-    where settings name some, or no `up` runs, what the settings name.
+    `gateways` are the gateways that `up` runs on this machine. `upstreams` are the upstreams that their health checks
+    list. If the settings name upstreams, or no `up` runs, they are the upstreams of the settings.
     """
 
     ok: bool
@@ -45,7 +45,7 @@ class Findings(NamedTuple):
 def examine(
     settings: Settings, secrets: Secrets, warnings: Sequence[str], running: Sequence[Running], *, in_container: bool
 ) -> Findings:
-    """Ask whoever there is; `ok` is whether a chat call would succeed now."""
+    """Ask the running gateways, or else probe the upstreams; `ok` says whether a chat call would succeed now."""
     gateways = [_asked(one) for one in running]
     told = list(warnings)
     if gateways and "upstreams" not in settings.model_fields_set:
@@ -62,7 +62,7 @@ def examine(
 
 
 def lines(findings: Findings) -> Iterator[str]:
-    """The same for a person, a line each, the verdict first."""
+    """The findings as text, the verdict first, then one line each."""
     yield findings.verdict
     for gateway in findings.gateways:
         yield (
@@ -86,7 +86,7 @@ def runs_in_container() -> bool:
 
 
 def shown(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Each setting's `value`, `default` and whether it `differs` from that, by its name, with secrets hidden."""
+    """Each setting's `value`, its `default` and whether the two differ, by name; secrets are hidden."""
     return {
         names_of(field)[0]: {
             "value": _shown(field, getattr(settings, field)),
@@ -114,10 +114,10 @@ def _as_text(value: Any) -> str:
 
 
 def _asked(running: Running) -> dict[str, Any]:
-    """What the gateway of an `up` says of itself, and where that is."""
+    """The status and upstreams that the gateway of an `up` reports, with its URL and process id."""
     status, upstreams = "no answer yet", []
     try:
-        # Its certificate is for the name by which others know this machine.
+        # No verification: the certificate is for the name by which others reach this machine.
         answer = httpx.get(f"{running.gateway}/v1/health_check", trust_env=False, timeout=_PATIENCE, verify=False)
         told = answer.json()
         status, upstreams = str(told["status"]), list(told["upstreams"])
@@ -163,6 +163,6 @@ def _because(upstream: dict[str, Any]) -> str:
 
 
 def _led_to_by(upstream: dict[str, Any]) -> str:
-    """What led to it, where that is no URL of its own."""
+    """The setting that led to the upstream, unless that is the upstream's own URL."""
     source = upstream.get("source")
     return f" (by {source})" if source and source != upstream["url"] else ""

@@ -1,4 +1,4 @@
-"""The command `gpus`: which vLLM runs on which GPU, and what this machine has."""
+"""The command `gpus`: shows which vLLM runs on which GPU, and the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import orjson
 from gateway.sizing.gpus import GENERATIONS as EVERY
 from gateway.sizing.gpus import Generation, Gpu, find, of_capability
 
-# A driver that hangs is a driver that does not answer.
+# Seconds after which a hanging driver counts as one that does not answer.
 _PATIENCE = 20
 
 
 @dataclass(frozen=True)
 class Here:
-    """A GPU of this machine; `memory` is in GiB as the driver tells it, `capability` None where it does not."""
+    """A GPU of this machine; `memory` is in GiB. Both it and `capability` are None if the driver reports none."""
 
     name: str
     capability: tuple[int, int] | None
@@ -26,11 +26,14 @@ class Here:
 
 
 class NoAnswer(Exception):
-    """A sentence: there is a driver, but it does not tell its GPUs."""
+    """There is a driver, but it does not report its GPUs; the text is a sentence that says why."""
 
 
 def gpus(wanted: str | None, echo: Callable[[str], None], warn: Callable[[str], None], *, as_json: bool) -> int:
-    """Show all GPUs and this machine's, or those of a name or a capability; the exit status. Raises UnknownGpu."""
+    """Show all GPUs and this machine's, or only the GPUs of a name or a capability.
+
+    Returns the exit status. Raises UnknownGpu.
+    """
     found: list[tuple[Generation, Gpu | None]] = [(one, None) for one in EVERY] if wanted is None else find(wanted)
     generations = list(dict.fromkeys(generation for generation, _ in found))
     here: list[Here] = []
@@ -55,7 +58,7 @@ def gpus(wanted: str | None, echo: Callable[[str], None], warn: Callable[[str], 
 
 
 def on_this_machine(nvidia_smi: str | None = None) -> list[Here]:
-    """By nvidia-smi, which needs no CUDA; empty where there is none. Raises NoAnswer."""
+    """The GPUs that nvidia-smi lists, which needs no CUDA; empty without nvidia-smi. Raises NoAnswer."""
     command = nvidia_smi or shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -74,7 +77,7 @@ def _here(line: str) -> Here:
     name, capability, memory = ([part.strip() for part in line.rsplit(",", 2)] + ["", ""])[:3]
     major, _, minor = capability.partition(".")
     number = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
-    # A GPU that shares the machine's memory tells none of its own.
+    # A GPU that shares the machine's memory reports no memory of its own.
     return Here(name, number, int(memory) / 1024 if memory.isdecimal() else None)
 
 

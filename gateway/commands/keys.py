@@ -1,4 +1,4 @@
-"""The commands `keys add`, `list` and `revoke`: the file of keys, of which only hashes are kept."""
+"""The commands `keys add`, `list` and `revoke`: they edit the file of API keys, which holds only hashes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from gateway.admission.keys import BadKeys, from_lines
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODELS = re.compile(r"[^\s,#]+(,[^\s,#]+)*")
-# Bytes of chance in a key, and letters of a hash that tell two keys apart and nothing else.
+# Random bytes in a key, and shown letters of a hash: enough to tell two keys apart, and useless for anything else.
 _CHANCE = 32
 _SHOWN = 8
 _PRIVATE = 0o600
 
 
 class KeysError(Exception):
-    """Why the file of keys was not read or changed, in a sentence."""
+    """The file of keys was not read or not changed; the text is a sentence that says why."""
 
 
 class Limits(NamedTuple):
-    """What a key may ask for: requests and tokens a minute, calls that run and wait, models; None is no limit."""
+    """The limits of a key: requests and tokens per minute, calls in flight and in the queue, models.
+
+    None means no limit.
+    """
 
     requests: int | None = None
     tokens: int | None = None
@@ -39,7 +42,7 @@ class Limits(NamedTuple):
     models: str | None = None
 
     def words(self) -> Iterator[str]:
-        """As they stand in a line of the file. Raises KeysError."""
+        """The limits in the form of a line of the file. Raises KeysError."""
         if self.models is not None and not _MODELS.fullmatch(self.models):
             raise KeysError(f"--models must be names between commas, without blanks, but it is {self.models!r}.")
         if self.requests is not None:
@@ -49,7 +52,7 @@ class Limits(NamedTuple):
 
 
 def add(file: Path, name: str, limits: Limits) -> str:
-    """Write a new key's hash into the file, which need not be there yet; the key itself. Raises KeysError."""
+    """Write a new key's hash into the file, which is created if missing; returns the key. Raises KeysError."""
     if not _NAME.fullmatch(name):
         raise KeysError(f"A key's name is of 1 to 64 letters, digits and . _ -, but it is {name[:100]!r}.")
     words = [*limits.words()]
@@ -65,7 +68,7 @@ def add(file: Path, name: str, limits: Limits) -> str:
 
 
 def revoke(file: Path, name: str) -> None:
-    """Take the line of a key out of the file. Raises KeysError, for an unknown name and for the last key, too."""
+    """Remove the line of a key from the file. Raises KeysError, also for an unknown name and for the last key."""
     with _changing(file) as (target, lines):
         names = _names(lines)
         if name not in names:
@@ -87,7 +90,7 @@ def listed(file: Path) -> Iterator[str]:
     rows = [["NAME", "SHA256", "REQUESTS", "TOKENS", "IN-FLIGHT", "WAITING", "MODELS"]]
     for words in (line.partition("#")[0].split() for line in lines if _name_of(line)):
         name, digest, *rest = words
-        # The requests stand without their name.
+        # In the file the limit of requests has no name.
         pairs = [word.partition("=") if "=" in word else ("requests", "=", word) for word in rest]
         given = {limit: value for limit, _, value in pairs}
         limits = [given.get(limit, "-") for limit in ("requests", "tokens", "in-flight", "waiting", "models")]
@@ -99,8 +102,8 @@ def listed(file: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _changing(file: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The file that is meant, and its lines; nobody else changes it meanwhile, as the folder is locked."""
-    target = file.resolve()  # a link is to stay one
+    """The file behind any links, and its lines; its folder is locked, so no other command changes it meanwhile."""
+    target = file.resolve()  # replace the link's target, so that the link stays
     try:
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -122,7 +125,7 @@ def _read(file: Path, target: Path) -> list[str]:
 
 
 def _replace(file: Path, target: Path, lines: list[str]) -> None:
-    """Put these lines in its place, whole or not at all, if a gateway would take them."""
+    """Replace the file atomically by these lines, after a check that a gateway accepts them."""
     _check(file, lines)
     temporary = None
     try:
@@ -143,7 +146,7 @@ def _replace(file: Path, target: Path, lines: list[str]) -> None:
 
 
 def _be_as(descriptor: int, target: Path) -> None:
-    """The mode and the owner are those of the file that is replaced; a new one is its maker's alone."""
+    """Copy the mode and the owner of the replaced file; only its owner can read and write a new file."""
     if not target.exists():
         os.fchmod(descriptor, _PRIVATE)
         return
@@ -173,5 +176,5 @@ def _names(lines: list[str]) -> list[str]:
 
 
 def _name_of(line: str) -> str:
-    """Whose key it is; empty where a line has none."""
+    """The name of the key in a line; empty if the line has no key."""
     return (line.partition("#")[0].split() or [""])[0]

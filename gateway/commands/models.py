@@ -1,4 +1,4 @@
-"""What `download`, `upload` and `serving-template` do with a person's words, and what they tell while it takes long."""
+"""The commands `download`, `upload` and `serving-template`: their options, steps and progress display."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_WRITTEN = "Stopped. What was on its way is not there, and the model is not w
 
 
 class DownloadOptions(NamedTuple):
-    """What `download` was asked for."""
+    """The options of `download`."""
 
     model: str
     revision: str
@@ -36,7 +36,7 @@ class DownloadOptions(NamedTuple):
 
 @contextlib.contextmanager
 def extra(command: str) -> Iterator[None]:
-    """Where a library of the extra is missing, a sentence. Raises ModelError."""
+    """Turn the ImportError of a library of the extra into a ModelError that says what to install."""
     try:
         yield
     except ImportError as error:
@@ -49,7 +49,7 @@ def extra(command: str) -> Iterator[None]:
 
 
 def download(options: DownloadOptions, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Fetch a model, and `say` where it is. Raises ModelError."""
+    """Download a model, and `say` where it is. Raises ModelError."""
     with extra("download"):
         from gateway.models import download as steps
         from gateway.models import tarball
@@ -94,7 +94,7 @@ def download(options: DownloadOptions, environ: Mapping[str, str], say: Callable
 
 
 class UploadOptions(NamedTuple):
-    """What `upload` was asked for."""
+    """The options of `upload`."""
 
     source: Path
     address: str
@@ -105,7 +105,7 @@ class UploadOptions(NamedTuple):
 
 
 def upload(options: UploadOptions, say: Callable[[str], None]) -> None:
-    """Write a model into a bucket, and `say` where it is. Raises ModelError."""
+    """Upload a model into a bucket, and `say` where it is. Raises ModelError."""
     with extra("upload"):
         from gateway.models import s3
         from gateway.models import upload as steps
@@ -120,14 +120,14 @@ def upload(options: UploadOptions, say: Callable[[str], None]) -> None:
 
 
 def serving_template(model: str, image: str, plan: str, revision: str | None, artifact: str | None) -> str:
-    """The document for a model. Raises ModelError."""
+    """The serving template of a model. Raises ModelError."""
     with extra("serving-template"):
         from gateway.models.serving_template import Template, render
     return render(Template(model, image, plan, revision, artifact))
 
 
 def _display() -> Display:
-    """On standard error, so that standard output has the result alone."""
+    """A display on standard error, so that standard output has the result alone."""
     return Display(Console(stderr=True, highlight=False, soft_wrap=True))
 
 
@@ -140,7 +140,7 @@ def _share(done: int, total: int) -> float:
 
 
 class _Rate:
-    """Tells how far a transfer is, how fast it is now, and how long it will take."""
+    """Shows a transfer's progress, its current rate and the remaining time."""
 
     def __init__(self, update: Callable[[float, str], None]) -> None:
         self._update = update

@@ -1,4 +1,4 @@
-"""The command `plan`: whether a model fits, on how many of which GPUs, and vLLM's options for it."""
+"""The command `plan`: shows whether a model fits, on how many of which GPUs, and vLLM's options for it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from gateway.sizing.plans_file import Offer, card_of, read_plans
 from gateway.sizing.weights import parameters_of
 
 _BAR = 64
-# GiB of what nvidia-smi tells that CUDA does not find: 0.25 to 0.8 on the cards that were looked at.
+# GiB that nvidia-smi reports and CUDA does not find: 0.25 to 0.8 on the cards that were measured.
 _KEPT = 0.5
 _DOES_NOT_FIT = 1
 
 
 class PlanOptions(NamedTuple):
-    """What was asked; `wanted` has the fields of Wanted beside the model."""
+    """The options of `plan`; `wanted` has the fields of Wanted beside the model."""
 
     model: str
     revision: str | None
@@ -49,7 +49,7 @@ class PlanOptions(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """A plan of the file, or the GPU that was named, with every size, the one to take, and what to know."""
+    """An offer of the plans file, or the named GPU, with all its splits, the chosen split and the warnings."""
 
     offer: Offer
     splits: list[Split]
@@ -60,9 +60,9 @@ class _Answer(NamedTuple):
 def plan(
     options: PlanOptions, environ: Mapping[str, str], echo: Callable[[str], None], warn: Callable[[str], None]
 ) -> int:
-    """Show it; the exit status, which is 0 if anything that was asked about holds the model.
+    """Show the plan; returns the exit status, which is 0 if the model fits any of the requested offers.
 
-    Raises BadCheckpoint, BadConfig, BadPlans or CannotPlan, each a sentence.
+    Raises BadCheckpoint, BadConfig, BadPlans or CannotPlan; each text is a sentence.
     """
     offers = _offers(options)
     config, tensors = read_checkpoint(options.model, options.revision, environ)

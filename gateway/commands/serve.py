@@ -1,4 +1,4 @@
-"""Serves until a signal: the ports, the log and the server, in their order."""
+"""The command `serve`: opens the ports, starts the log and runs the server until a signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.upstream.keepalive import end_silent_peers
 
 _log = logging.getLogger(__name__)
 
-# As the first line says it.
+# The words of the first log line.
 _BUILDS = {"compiled": "compiled", "plain": "in plain Python"}
 
 
@@ -37,7 +37,7 @@ def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
     for listener in listeners:
         end_silent_peers(listener, settings.tcp_keepalive, unsent=settings.client_write_timeout)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn, having ended in good order, raises the signal once more: the log is still to be written then.
+        # uvicorn raises the signal again after an orderly end, when the log is still to be written.
         signal.signal(number, _exit)
     writer = LineWriter(sys.stdout.fileno())
     configure(writer, settings.log_format, settings.log_level)
@@ -67,7 +67,7 @@ def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
 
 
 def _limit_connections(settings: Settings) -> list[str]:
-    """Bound clients by what there are descriptors for, and say where that is less than the settings promise."""
+    """Limit connected clients by the descriptor limit, and warn if that is less than the settings promise."""
     descriptors = raise_descriptor_limit()
     most = most_connections(descriptors)
     wanted = settings.max_connections or settings.max_in_flight + settings.max_queue
@@ -81,7 +81,7 @@ def _limit_connections(settings: Settings) -> list[str]:
 
 
 def _bodies_that_may_not_arrive(settings: Settings) -> list[str]:
-    """Say where a body that is no larger than it may be could still be refused, though nobody else sends one."""
+    """Warn if a body within the size limit could still be refused, even with no other body being sent."""
     held = settings.max_buffered_bytes or default_max_buffered_bytes()
     if 2 * settings.max_body_bytes <= held:
         return []
@@ -92,7 +92,7 @@ def _bodies_that_may_not_arrive(settings: Settings) -> list[str]:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    # Python gives signals their own action back before it has ended, and with that the exit status.
+    # Python restores the default signal actions before it has ended: a signal would then change the exit status.
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     sys.exit(0)

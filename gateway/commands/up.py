@@ -1,4 +1,4 @@
-"""A local vLLM and the gateway in front of it, started, watched and ended together."""
+"""The command `up`: starts, watches and ends a local vLLM and the gateway in front of it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from gateway.modelserver.vllm_process import DEMO_NAME, ModelServer, launch
 from gateway.progress import Display
 
 _TICK = 0.2
-# Seconds that a start takes on two cores; only the progress display believes it.
+# Seconds that a start takes on two cores; only the progress display uses it.
 _USUAL_START = 45
 _GATEWAY_START = 30
-# Python, torch and vLLM without a model, measured; the cache and the model come on top.
+# Memory of Python, torch and vLLM without a model, measured; the cache and the model come on top.
 _MEMORY = 2 * GIB
 _DRAIN = 5
 
 
 class Stopped(BaseException):
-    """A signal asked us to end."""
+    """A signal asked `up` to end."""
 
 
 class Served(NamedTuple):
-    """What the model server is started with."""
+    """The parameters with which the model server is started."""
 
     python: Path
     model: str
@@ -58,7 +58,7 @@ def up(
     *,
     display: Display | None = None,
 ) -> int:
-    """Run both until a signal or until one of them dies; the result is the exit status, 0 after a signal.
+    """Run vLLM and the gateway until a signal or until one of them dies; returns the exit status, 0 after a signal.
 
     `environ` is the environment of both, from `config.load.child_environment`.
     """
@@ -78,7 +78,7 @@ def up(
 def _signals() -> Iterator[None]:
     """Turn the signals that end a program into an exception, so that every `finally` runs.
 
-    A second one ends the wait for the children, and from then on there is nothing to hurry.
+    A second signal ends the wait for the children; later signals are ignored, as nothing is left to speed up.
     """
     ours, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), 0
 
@@ -92,7 +92,7 @@ def _signals() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        before = [signal.SIG_IGN] * len(ours)  # the exit status is ours to tell
+        before = [signal.SIG_IGN] * len(ours)  # so that no signal changes our exit status
         raise
     finally:
         for number, handler in zip(ours, before, strict=True):
@@ -105,11 +105,11 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
     served = _prepare(settings, settings.model or app.model, environ, display)
     cache = install.cache_folder(environ)
     log = cache / "logs" / f"vllm-{settings.port}.log"
-    # What has vLLM find the model is none of the gateway's.
+    # The variables by which vLLM finds the model are for vLLM alone, not for the gateway.
     own = {**environ, **served.environment}
     command = launch(settings, served.python, served.model, own, app.options, demo=served.demo, local=served.local)
     key = gateway.upstream_api_key.get_secret_value() if gateway.upstream_api_key else None
-    # Minutes may have gone by since these were free.
+    # The first check of the ports may be minutes old.
     _check_ports(settings, gateway)
     with (
         announced(folder_in(cache), Running(os.getpid(), own_url(gateway), _upstream(settings), served.name, str(log))),
@@ -133,7 +133,7 @@ def _run(settings: ModelServerSettings, gateway: Settings, environ: Mapping[str,
 
 @contextlib.contextmanager
 def _telling(display: Display, stopping: str) -> Iterator[None]:
-    """Says what comes now where a signal ends it, which takes a while."""
+    """On Stopped, say what is being stopped, because that takes a while."""
     try:
         yield
     except Stopped:
@@ -142,7 +142,7 @@ def _telling(display: Display, stopping: str) -> Iterator[None]:
 
 
 def _check(settings: ModelServerSettings, gateway: Settings) -> None:
-    """What is quickly told comes before anything is installed."""
+    """The quick checks, made before anything is installed."""
     if gateway.port == 0:
         raise CannotStart("GATEWAY_PORT must be a port of your choice for `up`, but it is 0: take 9000, say.")
     if settings.node_rank:
@@ -178,7 +178,7 @@ def _read_app(settings: ModelServerSettings) -> vllm_app.App:
 
 
 def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[str, str], display: Display) -> Served:
-    """The model is looked for before the environment is installed, which takes minutes."""
+    """Find the model, then install the environment: a missing model is reported before the minutes of an install."""
     demo = model in (None, DEMO_NAME)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     found = None if demo or model is None else _find_model(model, environ, token, display)
@@ -186,7 +186,7 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
     if python is None:
         python = install.ensure_environment(environ, display)
     else:
-        # Without its ./, which a Path loses, a file of this folder would be looked for in PATH.
+        # Absolute: a Path drops a leading ./, and a bare file name would then be looked up in PATH.
         python = python.absolute() if python.exists() else python
         _check_has(python, "vllm", "vLLM: name one that has, or leave --vllm-python out")
     if found is None:
@@ -202,7 +202,10 @@ def _prepare(settings: ModelServerSettings, model: str | None, environ: Mapping[
 def _streamer(
     settings: ModelServerSettings, python: Path, environ: Mapping[str, str], display: Display
 ) -> dict[str, str]:
-    """What has vLLM find that by which it reads buckets: its own, or for our environment one beside it."""
+    """The variables by which vLLM finds its bucket reader, the streamer.
+
+    A Python of the user must have its own; for our environment it is installed beside.
+    """
     if settings.python is not None:
         _check_has(python, "runai_model_streamer", "Run:ai's Model Streamer for s3://: install vllm[runai] there")
         return {}
@@ -249,7 +252,7 @@ def _upstream(settings: ModelServerSettings) -> str:
 
 
 def _gateway_grace(gateway: Settings) -> float:
-    """Seconds that the gateway gets to end: its drain, and what it then takes."""
+    """Seconds that the gateway gets to end: its drain and 5 s for the rest."""
     drain = gateway.drain_timeout if "drain_timeout" in gateway.model_fields_set else _DRAIN
     return gateway.drain_delay + drain + 5
 
@@ -257,7 +260,7 @@ def _gateway_grace(gateway: Settings) -> float:
 def _gateway_environment(settings: ModelServerSettings, environ: Mapping[str, str]) -> dict[str, str]:
     ours = {"GATEWAY_LOG_FORMAT": "text", "GATEWAY_DRAIN_TIMEOUT": str(_DRAIN)}
     found = ours | dict(environ) | {"GATEWAY_UPSTREAMS": _upstream(settings)}
-    # The alias of what we have just set; two that differ would be warned of.
+    # An older name of GATEWAY_UPSTREAMS, which is set above: two different values would cause a warning.
     found.pop("LLM_MODEL_SERVER_ENDPOINT", None)
     for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         found.pop(token, None)
@@ -281,14 +284,14 @@ def _wait_for_gateway(server: ModelServer, front: Child, gateway: Settings) -> N
 
 def _answers(url: str) -> bool:
     try:
-        # Our own certificate is for the name by which others know this machine.
+        # No verification: our certificate is for the name by which others reach this machine.
         return httpx.get(url, trust_env=False, timeout=5, verify=False).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
 
 
 def _watch(server: ModelServer, front: Child) -> None:
-    """Returns never: one of the two ends, or a signal comes."""
+    """Check both until one of them ends (raises CannotStart) or a signal comes; never returns."""
     while True:
         server.check_alive()
         _check_front(front)
@@ -326,7 +329,7 @@ def _curl(url: str, body: Mapping[str, object], *, keyed: bool) -> str:
 def _devices(
     find: Callable[[str], str | None] = shutil.which, exists: Callable[[Path], bool] = Path.exists
 ) -> Iterator[str]:
-    """Where this machine has an accelerator, how to use it."""
+    """How to use the accelerators of this machine, if it has any."""
     command = "vllm-gateway up --model ORG/NAME --vllm-python PATH, with a Python that has a vLLM for"
     if find("nvidia-smi") or exists(Path("/dev/nvidia0")):
         yield f"\nThis machine has an NVIDIA GPU. To use it: {command} CUDA."

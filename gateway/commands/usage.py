@@ -1,4 +1,4 @@
-"""The command `usage`: sums what a gateway's log says of its calls, by day, key and model."""
+"""The command `usage`: sums the calls in a gateway's log, by day, key and model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _COLUMNS = (
     *("prompt_tokens", "completion_tokens", "estimated_tokens"),
 )
 _WORD = r'(?:"(?:[^"\\]|\\.)*"|\S+)'
-# What comes before a line, of Compose or Kubernetes and their timestamps, is no part of it.
+# Matches anywhere in a line, because Compose and Kubernetes put prefixes and timestamps before it.
 _TEXT = re.compile(rf"(\d{{4}}-\d\d-\d\dT[\d:]{{8}}\.\d{{3}}Z) (\d{{3}}) (\S+) {_WORD}((?: \w+={_WORD})*)$")
 _FIELD = re.compile(rf" (\w+)=({_WORD})")
 _PROGRAMS_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
-# What a spreadsheet takes for a formula; a model's name is a client's word.
+# A spreadsheet takes a cell that begins so for a formula, and a client chooses the model's name.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class UsageError(Exception):
-    """Why there is nothing to sum, in a sentence."""
+    """There is nothing to sum; the text is a sentence that says why."""
 
 
 class _Group(NamedTuple):
@@ -63,14 +63,14 @@ class _Sum:
 
 @dataclass
 class Usage:
-    """What the logs say; `unread` lines are none of a gateway's, of which `first` is the place of the first."""
+    """The sums of the logs; `unread` counts lines that no gateway wrote, and `first` is the place of the first."""
 
     sums: dict[_Group, _Sum] = field(default_factory=dict)
     unread: int = 0
     first: str = ""
 
     def take(self, line: str, number: int, log: str) -> None:
-        """Count a line of a log, of which it is the one of this number."""
+        """Add a line of a log to the sums; `number` is the line's number in the log."""
         try:
             call = _call(line)
         except (ValueError, LookupError, TypeError):
@@ -84,12 +84,12 @@ class Usage:
             sums.add(*tokens, estimated=bool(call.get("tokens_estimated")))
 
     def rows(self) -> Iterator[tuple[str | int, ...]]:
-        """By day, key and model, as `_COLUMNS` has them."""
+        """The sums by day, key and model, in the order of `_COLUMNS`."""
         for group in sorted(self.sums):
             yield (*group, *self.sums[group].numbers())
 
     def notes(self) -> Iterator[str]:
-        """What is to be known of the sums, a sentence each."""
+        """Remarks on the sums, one sentence each."""
         if self.unread:
             lines = "1 line is no line" if self.unread == 1 else f"{self.unread} lines are no lines"
             yield f"{lines} of a gateway's log, or cut: the first is {self.first}."
@@ -100,7 +100,7 @@ class Usage:
 
 
 def read(logs: Sequence[str]) -> Usage:
-    """Sum these files, of which `-` is standard input, each plain or gzip's. Raises UsageError."""
+    """Sum these logs, plain or gzip; `-` is standard input. Raises UsageError."""
     usage = Usage()
     for log in logs:
         with _opened(log) as lines:
@@ -115,7 +115,7 @@ def read(logs: Sequence[str]) -> Usage:
 
 
 def as_csv(usage: Usage) -> str:
-    """For a program or a spreadsheet, the names of the columns first."""
+    """The sums as CSV, with the names of the columns first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -124,7 +124,7 @@ def as_csv(usage: Usage) -> str:
 
 
 def as_table(usage: Usage) -> Iterator[str]:
-    """For a person, with the sum of all at the end."""
+    """The sums as a text table, with the totals at the end."""
     rows = [_COLUMNS, *usage.rows()]
     totals = [sum(column) for column in zip(*(sums.numbers() for sums in usage.sums.values()), strict=True)]
     cells = [[_shown(cell) for cell in row] for row in (*rows, ("all", "", "", *totals))]
@@ -136,7 +136,10 @@ def as_table(usage: Usage) -> Iterator[str]:
 
 
 def _call(line: str) -> dict[str, Any] | None:
-    """The fields of a call's line; None for another line of a gateway. Raises what comes of one that is neither."""
+    """The fields of a call's line; None for another line of a gateway.
+
+    Raises ValueError, LookupError or TypeError for a line that no gateway wrote.
+    """
     line = line.strip()
     begin, text = line.find("{"), _TEXT.search(line)
     if begin >= 0 and (text is None or begin < text.start()):
@@ -160,10 +163,10 @@ def _value(word: str) -> Any:
 
 def _checked(fields: dict[str, Any]) -> dict[str, Any] | None:
     if "method" not in fields:
-        fields["level"], fields["message"]  # of the program's own
+        fields["level"], fields["message"]  # a line of the program; a KeyError if it is not
         return None
-    fields["outcome"]  # at the end of each, or it is cut
-    # Each relayed call has its bytes, and what is only looked at takes no tokens.
+    fields["outcome"]  # the last field of each line; a KeyError if the line is cut
+    # Each relayed call has `bytes`; methods other than POST only read, and take no tokens.
     if "bytes" not in fields or fields["method"] != "POST":
         return None
     words = (fields["time"], fields.get("key") or "", fields.get("model") or "")
@@ -186,7 +189,7 @@ def _opened(log: str) -> Iterator[Iterable[bytes]]:
                     yield unpacked
             else:
                 yield file
-    except (OSError, EOFError, zlib.error) as error:  # gzip has its own of each
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises each of the three
         why = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{log} cannot be read ({why}): name logs that can, or - for standard input.") from None
 
@@ -196,5 +199,5 @@ def _no_formula(cell: str | int) -> str | int:
 
 
 def _shown(cell: str | int) -> str:
-    """Without what drives a terminal."""
+    """The cell with the control characters of a terminal escaped."""
     return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in str(cell))
