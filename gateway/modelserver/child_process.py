@@ -1,4 +1,4 @@
-"""A child process that never outlives us, with everything it started."""
+"""A child process that never outlives us; the same holds for every process it started."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import IO, Self
 
 _PR_SET_PDEATHSIG = 1
 _TICK = 0.02
-# What a process ended with of which nobody can say it any more, as subprocess has it.
+# The exit code if the real one is lost; subprocess uses the same.
 _UNKNOWN = 0
 
 
 class Child:
-    """One process in a session of its own, so that Ctrl-C in the terminal reaches us alone and we end it in order."""
+    """One process in its own session, so that Ctrl-C in the terminal reaches us alone and we end it in order."""
 
     def __init__(
         self,
@@ -33,9 +33,9 @@ class Child:
         piped: bool = False,
         grace: float = 10,
     ) -> None:
-        """Its output goes to `log`, which begins anew, or is `piped` to `lines`, or else goes where ours goes.
+        """Its output goes to `log`, which is truncated first, or is `piped` to `lines`, or else goes where ours goes.
 
-        `grace` is how many seconds it gets to end by itself.
+        `grace` is the seconds that it gets to end after SIGTERM.
         """
         self._argv = list(argv)
         self._environment = dict(environment)
@@ -66,25 +66,25 @@ class Child:
         return self._process.pid if self._process else None
 
     def exit_code(self) -> int | None:
-        """How it ended, None while it runs or before the start."""
+        """The exit code; None while the process runs or before the start."""
         process = self._process
-        # Not by its poll(): where a signal raises in there, its lock may stay held, and wait() would wait for ever.
+        # Not Popen.poll(): an exception from a signal handler inside it may leave its lock held, and wait() would hang.
         if process is not None and process.returncode is None:
             try:
                 ended, status = os.waitpid(process.pid, os.WNOHANG)
-            except ChildProcessError:  # a signal raised just as that was told
+            except ChildProcessError:  # a signal handler raised before an earlier status was kept
                 process.returncode = _UNKNOWN
             else:
                 process.returncode = os.waitstatus_to_exitcode(status) if ended else None
         return process.returncode if process else None
 
     def wait(self) -> int:
-        """How it ended, once it has. To be called after its start."""
+        """Wait for the end of the process; returns its exit code. Call it after `start`."""
         assert self._process is not None
         return self._process.wait()
 
     def lines(self, tick: float) -> Iterator[str]:
-        """Its lines as they come, until its output ends; an empty one after each `tick` seconds without any."""
+        """Yield its lines as they come, until its output ends; yield an empty line after each silent `tick` seconds."""
         assert self._process is not None
         assert self._process.stdout is not None
         output, rest = self._process.stdout.fileno(), b""
@@ -103,9 +103,10 @@ class Child:
             yield rest.decode(errors="replace")
 
     def stop(self) -> None:
-        """End it by SIGTERM, and after that, or its grace, all that it started by SIGKILL. May be called again.
+        """Send SIGTERM, then after its end or its grace send SIGKILL to all that it started. May be called again.
 
-        It alone has the SIGTERM, as in a container: vLLM lets its answers end only where it ends its engine itself.
+        Only the process itself gets SIGTERM, as in a container: vLLM finishes its answers only if it ends its engine
+        itself.
         """
         process = self._process
         if process is None:
@@ -117,7 +118,7 @@ class Child:
                 while self.exit_code() is None and time.monotonic() < until:
                     time.sleep(_TICK)
         finally:
-            # What it started may have outlived it; a second Ctrl-C comes here at once.
+            # Processes that it started may have outlived it. A second Ctrl-C jumps here at once.
             _kill_group(process.pid)
             process.wait()
             if process.stdout is not None:
@@ -135,10 +136,10 @@ class Child:
 
 
 def dies_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its program, so that even `kill -9` of us ends it. Linux alone has this."""
+    """A function for a child to run before its program, so that even `kill -9` of us ends the child. Linux only."""
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec almost nothing is safe
+    prctl = ctypes.CDLL(None).prctl  # looked up here, because between fork and exec almost nothing is safe
     parent = os.getpid()
 
     def ask() -> None:
@@ -150,7 +151,7 @@ def dies_with_parent() -> Callable[[], None] | None:
 
 
 def last_lines(log: Path, count: int = 20) -> str:
-    """The end of a log, for the sentence that says why its process died."""
+    """The last lines of a log, for the error that says why its process died."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 64 * 1024))
@@ -161,7 +162,7 @@ def last_lines(log: Path, count: int = 20) -> str:
 
 
 def _private(log: Path) -> IO[bytes]:
-    # Prompts may stand in a model server's log.
+    # Private, because a model server's log may contain prompts.
     log.parent.mkdir(parents=True, exist_ok=True)
     return os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
 

@@ -1,12 +1,12 @@
-"""What runs in a model server's container: makes its data folder usable, starts vLLM, asks how it is, quantizes.
+"""The program of a model server's container: prepares the data folder, starts vLLM, checks its health, quantizes.
 
-    container.py own FOLDER UID GID    make the data folder that user's, or say why it cannot be
+    container.py own FOLDER UID GID    give the data folder to that user, or say why that is impossible
     container.py serve [HOST PORT]     become `vllm serve`, there or on all of the container's addresses
-    container.py both                  run it and the gateway in front of it, where a platform runs one container
-    container.py healthy [PORT]        exit with 0 if the vLLM beside it is
+    container.py both                  run vLLM and the gateway in front of it, where a platform runs one container
+    container.py healthy [PORT]        exit with 0 if the vLLM in this container is healthy
     container.py quantize              make the model's checkpoint in FP8, or on Gaudi its scales
 
-Mounted there with the package that it is part of; whatever vLLM the image has, it needs nothing but Python.
+Mounted into the container with its package; it needs only Python, so any vLLM image will do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from types import FrameType
 from typing import NoReturn
 
 if __name__ == "__main__":
-    # The folder that the package is in, and not this one.
+    # The folder that contains the package, instead of the script's folder.
     sys.path[0] = str(Path(__file__).parents[2])
 
 from gateway.config.secret_files import BadSecretFile, with_files
@@ -39,26 +39,27 @@ from gateway.modelserver.child_process import Child
 
 PORT = 8008
 _TICK = 0.2
-# Seconds that vLLM gets to end, once nobody is being answered any more.
+# Seconds that vLLM gets to end, after the last answer has ended.
 _GRACE = 20
-# What says where the gateway listens, the one that wins first. Platforms that run one container say PORT.
+# The variables with the gateway's port, in order of precedence. Platforms that run one container set PORT.
 _PORTS = ("GATEWAY_PORT", "LLM_USVC_PORT", "PORT")
 _HEALTH_PORTS = ("GATEWAY_HEALTH_PORT", "PORT_HEALTH")
 
-# What may be in a data folder that was made for this.
+# The names that a data folder of this stack may contain.
 _OURS = {"cache", "demo-model", "fp8", "home", "inc", "prometheus", "unpacked"}
 
 _SCRIPTS = Path(__file__).with_name("scripts")
-# Where quantize's image for Gaudi has vLLM-Gaudi's scripts. By a model's name they block what FP8 would spoil.
+# The folder of vLLM-Gaudi's scripts in the quantize image for Gaudi. By the model's name these scripts exclude the
+# layers that FP8 would spoil.
 _CALIBRATION = Path("/opt/calibration")
 _UNFINISHED = "unfinished"
 _BLOCKED = {"mixtral": "mixtral", "deepseek_v2": "deepseek", "deepseek_v3": "deepseek"}
 
 
 def own(folder: Path, uid: int, gid: int) -> None:
-    """Give a new folder to that user. Raises OptionError if the user cannot write there, or not read the mounts.
+    """Give a new folder to that user. Raises OptionError if the user cannot write there or cannot read the mounts.
 
-    One that holds what is not of this stack may be somebody's own, and is left as it is.
+    A folder with files that are not of this stack may belong to somebody else, so its owner is not changed.
     """
     status = folder.stat()
     if status.st_uid == 0 and {entry.name for entry in folder.iterdir()} <= _OURS:
@@ -85,15 +86,15 @@ def serve(environ: Mapping[str, str], data: Path, host: str = "0.0.0.0", port: s
 
 
 def both(environ: Mapping[str, str], data: Path) -> NoReturn:
-    """Run vLLM, for this container alone, and the gateway until a signal, or until one of the two ends.
+    """Run vLLM, reachable from this container only, and the gateway, until a signal or until one of the two ends.
 
-    Raises SystemExit after a signal: the gateway has then let its calls end, and vLLM after it. Raises OptionError.
+    Raises SystemExit after a signal: first the gateway finishes its calls, then vLLM ends. Raises OptionError.
     """
     front = _gateway(environ)
     command, found = _vllm(environ, data, "127.0.0.1", str(PORT))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
-    # The gateway bounds its drain by itself, and the platform ends all of this.
+    # No limit for the gateway: it limits its drain itself, and the platform ends the container.
     argv = [sys.executable, "-P", "-m", "gateway", "serve"]
     with Child(command, found, grace=_GRACE) as vllm, Child(argv, front, grace=math.inf) as gateway:
         while True:
@@ -104,19 +105,19 @@ def both(environ: Mapping[str, str], data: Path) -> NoReturn:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    # A second one would cut off what the first one lets end.
+    # Ignored: a second signal would cut off the answers that the first one lets finish.
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     raise SystemExit(0)
 
 
 def _gateway(environ: Mapping[str, str]) -> dict[str, str]:
-    """The gateway's environment, with the packages beside this one. Raises OptionError."""
+    """The gateway's environment, with the package's folder in PYTHONPATH. Raises OptionError."""
     port = next((name for name in _PORTS if environ.get(name)), "PORT")
     for name in (port, *_HEALTH_PORTS):
         if _count(environ, name, "80") == str(PORT):
             raise vllm_args.OptionError(f"{name} must be another port than {PORT}, which is vLLM's here.")
-    # What asks a hub for models is vLLM's alone.
+    # Only vLLM gets the hub's tokens.
     others = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LLM_MODEL_SERVER_ENDPOINT", *_PORTS)
     found = {name: value for name, value in environ.items() if name not in others}
     found["GATEWAY_PORT"] = _count(environ, port, "80")
@@ -126,14 +127,14 @@ def _gateway(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _vllm(environ: Mapping[str, str], data: Path, host: str, port: str) -> tuple[list[str], dict[str, str]]:
-    """The command line of `vllm serve` and its environment, told of on standard error. Raises OptionError."""
+    """The command line of `vllm serve` and its environment; writes the former to stderr. Raises OptionError."""
     app = vllm_app.read(environ.get("VLLM_APP_CONFIG"))
     model = _model(environ, app)
     found = vllm_args.vllm_environment(environ)
     if cached := hub_cache.find(Path(model), data / "unpacked"):
         model, found = cached.name, {**found, **cached.environment()}
     options = app.options + vllm_args.options(environ)
-    # The files of settings come with values for what vllm-app has other names for.
+    # The settings files have defaults for variables that vllm-app sets under other names.
     for sentence in vllm_args.differing(environ):
         _warn(sentence)
     if vllm_args.is_on(environ, "IF_FP8_QUANTIZATION"):
@@ -167,7 +168,7 @@ def _warn(sentence: str) -> None:
 
 
 def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
-    """The checkpoint to serve in FP8, and the options for it, under the name of the one that it was made of."""
+    """The checkpoint to serve in FP8 and its options; it is served under the name of its original model."""
     device = environ.get("LLM_DEVICE", "cpu")
     checkpoint = _checkpoint(model, environ, data)
     prepared = device != "hpu" and (checkpoint / "config.json").exists()
@@ -186,7 +187,7 @@ def _in_fp8(model: str, environ: Mapping[str, str], data: Path) -> tuple[str, li
 
 
 def _checkpoint(model: str, environ: Mapping[str, str], data: Path) -> Path:
-    """Where the model's own is: another organization's of the same name, or another revision, is another."""
+    """The folder of the model's FP8 checkpoint; each organization and revision has its own."""
     name = Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
     revision = environ.get("LLM_VLLM_MODEL_REVISION")
     return data / "fp8" / (f"{name}@{revision.replace('/', '--')}" if revision else name)
@@ -201,7 +202,7 @@ def _count(environ: Mapping[str, str], name: str, default: str) -> str:
 
 
 def _is_static(checkpoint: Path) -> bool:
-    """Whether what flows through the layers is scaled by fixed numbers."""
+    """Whether the activations are scaled by fixed numbers."""
     try:
         config = json.loads((checkpoint / "config.json").read_text())
     except ValueError as error:
@@ -209,13 +210,13 @@ def _is_static(checkpoint: Path) -> bool:
     try:
         groups = config["quantization_config"]["config_groups"].values()
         return any(group["input_activations"]["dynamic"] is False for group in groups)
-    # Another tool's checkpoint says it in other words.
+    # A checkpoint of another tool has other fields.
     except (AttributeError, KeyError, TypeError):
         return False
 
 
 def _scales(model: str, data: Path) -> Path:
-    """Where calibration on this kind of Gaudi has left its scales. Raises OptionError."""
+    """The file of scales that calibration on this kind of Gaudi wrote. Raises OptionError."""
     found = _found_scales(model, data)
     if len(found) == 1:
         return found[0]
@@ -240,12 +241,12 @@ def _found_scales(model: str, data: Path) -> list[Path]:
 
 
 def _inc(model: str, data: Path) -> Path:
-    """The scripts write the model's name in lower case."""
+    """The folder of the model's scales; the scripts write the model's name in lower case."""
     return data / "inc" / Path(model).name.lower()
 
 
 def quantize(environ: Mapping[str, str], data: Path) -> None:
-    """Make what `serve` takes with IF_FP8_QUANTIZATION. Raises OptionError."""
+    """Make the checkpoint or scales that `serve` uses with IF_FP8_QUANTIZATION. Raises OptionError."""
     model = _model(environ, vllm_app.read(environ.get("VLLM_APP_CONFIG")))
     dataset = environ.get("FP8_DATASET_PATH")
     if dataset and not Path(dataset).is_file():
@@ -277,17 +278,20 @@ def quantize(environ: Mapping[str, str], data: Path) -> None:
 
 
 def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[str, str], data: Path) -> None:
-    """By a copy of vLLM-Gaudi's scripts, as they write beside themselves, with what `rewrite` makes."""
+    """Calibrate with the dataset that `rewrite` makes, by a copy of vLLM-Gaudi's scripts.
+
+    A copy, because the scripts write into their own folder.
+    """
     _check_name(model)
     with tempfile.TemporaryDirectory() as work:
         scripts = Path(shutil.copytree(_CALIBRATION, Path(work) / "calibration"))
-        # Its steps unpickle freely: never the person's own file.
+        # The scripts unpickle without checks, so they never get the user's own file.
         dataset = str(scripts / "dataset.pkl")
         command = ["bash", str(scripts / "calibrate_model.sh"), "-m", model, "-d", dataset, "-o", str(data / "inc")]
         command += ["-t", _count(environ, "VLLM_TP_SIZE", "1"), "-b", _count(environ, "BATCH_SIZE", "32")]
         if vllm_args.is_on(environ, "VLLM_ENABLE_EXPERT_PARALLEL"):
             command.append("-u")
-        # The scripts write what serving looks for before they have measured anything.
+        # The scripts write the files that serving looks for before they have measured anything.
         unfinished = _inc(model, data) / _UNFINISHED
         for argv in ([*rewrite, dataset, "--samples", samples], command):
             if argv is command:
@@ -302,7 +306,7 @@ def _calibrate(model: str, rewrite: list[str], samples: str, environ: Mapping[st
 
 
 def _check_name(model: str) -> None:
-    """A folder may have another name than what is in it, and the scripts go by the name. Raises OptionError."""
+    """Check that the folder's name fits its model, because the scripts go by the name. Raises OptionError."""
     config = Path(model) / "config.json"
     if not config.is_file():
         return
@@ -318,9 +322,9 @@ def _check_name(model: str) -> None:
 
 
 def healthy(environ: Mapping[str, str], port: str = str(PORT)) -> bool:
-    """Whether the vLLM beside this says that it is; a proxy set for downloads is not asked.
+    """Whether the vLLM in this container reports that it is healthy; ignores a proxy that is set for downloads.
 
-    Of several nodes the first alone answers; another one runs or has ended.
+    Of several nodes only the first has an API; any other node counts as healthy while it runs.
     """
     if environ.get("VLLM_NODE_RANK", "0") not in ("", "0"):
         return True
@@ -332,7 +336,7 @@ def healthy(environ: Mapping[str, str], port: str = str(PORT)) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status."""
+    """Run one of the commands; returns the exit status."""
     try:
         match arguments:
             case ["own", folder, uid, gid]:

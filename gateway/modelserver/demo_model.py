@@ -1,4 +1,4 @@
-"""The demo model: built once by the model server's Python, kept in the user's cache folder."""
+"""The demo model: built once by the model server's Python, and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STAMP = "demo-model.json"
 
 
 def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, display: Display | None = None) -> Path:
-    """The demo model's folder; `python`, the model server's, builds it first if there is none of this recipe.
+    """The demo model's folder; `python`, the model server's, first builds the model if this recipe has none yet.
 
     Raises CannotStart.
     """
@@ -29,7 +29,7 @@ def ensure_demo_model(environ: Mapping[str, str], python: Path | None = None, di
     with alone(cache / "demo-model.lock", display):
         if not (folder / _STAMP).is_file():
             python = python or ensure_environment(environ, display)
-            shutil.rmtree(folder, ignore_errors=True)  # what somebody has left of an older one
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete model
             _build_demo_model(folder, python, Runner(environ, cache / "demo-model.log"), display)
             remove_others(folder, "demo-model-*")
     return folder
@@ -43,7 +43,7 @@ def write_demo_model(
         raise CannotStart(f"{folder} exists and is not an empty folder: name a new one.")
     source = ensure_demo_model(environ, python, display)
     try:
-        # The modes are copied too: the source's, which let everybody read.
+        # copytree() also copies the modes, which let everybody read.
         shutil.copytree(source, folder, dirs_exist_ok=True)
     except OSError as error:
         raise CannotStart(f"The demo model cannot be written to {folder}: {error.strerror or error}.") from None
@@ -58,6 +58,6 @@ def _build_demo_model(folder: Path, python: Path, run: Runner, display: Display)
             if found:
                 update(int(found[1]) / int(found[2]), found[3])
 
-        # -P: the script's own folder holds modules whose names others use too.
+        # -P: the script's folder has modules whose names other packages use too.
         argv = [str(python), "-P", str(_DEMO_SCRIPT), str(folder)]
         run(argv, "The demo model cannot be built", watch)

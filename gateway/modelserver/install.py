@@ -1,4 +1,4 @@
-"""The model server's own Python environment, installed once into the user's cache folder."""
+"""Installs the model server's own Python environment, once, into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _LOCK = _LOCKS / "modelserver-cpu.lock"
 _CUDA_LOCK = _LOCKS / "modelserver-cpu-cuda-libs.lock"
 _STREAMER_LOCK = _LOCKS / "streamer.lock"
 
-# Measured: with the CPU build of torch, and with the package index's, which brings CUDA's libraries.
+# Measured, with the CPU build of torch and with the package index's build, which adds CUDA's libraries.
 _SIZES = "about 0.5 GB to download and 3 GB on disk; 3 GB and 6 GB where pip finds only CUDA's build of torch"
 _CUDA_SIZES = "about 2 GB to download and 3 GB on disk"
 _NEEDED, _CUDA_NEEDED = 4 * GIB, 4 * GIB
 _STREAMER_SIZES, _STREAMER_NEEDED = "about 25 MB to download and 55 MB on disk", GIB // 4
 
 MARKER = "complete.json"
-"""The file that marks what was installed to its end."""
+"""The file that marks a complete installation."""
 
-# Threads of torch that spin while they wait take six times as long where another program has a core.
+# If another program uses a core, torch with threads that spin while they wait takes six times as long.
 _QUIET = {"OMP_WAIT_POLICY": "passive"}
 _TICK = 0.5
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where all that `up` keeps lies: `vllm-gateway` in XDG_CACHE_HOME or ~/.cache."""
+    """The folder of all that `up` keeps: `vllm-gateway` in XDG_CACHE_HOME or ~/.cache."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "vllm-gateway"
 
 
 def ensure_environment(environ: Mapping[str, str], display: Display | None = None) -> Path:
-    """The Python of the model server's environment, which is installed first if there is none.
+    """The Python of the model server's environment, which is installed first if it is missing.
 
     Raises CannotStart.
     """
@@ -65,7 +65,7 @@ def ensure_environment(environ: Mapping[str, str], display: Display | None = Non
 
 
 def environment_folder(cache: Path) -> Path:
-    """Its folder, named after all that decides what is in it: another lock or Python is another environment."""
+    """The environment's folder, named by a hash of its locks, Python and machine type: any change makes a new one."""
     found = hashlib.sha256(f"{sys.implementation.cache_tag} {platform.machine()}".encode())
     for lock in (_TORCH_LOCK, _LOCK, _CUDA_LOCK):
         found.update(lock.read_bytes())
@@ -83,7 +83,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(lock: Path, display: Display) -> Iterator[None]:
-    """One process at a time; another `up` waits here until the first has installed."""
+    """Hold the lock: a second `up` waits here until the first has installed."""
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +105,10 @@ def _check_can_install(cache: Path) -> None:
 
 def _install(folder: Path, python: Path, run: Runner, display: Display) -> None:
     display.say(f"Installing the model server, vLLM for the CPU, once: {_SIZES}.")
-    shutil.rmtree(folder, ignore_errors=True)  # an install that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # the rest of an interrupted installation
     with display.task("Installing vLLM") as update:
         run([sys.executable, "-I", "-m", "venv", str(folder)], "The virtual environment cannot be made")
-        # No index may have the CPU build of torch; then the lock's own torch is taken.
+        # The CPU build of torch may be in no index; then the torch of the main lock is installed.
         with contextlib.suppress(CannotStart):
             _pip(python, run, _TORCH_LOCK)
         _pip(python, run, _LOCK, update)
@@ -117,7 +117,10 @@ def _install(folder: Path, python: Path, run: Runner, display: Display) -> None:
 
 
 def _add_cuda_libraries(folder: Path, python: Path, run: Runner, display: Display) -> None:
-    """The package index's torch for Linux is built with CUDA and loads CUDA's libraries even on the CPU."""
+    """Install CUDA's libraries if torch needs them.
+
+    The package index's torch for Linux is built with CUDA and loads CUDA's libraries even on the CPU.
+    """
     check = [str(python), "-I", "-c", "import torch"]
     try:
         run(check, "torch cannot be imported")
@@ -131,14 +134,17 @@ def _add_cuda_libraries(folder: Path, python: Path, run: Runner, display: Displa
 
 
 def install_beside(packages: Path, python: Path, run: Runner, lock: Path, update: Update) -> None:
-    """Put what `lock` names into the folder `packages`, for `python` to find by PYTHONPATH. Raises CannotStart."""
-    shutil.rmtree(packages, ignore_errors=True)  # an install that was interrupted
+    """Install the lock's packages into the folder `packages`, which goes into PYTHONPATH. Raises CannotStart."""
+    shutil.rmtree(packages, ignore_errors=True)  # the rest of an interrupted installation
     _pip(python, run, lock, update, "--target", str(packages))
     _complete(packages)
 
 
 def ensure_streamer(environ: Mapping[str, str], python: Path, display: Display | None = None) -> Path:
-    """The folder of what our environment's vLLM reads buckets by, which is installed first. Raises CannotStart."""
+    """The folder of the streamer, by which our environment's vLLM reads buckets; installs it if it is missing.
+
+    Raises CannotStart.
+    """
     cache, display = cache_folder(environ), display or Display()
     folder = cache / f"streamer-{hashlib.sha256(_STREAMER_LOCK.read_bytes()).hexdigest()[:16]}-{python.parents[1].name}"
     make_folder(cache)
@@ -157,8 +163,8 @@ def _complete(folder: Path) -> None:
 
 
 def _pip(python: Path, run: Runner, lock: Path, update: Update | None = None, *options: str) -> None:
-    # The lock is complete, so no dependency is asked for: neither torch's of CUDA nor the packages it leaves out.
-    # Compiling everything takes longer than what vLLM imports of it takes at its first start.
+    # --no-deps: the lock is complete, and leaves out torch's CUDA libraries and other packages on purpose.
+    # --no-compile: compiling everything takes longer than compiling at the first start what vLLM imports.
     argv = [str(python), "-I", "-m", "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     argv += [
         "--no-compile",
@@ -174,7 +180,7 @@ def _pip(python: Path, run: Runner, lock: Path, update: Update | None = None, *o
 
 
 class _PipProgress:
-    """Reads how far pip is: from its lines while it downloads, from the folder while it installs."""
+    """Tracks the progress of pip: by its lines during the download, by the folder during the installation."""
 
     def __init__(self, lock: Path, folder: Path, update: Update | None) -> None:
         self._total = len(re.findall(r"^[\w.-]+==", lock.read_text(), re.MULTILINE))
@@ -184,7 +190,7 @@ class _PipProgress:
         self._installing = False
 
     def __call__(self, line: str) -> None:
-        """Take a line, or an empty one for the passing of time."""
+        """Handle a line of pip; an empty line stands for a tick without output."""
         note = ""
         if line.startswith("Ignoring "):
             self._total -= 1
@@ -207,17 +213,17 @@ class _PipProgress:
 
 
 class Runner:
-    """Runs programs to their end, what they say into one log, which begins anew."""
+    """Runs programs to their end, and writes their output to one new log."""
 
     def __init__(self, environ: Mapping[str, str], log: Path) -> None:
-        # PYTHONPATH and its like are for our Python, not for the one of the new environment.
+        # PYTHONPATH and the other PYTHON variables are for our Python, not for the Python of the new environment.
         clean = {name: value for name, value in environ.items() if not name.startswith("PYTHON")}
         self._environment = {**_QUIET, **clean, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         self._log = log
         log.unlink(missing_ok=True)
 
     def __call__(self, argv: Sequence[str], failure: str, watch: Callable[[str], None] | None = None) -> None:
-        """Run one, each of its lines shown to `watch`; whatever interrupts us ends it too. Raises CannotStart."""
+        """Run one program and pass each of its lines to `watch`. Any exception here ends it. Raises CannotStart."""
         child = Child(argv, self._environment, piped=True, grace=0)
         with child, self._log.open("a", encoding="utf-8", buffering=1) as file:
             for line in child.lines(_TICK):
@@ -233,14 +239,14 @@ class Runner:
 
 
 def _reason(output: str) -> str:
-    """The line that says why: pip's own, else the last."""
+    """The line that explains a failure: pip's first error, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing."]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors[0] if errors else lines[-1]).removeprefix("ERROR: ").rstrip(".") + "."
 
 
 def remove_others(kept: Path, pattern: str) -> None:
-    """What an older version of us made. A server that still runs from it keeps the files it has open."""
+    """Remove the folders of older versions. A server that still runs from such a folder keeps its open files."""
     for other in kept.parent.glob(pattern):
         if other != kept and other.is_dir():
             shutil.rmtree(other, ignore_errors=True)

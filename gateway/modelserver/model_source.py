@@ -1,4 +1,4 @@
-"""Where a model comes from, asked before a model server starts: a folder, a tarball, a bucket, the cache or the hub."""
+"""Finds a model before its server starts: in a folder, a tarball, a bucket, the cache or the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _TIMEOUT = 10
 
 
 class Model(NamedTuple):
-    """What vLLM is told to serve; `local` means that nothing has to be fetched, `environment` where it is found."""
+    """The model that vLLM serves.
+
+    With `local`, nothing has to be downloaded; `environment` has the variables by which vLLM finds the model.
+    """
 
     name: str
     local: bool
@@ -34,9 +37,9 @@ def find_model(
     *,
     watch: hub_cache.Watch = lambda done, total: None,
 ) -> Model:
-    """The model of a folder, a tarball or a bucket's address, or of a hub's name (ORG/NAME).
+    """Find the model of a folder, a tarball, a bucket's address or a hub's name (ORG/NAME).
 
-    A tarball is unpacked once, into our own cache folder, and `watch` is told. Raises CannotStart.
+    A tarball is unpacked once, into our own cache folder, and `watch` gets the progress. Raises CannotStart.
     """
     if is_bucket(name):
         return Model(name, local=False)
@@ -62,7 +65,7 @@ def find_model(
 
 
 def is_bucket(name: str) -> bool:
-    """Whether this is the address of a model in a bucket, which vLLM streams. Raises CannotStart for an odd one."""
+    """Whether this is the address of a model in a bucket, which vLLM streams. Raises CannotStart if it is malformed."""
     if not name.startswith("s3://"):
         return False
     if not _BUCKET.fullmatch(name):
@@ -85,7 +88,7 @@ def _ask_hub(name: str, environ: Mapping[str, str], token: str | None) -> None:
         raise CannotStart(f"No hub: the model {name} is not in the local cache and HF_HUB_OFFLINE is set; {elsewhere}.")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        # The environment's proxy is for downloads such as this.
+        # Use the environment's proxy, which is set for downloads like this.
         with httpx.Client(trust_env=True, follow_redirects=True, timeout=_TIMEOUT) as client:
             status = client.head(f"{hub}/{name}/resolve/main/config.json", headers=headers).status_code
     except httpx.HTTPError as error:
@@ -97,7 +100,7 @@ def _ask_hub(name: str, environ: Mapping[str, str], token: str | None) -> None:
 
 def _judge(name: str, hub: str, status: int, token: str | None) -> None:
     if status in (401, 403):
-        # The hub says 401 for a name that does not exist, too, to whom it does not know.
+        # To a client without a token the hub answers 401 also for a name that does not exist.
         advice = "with HF_TOKEN set to a token that may read it" if token is None else "its HF_TOKEN may not read it"
         raise CannotStart(
             f"The hub {hub} refuses the model {name} ({status}): the name is wrong or it is restricted, "

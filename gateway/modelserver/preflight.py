@@ -1,4 +1,4 @@
-"""What must be so before a local model server starts: each check is a sentence or nothing."""
+"""The checks before a local model server starts; each raises CannotStart with a sentence, or passes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 
 GIB = 1024**3
 
-# What the wheels of modelserver-cpu.lock are built for.
+# The versions that the wheels of modelserver-cpu.lock are built for.
 _OLDEST_PYTHON, _NEWEST_PYTHON = (3, 11), (3, 14)
 _OLDEST_GLIBC = (2, 31)
-# The state of a socket that listens, in /proc/net/tcp.
+# The state of a listening socket in /proc/net/tcp.
 _LISTENS = "0A"
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
 class CannotStart(Exception):
-    """Why `up` cannot start, in one sentence that says what to do."""
+    """`up` cannot start; the text is one sentence that says why and what to do."""
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """The model server's environment takes the Python that runs us."""
+    """Check our Python's version, because the model server's environment uses the same Python."""
     found = ".".join(map(str, version[:2]))
     if version[:2] < _OLDEST_PYTHON:
         raise CannotStart(f"Python {found} is too old: the model server needs 3.11 to 3.14.")
@@ -38,7 +38,7 @@ def check_python(version: tuple[int, ...]) -> None:
 
 
 def check_venv(can_make_environments: bool) -> None:
-    """Debian's Python comes without the part that makes virtual environments."""
+    """Check for venv: Debian's Python comes without the part that makes virtual environments."""
     if not can_make_environments:
         raise CannotStart(
             "This Python has no venv (the module ensurepip is missing): install it, on Debian and Ubuntu with "
@@ -47,7 +47,7 @@ def check_venv(can_make_environments: bool) -> None:
 
 
 def check_wheel(system: str, machine: str, libc: tuple[str, str]) -> None:
-    """There are wheels of vLLM for the CPU for Linux with glibc, on x86-64 and arm64."""
+    """Check the platform: vLLM for the CPU has wheels for Linux with glibc, on x86-64 and arm64."""
     processor = _MACHINES.get(machine.lower())
     advice = "name a Python that has a vLLM with --vllm-python, or a server that runs elsewhere with GATEWAY_UPSTREAMS"
     if system != "Linux" or processor is None:
@@ -60,14 +60,14 @@ def check_wheel(system: str, machine: str, libc: tuple[str, str]) -> None:
 
 
 def check_cpu(machine: str, cpuinfo: str) -> None:
-    """On x86-64 vLLM is built for AVX2; `cpuinfo` is the text of /proc/cpuinfo."""
+    """Check for AVX2, for which vLLM is built on x86-64; `cpuinfo` is the text of /proc/cpuinfo."""
     flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     if _MACHINES.get(machine.lower()) == "x86_64" and flags and "avx2" not in flags[1].split():
         raise CannotStart("This processor has no AVX2, which vLLM on the CPU needs: run it on a newer machine.")
 
 
 def check_libraries(load: Callable[[str], object]) -> None:
-    """Two libraries of the system that vLLM loads; `load` raises OSError for one that is missing."""
+    """Check for two system libraries that vLLM loads; `load` raises OSError for a missing library."""
     for library, package in (("libnuma.so.1", "libnuma1"), ("libgomp.so.1", "libgomp1")):
         try:
             load(library)
@@ -79,7 +79,7 @@ def check_libraries(load: Callable[[str], object]) -> None:
 
 
 def check_disk(free: int, needed: int, folder: Path) -> None:
-    """Bytes free where the environment is kept."""
+    """Check the free bytes on the disk of the environment."""
     if free < needed:
         raise CannotStart(
             f"Too little disk: {free / GIB:.1f} GiB are free in {folder}, {needed / GIB:.1f} are needed; make room, "
@@ -88,7 +88,7 @@ def check_disk(free: int, needed: int, folder: Path) -> None:
 
 
 def check_memory(meminfo: str, needed: int) -> None:
-    """`meminfo` is the text of /proc/meminfo."""
+    """Check the available memory; `meminfo` is the text of /proc/meminfo."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
     if found and int(found[1]) * 1024 < needed:
         raise CannotStart(
@@ -98,10 +98,10 @@ def check_memory(meminfo: str, needed: int) -> None:
 
 
 def check_port(host: str, port: int, setting: str) -> None:
-    """Nothing else may listen there. `setting` is the name that changes the port."""
+    """Check that no other program listens on the port. `setting` is the setting that changes the port."""
     family, address = _address(host, port)
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        # As servers do: connections of an earlier run that have not timed out yet are no hindrance.
+        # As servers do, so that connections of an earlier run in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
@@ -114,9 +114,10 @@ def check_port(host: str, port: int, setting: str) -> None:
 
 
 def check_nobody_else(host: str, port: int, setting: str, session: int) -> None:
-    """Of those who listen there, where the system tells, each is of this session, as the child is that leads it.
+    """Check that only processes of this session listen on the port, as far as the system shows them.
 
-    A port that was free may have been taken since, and vLLM would even share it (SO_REUSEPORT).
+    Our child leads the session. Another program may have taken the free port since the first check, and vLLM would even
+    share it (SO_REUSEPORT).
     """
     address = _address(host, port)[1]
     others = [listener for listener in _listeners(address[0], port) if not listener.is_of(session)]
@@ -125,7 +126,7 @@ def check_nobody_else(host: str, port: int, setting: str, session: int) -> None:
 
 
 class _Listener(NamedTuple):
-    """Who listens; other users' processes have no number that we could see."""
+    """A process that listens on a port; `pid` is None if we cannot see it, as with other users' processes."""
 
     pid: int | None
     uid: int
@@ -135,7 +136,7 @@ class _Listener(NamedTuple):
             return self.uid == os.geteuid()
         try:
             return os.getsid(self.pid) == session
-        except ProcessLookupError:  # it has ended
+        except ProcessLookupError:  # the process has ended
             return True
 
     def __str__(self) -> str:
@@ -150,12 +151,15 @@ class _Listener(NamedTuple):
 
 
 def program(name: str, argv: Sequence[str]) -> str:
-    """What a process is called, with the module that a Python runs; its arguments may be secrets."""
+    """A process's name, and the module that a Python runs; no other arguments, because they may be secrets."""
     return f"{name} -m {argv[2]}" if len(argv) > 2 and argv[1] == "-m" else name
 
 
 def listening_in(table: str, host: str, port: int, byteorder: str = sys.byteorder) -> Iterator[tuple[str, int]]:
-    """Inode and user of each socket that listens on this port of this address; `table` is as /proc/net/tcp."""
+    """Inode and user of each socket that listens on this port of this address.
+
+    `table` has the format of /proc/net/tcp.
+    """
     ours = ip_address(host.partition("%")[0])
     for line in table.splitlines()[1:]:
         fields = line.split()
@@ -178,7 +182,7 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
 
 
 def _listeners(host: str, port: int) -> Iterator[_Listener]:
-    """Who listens there, as Linux tells; nobody where there is no /proc."""
+    """The processes that listen on the port, from Linux's /proc; empty without /proc."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for inode, uid in listening_in(Path("/proc/self/net", table).read_text(), host, port):
@@ -187,7 +191,7 @@ def _listeners(host: str, port: int) -> Iterator[_Listener]:
 
 def _owner(link: str) -> int | None:
     for folder in Path("/proc").glob("[0-9]*"):
-        # Of other users, or gone meanwhile.
+        # Skip processes of other users, and processes that have ended meanwhile.
         with contextlib.suppress(OSError):
             for descriptor in (folder / "fd").iterdir():
                 with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The command that makes an FP8 checkpoint: llm-compressor, kept beside the torch of the model server's Python."""
+"""Makes an FP8 checkpoint with llm-compressor, which is installed beside the torch of the model server's Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEEDED = GIB
 
 
 class Quantizing(NamedTuple):
-    """What is to be made: of which model, where, and with which data."""
+    """The options: the model, the folder of the checkpoint, and the calibration data."""
 
     model: str
     folder: Path
@@ -33,7 +33,10 @@ class Quantizing(NamedTuple):
 
 
 def ensure_llm_compressor(environ: Mapping[str, str], python: Path, display: Display | None = None) -> Path:
-    """The folder of llm-compressor and what it needs but for torch, installed first. Raises CannotStart."""
+    """The folder of llm-compressor and its dependencies without torch; installs it if it is missing.
+
+    Raises CannotStart.
+    """
     cache, display = install.cache_folder(environ), display or Display()
     kind = hashlib.sha256(_LOCK.read_bytes() + _tag(python).encode()).hexdigest()[:16]
     folder = cache / f"quantize-{kind}"
@@ -50,7 +53,7 @@ def ensure_llm_compressor(environ: Mapping[str, str], python: Path, display: Dis
 
 
 def _tag(python: Path) -> str:
-    """What packages for this Python go by. Raises CannotStart if it is none, or has no torch."""
+    """The cache tag of this Python, which names its packages. Raises CannotStart if it cannot run or has no torch."""
     program = "import sys, torch; print(sys.implementation.cache_tag)"
     try:
         done = subprocess.run([str(python), "-I", "-c", program], capture_output=True, text=True, check=False)
@@ -64,13 +67,13 @@ def _tag(python: Path) -> str:
 def command(
     wanted: Quantizing, python: Path, packages: Path, environ: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The program and the whole environment that make it so."""
+    """The command line and the whole environment of the program that makes the checkpoint."""
     argv = [str(python), "-P", str(_SCRIPT), wanted.model, str(wanted.folder)]
     if wanted.dataset is not None:
         argv += ["--dataset", str(wanted.dataset), "--samples", str(wanted.samples), "--length", str(wanted.length)]
     if wanted.revision is not None:
         argv += ["--revision", wanted.revision]
-    # PYTHONPATH and its like are for our Python, not for that one.
+    # PYTHONPATH and the other PYTHON variables are for our Python, not for the model server's.
     clean = {
         name: value for name, value in vllm_args.vllm_environment(environ).items() if not name.startswith("PYTHON")
     }

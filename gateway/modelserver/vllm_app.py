@@ -1,10 +1,10 @@
-"""From vllm-app's config.json to vLLM's model and options; mounted where vllmargs is, with nothing but Python's own.
+"""Turns vllm-app's config.json into vLLM's model and options; needs only Python, as it is mounted with vllm_args.
 
     {"model_path": "./models/NAME", "cuda_graph_mode": "piecewise", "cuda_graph_capture_sizes": [1, 2, 4],
      "max_tokens": 2048, "temperature": 0.5, "top_p": 0.85, "top_k": 25, "repetition_penalty": 1.1,
      "keep_first_token": false}
 
-Each key may be missing. The last one made an empty text of each answer's first token, and is not followed.
+Each key may be missing. The last key made the text of each answer's first token empty, and is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gateway.modelserver.vllm_args import OptionError
 
 _MODES = ("piecewise", "full", "full_decode_only", "full_and_piecewise")
 _GRAPHS = {"cuda_graph_mode": "cudagraph_mode", "cuda_graph_capture_sizes": "cudagraph_capture_sizes"}
-# What a call gets that does not say; but the last is vLLM's limit to every call.
+# The defaults of a call that sets no value; only the last is a limit, which vLLM applies to every call.
 _SAMPLING = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -31,16 +31,16 @@ _SAMPLING = {
 
 
 def _is_whole(value: object, least: int) -> bool:
-    # True is an int to Python.
+    # In Python True is an int.
     return type(value) is int and value >= least
 
 
 def _is_number(value: object) -> bool:
-    # JSON as Python reads it has NaN and infinities.
+    # Python's JSON parser accepts NaN and infinities.
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-# What vLLM itself would refuse, it would refuse in every call.
+# Checked here, because vLLM would refuse every call with a wrong value.
 _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model_path": ("a folder or a hub's ORG/NAME", lambda value: isinstance(value, str) and value.isprintable()),
     "cuda_graph_mode": (f"one of {', '.join(_MODES)}", lambda value: value in _MODES),
@@ -58,14 +58,14 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 class App(NamedTuple):
-    """What is served: the model, where one is named, and vLLM's options."""
+    """The model, if the file names one, and vLLM's options."""
 
     model: str | None
     options: list[str]
 
 
 def read(file: str | Path | None) -> App:
-    """What the file that VLLM_APP_CONFIG names says; no file says nothing. Raises OptionError, naming file and key."""
+    """Read the file that VLLM_APP_CONFIG names; no file is an empty App. Raises OptionError, naming file and key."""
     if not file:
         return App(None, [])
     where = f"{file} (VLLM_APP_CONFIG)"
@@ -82,12 +82,12 @@ def read(file: str | Path | None) -> App:
 
 
 def from_config(config: object, folder: Path) -> App:
-    """`folder` is where the file lies, and its paths begin. Raises OptionError, which names key and value."""
+    """Read a parsed config; its paths are relative to `folder`. Raises OptionError, which names key and value."""
     if not isinstance(config, dict):
         raise OptionError("it must be an object of vllm-app's keys.")
     for key in config:
         _check_key(key)
-    # As with variables, an empty value is none.
+    # As with variables, an empty value counts as unset.
     given = {key: value for key, value in config.items() if value not in (None, "", [])}
     for key, value in given.items():
         allowed, is_right = _KEYS[key]
@@ -108,13 +108,13 @@ def _check_key(key: str) -> None:
 
 
 def _from_path(path: str, folder: Path) -> str:
-    """The folder, or else the name that a hub may know."""
+    """The folder if it is one, else the path unchanged, as a hub's name."""
     found = folder / path
     return str(found) if path.startswith((".", "/")) or found.is_dir() else path
 
 
 def _option(option: str, names: dict[str, str], given: dict[str, Any]) -> list[str]:
-    """vLLM's option with those of the keys that are given, under its own names for them."""
+    """vLLM's option as JSON, with the given keys under vLLM's names."""
     found = {name: given[key] for key, name in names.items() if key in given}
     if "cudagraph_mode" in found:
         found["cudagraph_mode"] = found["cudagraph_mode"].upper()

@@ -1,6 +1,6 @@
-"""From environment variables to vLLM's command line; pure functions, with nothing but Python's own.
+"""Turns environment variables into vLLM's command line; pure functions that need only Python.
 
-For `up`, and for the containers of model servers, where this is mounted beside whatever vLLM the image has.
+For `up`, and for the containers of model servers, where it is mounted beside any vLLM that the image has.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# vLLM's own options, and the names for each that people know from the systems that this replaces, the one that wins
-# first. vllm-app's documentation has GPU_MEM_ULTIIZATION.
+# vLLM's own options, and the variables for each in order of precedence, known from the systems that this replaces.
+# GPU_MEM_ULTIIZATION is spelled so in vllm-app's documentation.
 _OPTIONS = {
     "--revision": ("LLM_VLLM_MODEL_REVISION",),
     "--served-model-name": ("SERVED_MODEL_NAME",),
@@ -36,19 +36,19 @@ _OPTIONS = {
 _FLAGS = {"--enforce-eager": "VLLM_EAGER", "--enable-expert-parallel": "VLLM_ENABLE_EXPERT_PARALLEL"}
 _YES, _NO = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 _OURS = [name for names in _OPTIONS.values() for name in names] + [*_FLAGS.values(), "VLLM_APP_CONFIG"]
-# vLLM warns of each variable of its own prefix that it does not know.
+# Not for vLLM, which warns of each variable with its own prefix that it does not know.
 NOT_VLLMS = frozenset(name for name in _OURS if name.startswith("VLLM_"))
-# vLLM may run a model's own code, which is to find nothing that lets it call the gateway, or another server as the
-# gateway does. A deny-list, as vLLM, and what is below it, reads more names than anybody knows.
+# vLLM may run a model's own code, which must find no secret to call the gateway, or another server as the gateway.
+# A deny-list, because vLLM and its libraries read more variables than anybody could list.
 _GATEWAYS_OWN = re.compile(
     r"GATEWAY_.*|LLM_VLLM_(API_KEY|CLIENT_ID|CLIENT_SECRET|TOKEN_URL)(_FILE)?|(HF|HUGGING_FACE_HUB)_TOKEN_FILE"
     r"|OTEL_.*HEADERS"
 )
 
 _SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
-# How many, and none of these.
+# An option for a number of tokens is no secret.
 _COUNT = re.compile(r"-*(max|min|num)[\w-]*[_-]tokens", re.IGNORECASE)
-# vLLM's own of these: its parser takes the beginning of a name for the name.
+# vLLM's secret options, listed because its parser also accepts the beginning of a name.
 _SECRET_OPTIONS = ("--api-key", "--encryption-keyfile", "--hf-token", "--ssl-keyfile-password")
 _OPTION = re.compile(r"(--?(?!\.?\d)[\w.+-]*)(=?)(.*)", re.DOTALL)
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -56,11 +56,14 @@ _HIDDEN = "…"
 
 
 class OptionError(Exception):
-    """What cannot be started, in a sentence."""
+    """An option is wrong; the text is a sentence that says why."""
 
 
 def options(environ: Mapping[str, str]) -> list[str]:
-    """vLLM's options for these variables, of which an empty one is none. Raises OptionError, for odd EXTRA_ARGS too."""
+    """vLLM's options for these variables; an empty one counts as unset.
+
+    Raises OptionError, also if EXTRA_ARGS cannot be split.
+    """
     found: list[str] = []
     _number(environ, "VLLM_SHUTDOWN_TIMEOUT", 0)
     headless = _is_headless(environ)
@@ -68,20 +71,20 @@ def options(environ: Mapping[str, str]) -> list[str]:
         if given := _given(names, environ):
             found += [option, environ[given[0]]]
     found += [flag for flag, name in _FLAGS.items() if is_on(environ, name)]
-    # Of several nodes the first one answers, and the others would wait for an API of their own.
+    # Of several nodes only the first has an API; without --headless the others would wait for an API of their own.
     found += ["--headless"] if headless else []
     extra = environ.get("EXTRA_ARGS", "")
     try:
-        # Last, so that the person's word is the one that counts.
+        # Last, so that the user's options override ours.
         return found + shlex.split(extra)
     except ValueError as error:
         raise OptionError(f"EXTRA_ARGS cannot be split as a shell would ({error}).") from None
 
 
 def _is_headless(environ: Mapping[str, str]) -> bool:
-    """Whether this is one of several nodes, and not the first. Raises OptionError where they cannot be a group.
+    """Whether this is one of several nodes, and not the first. Raises OptionError if the nodes cannot form a group.
 
-    vLLM would say so, too, but only after a minute of imports, and of its own options.
+    vLLM would report that too, but only after a minute of imports, and in terms of its own options.
     """
     nodes, rank = _number(environ, "VLLM_NNODES", 1), _number(environ, "VLLM_NODE_RANK", 0)
     if rank >= nodes:
@@ -93,7 +96,7 @@ def _is_headless(environ: Mapping[str, str]) -> bool:
         raise OptionError(
             f"VLLM_NNODES is {nodes}, but VLLM_MASTER_ADDR is not set: give all nodes the address of the first one."
         )
-    # What EXTRA_ARGS or a file say of sizes counts more than what stands here, and is vLLM's to read.
+    # Sizes in EXTRA_ARGS or in a file override these variables, and only vLLM reads them.
     if "parallel-size" in environ.get("EXTRA_ARGS", "").replace("_", "-") or environ.get("VLLM_CONFIG"):
         return rank > 0
     tensors = next(iter(_given(_OPTIONS["--tensor-parallel-size"], environ)), "VLLM_TP_SIZE")
@@ -107,7 +110,7 @@ def _is_headless(environ: Mapping[str, str]) -> bool:
 
 
 def _number(environ: Mapping[str, str], name: str, least: int) -> int:
-    """A whole number, `least` where there is none. Raises OptionError."""
+    """A whole number, `least` if it is unset. Raises OptionError."""
     value = environ.get(name) or str(least)
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
         raise OptionError(f"{name} must be a whole number, {least} or more, but it is {value!r}.")
@@ -115,7 +118,7 @@ def _number(environ: Mapping[str, str], name: str, least: int) -> int:
 
 
 def differing(environ: Mapping[str, str]) -> list[str]:
-    """A sentence for each variable that does not count, as one of the same meaning has another value."""
+    """One sentence for each variable that is overridden by a variable of the same meaning with another value."""
     given = [_given(names, environ) for names in _OPTIONS.values()]
     return [
         f"{names[0]} and {other} are both set and differ: {names[0]} is used."
@@ -130,7 +133,7 @@ def _given(names: Iterable[str], environ: Mapping[str, str]) -> list[str]:
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:
-    """Whether a variable says yes. Raises OptionError for another word than those for yes and no."""
+    """Whether a variable is true. Raises OptionError for a word that is neither true nor false."""
     word = environ.get(name, "").lower()
     if word not in _YES | _NO:
         raise OptionError(f"{name} must be true or false, but it is {word!r}.")
@@ -138,9 +141,9 @@ def is_on(environ: Mapping[str, str], name: str) -> bool:
 
 
 def fp8(device: str, *, prepared: bool) -> list[str]:
-    """What runs a model in FP8 on a device (cpu, hpu or cuda); `prepared` says that its checkpoint is in FP8 already.
+    """The options for FP8 on a device (cpu, hpu or cuda); `prepared` says that the checkpoint is in FP8 already.
 
-    The CPU has no way to quantize while it loads. Gaudi goes by the scales that QUANT_CONFIG leads to.
+    The CPU cannot quantize while it loads. Gaudi uses the scales that QUANT_CONFIG names.
     """
     if device == "hpu":
         return ["--quantization", "inc", "--kv-cache-dtype", "fp8_inc"]
@@ -150,7 +153,7 @@ def fp8(device: str, *, prepared: bool) -> list[str]:
 
 
 def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """vLLM's environment: without what is empty or not for it, and with the keys under the names that it reads."""
+    """vLLM's environment: without variables that are empty or not for vLLM, and with secrets under vLLM's names."""
     found = {
         name: value
         for name, value in environ.items()
@@ -164,7 +167,7 @@ def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def served_names(argv: Sequence[str]) -> list[str]:
-    """The names by which a vLLM of this command line lists its model; none where a file of options may say others."""
+    """The names by which a vLLM of this command line lists its model; empty if an option file may set other names."""
     given: dict[str, list[str]] = {}
     values: list[str] = []
     for word in argv:
@@ -173,7 +176,7 @@ def served_names(argv: Sequence[str]) -> list[str]:
             values.append(word)
             continue
         name, equals, value = option.groups()
-        # Its parser takes an underscore for a dash, and the last of two for the one that counts.
+        # vLLM's parser treats an underscore as a dash, and uses the last of two values.
         values = given[name.replace("_", "-")] = [value] if equals else []
     if names := given.get("--served-model-name"):
         return names
@@ -181,11 +184,11 @@ def served_names(argv: Sequence[str]) -> list[str]:
 
 
 def shown(argv: Sequence[str]) -> str:
-    """A command line as a shell would take it, for a log: without what may be a secret.
+    """A command line in shell syntax, for a log, with possible secrets hidden.
 
-    That is all values of an option whose name has key, token, secret or password, or may be short for one of vLLM's
-    that has; those of such names in JSON; and the user and password of a URL. What our own variables have options for
-    is shown.
+    Hidden are the values of an option whose name contains key, token, secret or password. So are those of an option
+    that may be short for such an option of vLLM, of such names in JSON, and the user and password of a URL. The options
+    of our own variables are shown.
     """
     words, hides = [], False
     for word in argv:

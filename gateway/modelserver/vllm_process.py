@@ -27,7 +27,7 @@ _DEMO_OPTIONS = {
     "VLLM_MAX_MODEL_LEN": "4096",
     "VLLM_EAGER": "true",
 }
-# What a start is about, and what its log says when that begins, in this order.
+# The steps of a start in order: the text in the log that begins a step, and the step's name.
 _STEPS = (
     (b"", "importing PyTorch and vLLM"),
     (b"non-default args", "reading the model's config"),
@@ -37,7 +37,7 @@ _STEPS = (
     (b"Loading weights took", "trying the model"),
     (b"Starting vLLM server", "opening its port"),
 )
-# The end of a traceback in its log, and so many lines above that say where it was.
+# The last line of a traceback in vLLM's log, and the number of lines above it that say where it was.
 _ERROR = re.compile(r"^\(.*\) ERROR .*\] [\w.]+(Error|Exception)\b")
 _ABOVE = 3
 _HOST = "127.0.0.1"
@@ -45,20 +45,20 @@ _GRACE = 20
 _TICK = 0.25
 _PATIENCE = 2
 
-# The person's own environment wins over each of these.
+# The user's own environment overrides each of these.
 _ENVIRONMENT = {
-    # Left to itself vLLM binds its threads to cores that a container may not have.
+    # By default vLLM binds its threads to cores that a container may not have.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-# So small a model gains nothing from threads that spin while they wait, and they slow whatever else runs.
+# Threads that spin while they wait do not speed up so small a model, and they slow down other programs.
 _DEMO_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 _LOCAL_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 
 
 class Launch(NamedTuple):
-    """What is started: the command line, the whole environment, and the seconds that it gets to end after SIGTERM."""
+    """How vLLM is started: its command line, its whole environment, and the seconds it gets to end after SIGTERM."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -75,9 +75,10 @@ def launch(
     demo: bool = False,
     local: bool = False,
 ) -> Launch:
-    """Turn the settings into vLLM's command line and environment; `options` of vLLM's are put before theirs.
+    """Turn the settings into vLLM's command line and environment.
 
-    Raises CannotStart for odd EXTRA_ARGS.
+    `options` are vLLM options that come before the settings' options. Raises CannotStart if EXTRA_ARGS or another
+    setting is wrong.
     """
     fields = ((names_of(field, ModelServerSettings)[0], value) for field, value in settings)
     given = {name: str(value) for name, value in fields if value is not None}
@@ -88,7 +89,7 @@ def launch(
     except vllm_args.OptionError as error:
         raise CannotStart(str(error)) from None
     environment = _environment(settings, environ, demo=demo, local=local)
-    # Of its answers' time to end none is to be taken away.
+    # The grace is added to the shutdown timeout, so that running answers keep their full time to end.
     return Launch(argv, environment, _GRACE + (settings.shutdown_timeout or 0))
 
 
@@ -112,7 +113,7 @@ class ModelServer:
     """
 
     def __init__(self, command: Launch, port: int, log: Path, api_key: str | None = None) -> None:
-        """`api_key` is what a call of its own must bring, if any."""
+        """`api_key` is the key that vLLM requires of its clients, if any."""
         self.url = f"http://{_HOST}:{port}"
         self.log = log
         self._port = port
@@ -124,22 +125,22 @@ class ModelServer:
         self.exit_code: Callable[[], int | None] = self._child.exit_code
 
     def start(self) -> None:
-        """Start it; it answers only later, see `wait_ready`. Raises CannotStart."""
+        """Start vLLM, which answers only later, see `wait_ready`. Raises CannotStart."""
         try:
             self._child.start()
         except OSError as error:
             raise CannotStart(f"The model server cannot be started: {error}.") from None
 
     def is_ready(self) -> bool:
-        """Whether it lists the name that it was given.
+        """Whether vLLM lists its model under the given name.
 
-        Raises CannotStart where another program has its port, or where it refuses our key.
+        Raises CannotStart if another program has vLLM's port, or if vLLM refuses our key.
         """
         session = self._child.pid
         if session is None:
             return False
         answer = self._ask()
-        # Then, as it may have been taken just before the answer.
+        # Checked after the request, because another program may have taken the port just before the answer.
         preflight.check_nobody_else(_HOST, self._port, "LLM_VLLM_PORT", session)
         if answer is None:
             return False
@@ -158,14 +159,14 @@ class ModelServer:
             return None
 
     def wait_ready(self, pause: Callable[[float], object] = time.sleep) -> None:
-        """Return when it serves. Raises CannotStart if it cannot come to that; `pause` is called between looks."""
+        """Wait until vLLM serves; `pause` is called between two checks. Raises CannotStart if vLLM ends before."""
         while not self.is_ready():
             self.check_alive()
             pause(_TICK)
         self.check_alive()
 
     def step(self) -> str:
-        """What its start is about, by what has come into its log since the last time."""
+        """The current step of the start, from the log's new lines since the last call."""
         with contextlib.suppress(OSError), self.log.open("rb") as log:
             log.seek(self._read)
             lines = log.read().rpartition(b"\n")[0]
@@ -176,7 +177,7 @@ class ModelServer:
         return _STEPS[self._step][1]
 
     def check_alive(self) -> None:
-        """Raises CannotStart, with the end of its log, if it has died."""
+        """Raise CannotStart, with the end of the log, if vLLM has ended."""
         code = self.exit_code()
         if code is not None:
             end = last_lines(self.log)
@@ -185,7 +186,7 @@ class ModelServer:
             )
 
     def _cause(self, end: str) -> str:
-        """The first error that it logged, where `end` does not have it: as one worker of several dies, more follow."""
+        """The first error in the log, unless `end` has it: after one worker dies, errors of the others follow."""
         lines = last_lines(self.log, 1000).splitlines()
         at = next((number for number, line in enumerate(lines) if _ERROR.match(line)), None)
         if at is None or lines[at] in end:
@@ -193,7 +194,7 @@ class ModelServer:
         return "Its first error:\n" + "\n".join(lines[max(0, at - _ABOVE) : at + 1]) + "\n"
 
     def stop(self) -> None:
-        """End it with all its processes; may be called again."""
+        """End vLLM with all its processes; may be called again."""
         self._child.stop()
 
     def __enter__(self) -> Self:

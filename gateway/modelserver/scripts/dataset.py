@@ -1,9 +1,9 @@
-"""Rewrites a calibration dataset as nothing but its text; a script of its own, for a Python that has pandas.
+"""Rewrites a calibration dataset as plain text; a separate script, for a Python that has pandas.
 
     dataset.py SOURCE TARGET --samples N
 
 SOURCE is .jsonl, .csv, .parquet, or a pandas DataFrame as .pkl or .pkl.gz, with the columns `question` and
-`system_prompt`. TARGET is .jsonl, or .pkl for vLLM-Gaudi's scripts, which unpickle whatever they are given.
+`system_prompt`. TARGET is .jsonl, or .pkl for vLLM-Gaudi's scripts, which unpickle any file without checks.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import pandas
 
 COLUMNS = ["question", "system_prompt"]
 _SEED = 42
-# What a file may take of memory, whatever it unpacks to.
+# The memory limit for reading a file, whatever size it unpacks to.
 _MOST_MEMORY = 8 << 30
 
 
 class DatasetError(Exception):
-    """What is wrong with a dataset, in a sentence."""
+    """A dataset is wrong; the text is a clause that says why."""
 
 
 class _Named:
-    """What a pickle makes of something that it names: a note of it, and nothing is called, imported or made.
+    """A placeholder for each object that a pickle names: it only records, and nothing is called, imported or made.
 
-    NumPy's and pandas' own parts would not do, harmless as they look: their reconstruction takes sizes, offsets and
-    flags from the file and trusts them, so that a file can read and write the memory of the process.
+    The real parts of NumPy and pandas are unsafe, harmless as they look. Their reconstruction trusts sizes, offsets and
+    flags from the file, so a file can read and write the memory of the process.
     """
 
     __slots__ = ("given", "state")
@@ -56,7 +56,7 @@ class _Named:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, in Python: the one in C makes room for as many objects as the file says that there will be."""
+    """The standard library's unpickler in Python: the C one allocates as many objects as the file claims to have."""
 
     def find_class(self, module: str, name: str) -> Any:
         called = f"{module}.{name}"
@@ -73,7 +73,7 @@ def _is(one: Any, *names: str) -> bool:
 
 
 def _whole(one: Any) -> list[Any]:
-    """The elements of an array, of one of strings, or of an index, in C's order. Raises DatasetError."""
+    """The elements of an array, a string array or an index, in C order. Raises DatasetError."""
     if _is(one, "_new_Index"):
         return _whole(one.given[1]["data"])
     if _is(one, "_reconstruct") and isinstance(one.state[4], list):
@@ -85,7 +85,7 @@ def _whole(one: Any) -> list[Any]:
 
 
 def _places(one: Any) -> Iterable[int]:
-    """Which columns a block holds: a slice, or an array of 64-bit integers."""
+    """The numbers of the columns that a block holds: a slice, or an array of 64-bit integers."""
     if _is(one, "slice"):
         return range(*one.given)
     data = one.state[4] if _is(one, "_reconstruct") else one.given[0]
@@ -93,7 +93,7 @@ def _places(one: Any) -> Iterable[int]:
 
 
 def _columns(frame: Any) -> dict[str, list[Any]]:
-    """The two that are asked for, of the notes that an unpickler has made of a DataFrame. Raises DatasetError."""
+    """The two wanted columns, from the placeholders of an unpickled DataFrame. Raises DatasetError."""
     if not _is(frame, "DataFrame"):
         raise DatasetError(f"it holds a {type(frame).__name__}, not a DataFrame")
     blocks, (names, *_) = frame.state["_mgr"].given
@@ -112,7 +112,7 @@ def _columns(frame: Any) -> dict[str, list[Any]]:
 def _pickle(path: Path) -> Any:
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         columns = _columns(_Unpickler(file).load())
-    # A value that is missing is a number, None, or pandas' own word for it.
+    # A missing value is NaN, None or pandas' NA.
     return [
         {name: "" if value is None or value != value or _is(value, "NA") else value for name, value in row.items()}
         for row in (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
@@ -131,7 +131,7 @@ def _csv(path: Path) -> Any:
         rows = list(reader)
         _check_columns(reader.fieldnames or [])
     for row in rows:
-        # A comma at the end of each line is a spreadsheet's habit.
+        # Allow empty extra fields: spreadsheets end each line with a comma.
         if any(row.pop(None, [])):
             raise DatasetError(f"a row has more fields than the first line has names: {row['question'][:40]!r}…")
     return rows
@@ -166,7 +166,7 @@ def read(path: Path, samples: int) -> list[dict[str, str]]:
         found = [_checked(row, number) for number, row in enumerate(_READERS[kind](path))]
     except DatasetError:
         raise
-    # Whatever the readers make of what is not of their kind.
+    # The readers raise any exception for a file that is not of their kind.
     except Exception as error:
         raise DatasetError(f"it cannot be read ({type(error).__name__}: {error})") from None
     rows = [row for row in found if row["question"]]
@@ -187,7 +187,7 @@ def _checked(row: Any, number: int) -> dict[str, str]:
 
 
 def _bound_memory() -> None:
-    """Beyond what the libraries have taken, which on a machine of many cores is much."""
+    """Limit the memory beyond the libraries' share, which is large on a machine with many cores."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = taken + _MOST_MEMORY
@@ -195,7 +195,7 @@ def _bound_memory() -> None:
 
 
 def main() -> int:
-    """The exit status."""
+    """Run the script; returns the exit status."""
     parser = argparse.ArgumentParser(description="Rewrite a calibration dataset as nothing but its text.")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
@@ -205,12 +205,12 @@ def main() -> int:
     try:
         rows = read(given.source, given.samples)
         if given.target.suffix == ".pkl":
-            # The newest protocol that every pandas for which there is a vLLM can read.
+            # The newest protocol that every pandas with a matching vLLM can read.
             pandas.DataFrame(rows, dtype=object).to_pickle(given.target, protocol=4)
         else:
             given.target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except (DatasetError, OSError) as error:
-        # Libraries' words may have lines of their own.
+        # An error text of a library may have several lines.
         reason = " ".join(str(error).split()).rstrip(".")
         sys.stderr.write(f"vllm-gateway: the dataset {given.source} cannot be used: {reason}.\n")
         return 1

@@ -1,10 +1,10 @@
-"""Writes a model's FP8 checkpoint with llm-compressor; a script of its own, for a Python that has it.
+"""Writes a model's FP8 checkpoint with llm-compressor; a separate script, for a Python that has llm-compressor.
 
     quantize.py MODEL FOLDER
     quantize.py MODEL FOLDER --dataset FILE --samples 512 --length 2048
 
-MODEL is a folder, or a name of the Hugging Face hub. Without a dataset the scheme is FP8_DYNAMIC, which scales what
-flows through the layers as it comes; with one it is FP8, whose scales are fixed beforehand, by what flows at the
+MODEL is a folder, or a name of the Hugging Face hub. Without a dataset the scheme is FP8_DYNAMIC, which scales the
+activations at run time. With a dataset it is FP8, whose scales are fixed beforehand, by the activations at the
 dataset's questions.
 """
 
@@ -31,13 +31,13 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The head decides between tokens, a router between experts, and a vision tower is small: FP8 would cost more than it
-# saves. The same as in llm-compressor's own examples.
+# Not quantized, as in llm-compressor's own examples: the head chooses tokens, a router chooses experts, and a vision
+# tower is small. FP8 would cost more than it saves.
 _KEPT = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*router$", r"re:.*(visual|vision).*"]
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _MARGIN = 1 << 30
 
-# What the two are compared by: the first tokens of the answers to these.
+# The model and the quantized model are compared by the first tokens of their answers to these questions.
 _QUESTIONS = [
     "What is Deep Learning?",
     "Explain in one sentence why the sky is blue.",
@@ -52,11 +52,11 @@ _ANSWER = 48
 
 
 class QuantizeError(Exception):
-    """Why there is no checkpoint, in a sentence."""
+    """No checkpoint was made; the text is a sentence that says why."""
 
 
 class Data(NamedTuple):
-    """What to calibrate with: a file as dataset.py reads it, most rows of it, and most tokens of each."""
+    """The calibration data: a file for dataset.py, the maximum of rows, and the maximum of tokens per row."""
 
     file: Path
     samples: int
@@ -64,9 +64,9 @@ class Data(NamedTuple):
 
 
 def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -> str:
-    """Write the checkpoint to `folder`, which must not exist; a report of a few lines. Raises QuantizeError.
+    """Write the checkpoint to `folder`, which must not exist, as a whole or not at all.
 
-    All of it or nothing is there afterwards.
+    Returns a report of a few lines. Raises QuantizeError.
     """
     if folder.exists():
         raise QuantizeError(f"{folder} exists already: remove it, or name another folder.")
@@ -76,7 +76,7 @@ def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -
     scheme = "FP8" if data else "FP8_DYNAMIC"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Made before the work is done, as hours later is late for a folder that cannot be written.
+        # Make the folder first: hours later is too late to find that it cannot be written.
         with tempfile.TemporaryDirectory(
             dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
         ) as part:
@@ -100,7 +100,7 @@ def quantize(name: str, folder: Path, data: Data | None, revision: str | None) -
 def _make(
     name: str, source: Path, folder: Path, scheme: str, rows: list[tuple[dict[str, str], int]]
 ) -> list[tuple[int, int]]:
-    """Write the checkpoint; of each answer how many tokens are as before, and how many there are."""
+    """Write the checkpoint; returns for each answer the number of unchanged tokens and of all tokens."""
     _say(f"Loading {name}.")
     model, tokenizer = _load(name, source)
     _say("Asking it, so that the quantized one can be compared.")
@@ -109,7 +109,7 @@ def _make(
     recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=_KEPT)
     if rows:
         batches = [_batch(tokenizer, row, length) for row, length in rows]
-        # One pass through the whole model, which is in memory anyhow.
+        # "basic": one pass through the whole model, which is in memory anyhow.
         loader = DataLoader(batches, batch_size=None)
         oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="basic")
     else:
@@ -117,7 +117,7 @@ def _make(
     compared = [_same(model, prompt, answer) for prompt, answer in answers]
     model.save_pretrained(folder, save_compressed=True)
     tokenizer.save_pretrained(folder)
-    # safetensors lets nobody else read, but the server may run as another user.
+    # safetensors makes its files readable by their owner alone, but the server may run as another user.
     for file in folder.iterdir():
         file.chmod(0o644)
     return compared
@@ -131,14 +131,14 @@ def _load(name: str, source: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise QuantizeError(f"{name} cannot be loaded: {error}") from None
-    # What is not in its files is made up at random.
+    # Transformers fills missing weights with random numbers.
     if missing := sorted(found["missing_keys"]):
         raise QuantizeError(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: fetch it again.")
     return model, tokenizer
 
 
 def _rows(data: Data) -> list[dict[str, str]]:
-    """Read by a program of its own, as a script has no package to import from."""
+    """Read the rows by running dataset.py, because a script has no package to import from."""
     with tempfile.TemporaryDirectory() as work:
         text = Path(work) / "text.jsonl"
         argv = [sys.executable, "-P", str(Path(__file__).with_name("dataset.py")), str(data.file), str(text)]
@@ -148,7 +148,7 @@ def _rows(data: Data) -> list[dict[str, str]]:
 
 
 def _source(model: str, revision: str | None) -> Path:
-    """The folder of the model, fetched first if it is the hub's."""
+    """The folder of the model, which is downloaded first if it is on the hub."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.count("/") != 1:
@@ -181,14 +181,14 @@ def _megabytes(size: int) -> str:
 
 
 def _check_disk(folder: Path, size: int) -> None:
-    """FP8 halves what has 16 bits, but not everything is quantized, so that all of it may be needed."""
+    """Check for free space of the model's full size: FP8 halves 16-bit weights, but not all weights are quantized."""
     free = shutil.disk_usage(folder).free
     if free < size + _MARGIN:
         raise QuantizeError(f"{folder} has {_megabytes(free)} free, but the checkpoint may take {_megabytes(size)}.")
 
 
 def _prompt(tokenizer: Any, question: str, system: str = "") -> Any:
-    """Token ids, of shape (1, tokens)."""
+    """The prompt's token ids, of shape (1, tokens)."""
     if tokenizer.chat_template is None:
         return tokenizer(f"{system} {question}".strip(), return_tensors="pt").input_ids
     messages = [{"role": "user", "content": question}]
@@ -199,7 +199,7 @@ def _prompt(tokenizer: Any, question: str, system: str = "") -> Any:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception:
-        # A template says no in its own words to a system message that its model was not trained with.
+        # A template raises its own error for a system message if its model was not trained with one.
         if not system:
             raise
         return _prompt(tokenizer, f"{system}\n\n{question}")
@@ -212,7 +212,7 @@ def _batch(tokenizer: Any, row: dict[str, str], length: int) -> dict[str, Any]:
 
 
 def _answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
-    """The prompt's ids, and those of its greedy answer, each of shape (1, tokens)."""
+    """The token ids of the prompt and of its greedy answer, each of shape (1, tokens)."""
     prompt = _prompt(tokenizer, question).to(model.device)
     whole = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=_ANSWER, do_sample=False
@@ -221,7 +221,7 @@ def _answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
 
 
 def _same(model: Any, prompt: Any, answer: Any) -> tuple[int, int]:
-    """How many of the answer's tokens the model would choose itself after those before, and how many there are."""
+    """The number of the answer's tokens that the model would choose after the tokens before, and of all its tokens."""
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt, answer], dim=1)).logits
     chosen = logits[:, prompt.shape[1] - 1 : -1].argmax(dim=-1)
@@ -234,7 +234,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """The exit status."""
+    """Run the script; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write a model's FP8 checkpoint.")
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
@@ -243,9 +243,9 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--revision")
     given = parser.parse_args()
-    # As Ctrl-C does, so that nothing half done is left.
+    # Raise an exception as Ctrl-C does, so that no incomplete files are left.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # llm-compressor tells of each of its steps.
+    # Only errors, because llm-compressor logs each of its steps.
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
     data = Data(given.dataset, given.samples, given.length) if given.dataset else None
@@ -256,7 +256,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    # Too little memory is told by whatever needed it.
+    # Any exception: too little memory is reported by the library that needed it.
     except Exception as error:
         traceback.print_exc()
         reason = " ".join(str(error).split())
