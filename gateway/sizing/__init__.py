@@ -1,1 +1,1 @@
-"""What a model needs, and what a GPU has: arithmetic, and the few bytes of a model that it starts from."""
+"""Computes the memory that a model needs and a GPU has, from the few bytes of a model that describe its size."""

@@ -1,4 +1,4 @@
-"""What of a model's config.json decides how much memory it takes."""
+"""Reads the fields of a model's config.json that decide how much memory it takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECURRENT = "recurrent"
 
 BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
-# What these fields add to the cache, or take from it, is not counted.
+# The effect of these fields on the size of the cache is not counted.
 _UNCOUNTED = ("index_topk", "global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers", "compress_ratios")
 
 _NAMES = {
@@ -33,24 +33,24 @@ _KINDS = {
     "attention": FULL,
     "sliding_attention": SLIDING,
     "chunked_attention": CHUNKED,
-    # Zamba's has both.
+    # Zamba's hybrid layers have both attention and Mamba.
     "hybrid": FULL,
 }
-# Every so manyth layer is full, where the file itself does not say.
+# If config.json has no pattern: every Nth layer of these families has full attention.
 _PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "llama4": 4, "llama4_text": 4}
-# The lengths in these files count already.
+# With these types of RoPE scaling the length in config.json is already the scaled length.
 _UNSCALED = ("default", "su", "longrope", "llama3", "mrope", "proportional")
 
 _MOST_LAYERS, _LARGEST, _LARGEST_FACTOR = 10_000, 1_000_000_000, 1_000_000
 
 
 class BadConfig(Exception):
-    """A sentence: what config.json lacks, or has wrong."""
+    """A field of config.json is missing or wrong; the text is a sentence that says which."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Of the part that makes the text. `layers` counts them by kind; `latent` is the width of MLA's cache, else 0."""
+    """The language part of a model. `layers` counts them by kind; `latent` is the width of MLA's cache, else 0."""
 
     layers: Mapping[str, int]
     heads: int
@@ -70,12 +70,12 @@ class Architecture:
 
     @property
     def depth(self) -> int:
-        """Layers of all kinds."""
+        """The number of layers of all kinds."""
         return sum(self.layers.values())
 
 
 def read_architecture(config: object) -> Architecture:
-    """Of a parsed config.json. Raises BadConfig."""
+    """Read a parsed config.json. Raises BadConfig."""
     if not isinstance(config, Mapping):
         raise BadConfig(f"config.json must be an object, but it is a {type(config).__name__}.")
     whole: Json = config
@@ -118,10 +118,10 @@ def _kinds(given: Json, depth: int, window: int, chunk: int) -> list[str]:
     told = given.get("layer_types") or given.get("layers_block_type") or given.get("block_types")
     if isinstance(told, list) and told and all(isinstance(kind, str) for kind in told):
         kinds = [_KINDS.get(kind, RECURRENT) for kind in told]
-        kinds = (kinds * (depth // len(kinds) + 1))[:depth]  # a pattern, or one for each layer
+        kinds = (kinds * (depth // len(kinds) + 1))[:depth]  # either a repeated pattern, or one kind per layer
         return [FULL if kind == SLIDING and not window else kind for kind in kinds]
     if isinstance(pattern := given.get("hybrid_override_pattern"), str):
-        # Nemotron-H: Mamba, attention, and layers without either.
+        # Nemotron-H: Mamba layers, attention layers, and layers with neither.
         return [RECURRENT if kind == "M" else FULL for kind in pattern if kind in "M*"]
     if isinstance(attending := given.get("attn_layer_indices"), list):
         return [FULL if layer in attending else RECURRENT for layer in range(depth)]
@@ -140,7 +140,7 @@ def _kinds(given: Json, depth: int, window: int, chunk: int) -> list[str]:
 
 
 def _length(given: Json) -> int:
-    """The longest context, as vLLM derives it where no --max-model-len is given."""
+    """The longest context, as vLLM derives it without --max-model-len."""
     length = _number(given, "length")
     rope = _rope(given)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
@@ -157,18 +157,18 @@ def _rope(given: Json) -> Json:
 
 
 def _factor(found: object) -> float:
-    """A positive one of a plausible size; 1 where there is none."""
+    """A positive factor of a plausible size; 1 if there is none."""
     return found if isinstance(found, int | float) and 0 < found < _LARGEST_FACTOR else 1
 
 
 def _dtype(whole: Json, given: Json) -> str:
     name = str(next((part[key] for part in (given, whole) for key in ("dtype", "torch_dtype") if part.get(key)), ""))
-    # A checkpoint of float32 is served in bfloat16, unless --dtype says otherwise.
+    # vLLM serves a float32 checkpoint in bfloat16, unless --dtype says otherwise.
     return name if name in ("bfloat16", "float16") else "bfloat16"
 
 
 def _ties(given: Json) -> bool:
-    # Left out of a file, it is so in Transformers, and of these families' own files.
+    # For these families a missing tie_word_embeddings means true in Transformers, and their own files leave it out.
     return str(given.get("model_type")).startswith(("gemma", "cohere"))
 
 
@@ -192,5 +192,5 @@ def _required(given: Json, name: str) -> int:
 
 
 def _at(given: Json, name: str) -> int:
-    """A number that may be missing, which is 0 then. Raises BadConfig for what is none."""
+    """An optional number, 0 if it is missing. Raises BadConfig for any other value."""
     return _required(given, name) if given.get(name) else 0

@@ -1,4 +1,4 @@
-"""A model's config.json and the headers of its weights: of a folder, or of a hub, of which no weight is fetched."""
+"""Reads a model's config.json and the headers of its weights, from a folder or a hub; it downloads no weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gateway.sizing.safetensors import (
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Most headers of a single file are shorter.
+# Most headers of a model in a single file are shorter.
 _USUAL_HEADER = 256 * 1024
 _LARGEST_JSON = 64 * 1024 * 1024
 _TIMEOUT = 30
@@ -35,14 +35,14 @@ _REVISION = re.compile(r"[\w][\w./-]*", re.ASCII)
 
 
 class Checkpoint(NamedTuple):
-    """What was read: the parsed config.json, as it is, and all tensors."""
+    """A model's parsed config.json, unchecked, and all its tensors."""
 
     config: object
     tensors: list[Tensor]
 
 
 def read_checkpoint(model: str, revision: str | None, environ: Mapping[str, str]) -> Checkpoint:
-    """Of a folder, which needs no network, or of a hub's ORG/NAME, by HF_ENDPOINT and HF_TOKEN of `environ`.
+    """Read a folder, which needs no network, or a hub's ORG/NAME, with HF_ENDPOINT and HF_TOKEN of `environ`.
 
     Raises BadCheckpoint.
     """
@@ -69,7 +69,7 @@ def _of_folder(folder: Path) -> Checkpoint:
     if index.is_file():
         files = list(files_of_index(_read(index)))
     else:
-        # What is named so has the same weights once more, in the maker's own form.
+        # consolidated*.safetensors hold the same weights again, in the format of the model's maker.
         files = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not files:
         raise BadCheckpoint(f"The folder {folder} has no safetensors files, whose headers tell the size of a model.")
@@ -110,20 +110,20 @@ def _parsed(data: bytes, file: str) -> object:
 
 
 class _Hub:
-    """One revision of a model on a hub. Each answer is read as far as it is needed, whatever the hub sends."""
+    """One revision of a model on a hub. Each response is read only as far as needed, even if the hub sends more."""
 
     def __init__(self, model: str, revision: str, environ: Mapping[str, str]) -> None:
         self._model = model
         self._revision = revision
         self._hub = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self._token = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN")
-        # A part of a file is a part of its own bytes.
+        # A range must be a range of the file's own bytes, so ask for no compression.
         headers = {"Accept-Encoding": "identity"}
         if self._token:
             if not re.fullmatch(r"[\x21-\x7e]+", self._token):
                 raise BadCheckpoint("HF_TOKEN is no token: one is of printable ASCII characters without spaces.")
             headers["Authorization"] = f"Bearer {self._token}"
-        # The environment's proxy is for downloads such as this.
+        # Use the environment's proxy, which is set for downloads like this.
         self._client = httpx.Client(trust_env=True, follow_redirects=True, timeout=_TIMEOUT, headers=headers)
 
     def __enter__(self) -> _Hub:
@@ -133,7 +133,7 @@ class _Hub:
         self._client.close()
 
     def checkpoint(self) -> Checkpoint:
-        """Its config.json and all headers, with one request for each file. Raises BadCheckpoint."""
+        """Read config.json and all headers, usually with one request per file. Raises BadCheckpoint."""
         config = self._get(_CONFIG, _LARGEST_JSON)
         if config is None:
             raise BadCheckpoint(f"{self._model} on {self._hub} has no {_CONFIG}: it is no model that vLLM serves.")
@@ -163,7 +163,10 @@ class _Hub:
         return read_header(begin[PREFIX:end], file)
 
     def _get(self, file: str, most: int, *, first: bool = False) -> bytes | None:
-        """The file, or its `first` bytes, at `most` so many; None where there is none. Raises BadCheckpoint."""
+        """The file, of at most `most` bytes, or with `first` its first `most` bytes; None if it does not exist.
+
+        Raises BadCheckpoint.
+        """
         headers = {"Range": f"bytes=0-{most - 1}"} if first else {}
         url = f"{self._hub}/{self._model}/resolve/{self._revision}/{file}"
         try:
@@ -171,7 +174,7 @@ class _Hub:
                 if reply.status_code == httpx.codes.NOT_FOUND and reply.headers.get("x-error-code") == "EntryNotFound":
                     return None
                 self._judge(reply, file)
-                # What follows is of the same commit, whatever is pushed meanwhile.
+                # Read the next files at the same commit, even if somebody pushes meanwhile.
                 self._revision = reply.headers.get("x-repo-commit") or self._revision
                 data = bytearray()
                 for piece in reply.iter_bytes(64 * 1024):
@@ -197,7 +200,7 @@ class _Hub:
                 f"{model} is gated: accept its terms on the hub, and set HF_TOKEN to a token of who has done so."
             )
         if code == "RepoNotFound" or status in (401, 403, 404):
-            # The hub says 401 for a name that does not exist, too, to whom it does not know.
+            # To a client without a token the hub answers 401 also for a name that does not exist.
             advice = "HF_TOKEN may not read it" if self._token else "it is restricted, which HF_TOKEN opens"
             raise BadCheckpoint(f"{model} is not to be had ({status}): the name is wrong, or {advice}.")
         if status not in (200, 206):

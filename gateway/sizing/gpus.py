@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs: what each generation is, which vLLM runs there, and how much memory CUDA finds on a card."""
+"""The list of NVIDIA's GPUs: their generations, the vLLM for each, and the memory that CUDA finds on a card."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 CURRENT = "current"
 LATEST = "vllm/vllm-openai:latest"
-# Below it the current vLLM has no kernels.
+# The current vLLM has no kernels for a lower capability.
 OLDEST_CURRENT = (7, 5)
 OLDEST_BFLOAT16 = (8, 0)
-# Below it FP8 weights are unpacked to 16 bits for each product (Marlin): smaller, not faster.
+# With a lower capability FP8 weights are unpacked to 16 bits for each product (Marlin): smaller, not faster.
 OLDEST_FP8 = (8, 9)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card, or with `xx` in its name a series of them; `memory` is in GiB as CUDA counts it, None where it differs.
+    """A card, or a series of cards if its name has `xx`.
 
-    CUDA finds less than the box says: 1 to 2 % less, and 6 to 9 % where error correction takes its part.
+    `memory` is in GiB as CUDA counts it; None if it differs within the series. CUDA finds less than the box says:
+    1 to 2 % less, and 6 to 9 % with error correction.
     """
 
     name: str
@@ -28,7 +29,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Generation:
-    """The GPUs of one compute capability. `image` and `dtype` are None where nothing is to be said, or none runs."""
+    """The GPUs of one compute capability.
+
+    `dtype` is None if none has to be set, `image` is None if no vLLM runs there.
+    """
 
     capability: tuple[int, int]
     architecture: str
@@ -42,13 +46,13 @@ class Generation:
 
     @property
     def number(self) -> str:
-        """As NVIDIA writes it: `8.9`."""
+        """The capability as NVIDIA writes it: `8.9`."""
         return "{}.{}".format(*self.capability)
 
 
 _OLD = "docs/older-gpus.md has how."
 
-# The newest first.
+# Ordered from the newest to the oldest.
 GENERATIONS = (
     Generation((12, 1), "Blackwell", 2025, (Gpu("GB10", 119.6),), types="bfloat16, float16, fp8, nvfp4"),
     Generation(
@@ -158,7 +162,7 @@ _MAKER = re.compile(r"nvidia|geforce|tesla|graphics|[\s_-]")
 
 
 class UnknownGpu(Exception):
-    """A sentence about a name or a capability that no GPU of the list has."""
+    """No GPU of the list has this name or capability; the text is a sentence."""
 
 
 def of_capability(capability: tuple[int, int]) -> Generation | None:
@@ -167,9 +171,9 @@ def of_capability(capability: tuple[int, int]) -> Generation | None:
 
 
 def find(wanted: str) -> list[tuple[Generation, Gpu | None]]:
-    """What a capability (`8.9`, `sm_89`; no GPU then) or a name (`L4`, `NVIDIA A100`) means, at least one.
+    """The matches of a capability (`8.9`, `sm_89`; with None as the GPU) or a name (`L4`, `NVIDIA A100`), at least one.
 
-    A name that is the beginning of others' (`A100`) means all of them. Raises UnknownGpu.
+    A name that begins other names (`A100`) matches all of them. Raises UnknownGpu.
     """
     if number := _CAPABILITY.fullmatch(wanted.strip()):
         generation = of_capability((int(number[1]), int(number[2])))

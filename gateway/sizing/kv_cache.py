@@ -1,4 +1,4 @@
-"""How many tokens a KV cache holds, counted as vLLM 0.32 does: in blocks, by groups of layers of one kind."""
+"""Counts the tokens that a KV cache holds, as vLLM 0.32 does: in blocks, by groups of layers of one kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gateway.sizing.architecture import CHUNKED, FULL, RECURRENT, SLIDING, Architecture
 
-# Tokens of a block on CUDA.
+# Tokens per block on CUDA.
 BLOCK = 16
 
 
@@ -20,20 +20,20 @@ class Cache:
 
     @property
     def request_bytes(self) -> int:
-        """What one request of the whole length needs, with the one block that vLLM keeps back."""
+        """Bytes for one request of the full length, with the one block that vLLM keeps back."""
         return (self.blocks + 1) * self.block_bytes
 
     def concurrency(self, size: float) -> float:
-        """How many requests of the whole length `size` bytes hold."""
+        """The number of requests of the full length that `size` bytes hold."""
         return max(0, int(size) // self.block_bytes) / self.blocks
 
     def tokens(self, size: float) -> int:
-        """What vLLM logs as the cache's size, in tokens, for `size` bytes."""
+        """The cache's size in tokens that vLLM logs for `size` bytes."""
         return int(self.concurrency(size) * self.length)
 
 
 def bytes_per_token(model: Architecture, tp: int, width: int) -> int:
-    """Of one layer on one of `tp` GPUs, for a cache of `width` bytes a number. MLA's latent is on each of them."""
+    """Bytes per token of one layer on one of `tp` GPUs, with `width` bytes per number; MLA's latent is on each GPU."""
     if model.latent:
         return model.latent * width
     return 2 * max(1, model.kv_heads // tp) * model.head_dim * width
@@ -42,12 +42,12 @@ def bytes_per_token(model: Architecture, tp: int, width: int) -> int:
 def cache_of(model: Architecture, tp: int, width: int, length: int, in_flight: int) -> Cache:
     """The cache of one of `tp` GPUs, for requests of `length` tokens.
 
-    `in_flight` are the tokens of steps that run: a window's blocks are free again only after them. Recurrent layers'
-    states are left out.
+    `in_flight` are the tokens of the running steps: only after these steps are the blocks of a window free again. The
+    states of recurrent layers are not counted.
     """
     counts = {kind: count for kind, count in model.layers.items() if count and kind != RECURRENT}
     fewest, most = min(counts.values()), max(counts.values())
-    # All kinds share one pool, so that each is split into groups of one size; what is over is padding.
+    # All kinds of layers share one pool, so each kind is split into groups of one size, with padding in the last group.
     size = most if most < 1.5 * fewest else fewest
     request = {
         FULL: _blocks(length),
@@ -59,7 +59,7 @@ def cache_of(model: Architecture, tp: int, width: int, length: int, in_flight: i
 
 
 def longest(model: Architecture, tp: int, width: int, in_flight: int, size: float, most: int) -> int:
-    """The longest request, of at most `most` tokens and in whole blocks, that `size` bytes hold; 0 if not a block."""
+    """The longest request that `size` bytes hold, of at most `most` tokens, in whole blocks; 0 if not one block."""
     low, high = 0, most // BLOCK
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Whether a model fits on some GPUs: its weights, what vLLM takes beside them, and the KV cache that is left."""
+"""Computes whether a model fits on some GPUs: its weights, vLLM's overhead, and the KV cache that is left."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gateway.sizing.weights import weights_of
 
 GIB = 1024**3
 
-# Beside the weights, in GiB: fitted to public runs of vLLM 0.19 on H100.
+# The overhead beside the weights, in GiB: fitted to public runs of vLLM 0.19 on H100.
 _ACTIVATION = 0.4
 _ACTIVATION_OF_EXPERTS = 0.4
-# Three copies of the logits in float32, for as many answers as vLLM samples at once.
+# Three copies of the logits in float32 (bytes per logit), for all answers that vLLM samples at once.
 _LOGITS = 12
 _NOT_TORCH, _NOT_TORCH_WITH_NCCL = 0.25, 2.1
 _GRAPHS = 1.0
 _VOCAB_PADDING = 64
-# How far the likely figure may be wrong; models that see take more.
+# The error of the likely figure, in GiB; models with vision take more memory.
 _LESS, _MORE = 0.5, 2.0
 
 
 class CannotPlan(Exception):
-    """A sentence: what was asked cannot be counted."""
+    """The plan cannot be computed; the text is a sentence that says why."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """The GPU of a plan: GiB as CUDA counts them; `generation` None where only its memory is known."""
+    """The GPU of a plan; `memory` is in GiB as CUDA counts it, `generation` is None if only the memory is known."""
 
     name: str
     memory: float
@@ -40,7 +40,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be served, by vLLM's own options; `dtype` and `kv_cache_dtype` may be `auto`."""
+    """The model to serve, with vLLM's own options; `dtype` and `kv_cache_dtype` may be `auto`."""
 
     model: Architecture
     tensors: Sequence[Tensor] = field(repr=False)
@@ -53,13 +53,13 @@ class Wanted:
 
     @property
     def length(self) -> int:
-        """Tokens of a request, prompt and answer."""
+        """Tokens of a request: its prompt and its answer."""
         return self.max_model_len or self.model.length
 
 
 @dataclass(frozen=True)
 class Split:
-    """The model on `tp` GPUs, what each of them has; sizes in bytes. What is left for the cache may be less than 0."""
+    """The model on `tp` GPUs; sizes are in bytes per GPU, and those left for the cache may be less than 0."""
 
     tp: int
     dtype: str
@@ -75,32 +75,32 @@ class Split:
 
     @property
     def needed(self) -> int:
-        """Bytes of cache for the requests that are wanted."""
+        """Bytes of cache for the wanted requests."""
         return (self.concurrency * self.cache.blocks + 1) * self.cache.block_bytes
 
     @property
     def missing(self) -> int:
-        """Bytes that the likely figure lacks for them; 0 if it fits."""
+        """Bytes that the likely figure lacks for the wanted requests; 0 if they fit."""
         return max(0, self.needed - self.likely)
 
     @property
     def fits(self) -> bool:
-        """Whether the likely figure holds what is wanted."""
+        """Whether the wanted requests fit into the likely figure."""
         return not self.missing
 
     @property
     def surely(self) -> bool:
-        """Whether the low figure does."""
+        """Whether the wanted requests fit into the low figure."""
         return self.needed <= self.low
 
 
 def splits(wanted: Wanted, card: Card, gpus: int) -> list[Split]:
-    """The model on each number of up to `gpus` GPUs that divides its heads and its vocabulary."""
+    """The model on each valid number of GPUs up to `gpus`: the number divides its heads and its vocabulary."""
     return [split(wanted, card, tp) for tp in valid_sizes(wanted.model, gpus)]
 
 
 def valid_sizes(model: Architecture, gpus: int) -> list[int]:
-    """Tensor parallel sizes that vLLM takes, up to `gpus`: they divide heads, key-value heads and padded vocabulary."""
+    """vLLM's valid tensor parallel sizes up to `gpus`: they divide heads, key-value heads and padded vocabulary."""
     vocab = -(-model.vocab // _VOCAB_PADDING) * _VOCAB_PADDING
     return [
         tp
@@ -122,7 +122,7 @@ def split(wanted: Wanted, card: Card, tp: int) -> Split:
     width = cache_width(wanted, dtype)
     total = int(card.memory * GIB)
     likely = int(wanted.utilization * total - weights - overhead * GIB)
-    # One step is prepared while another runs.
+    # Twice, because vLLM prepares one step while another runs.
     in_flight = 2 * batched
     return Split(
         tp=tp,
@@ -140,7 +140,7 @@ def split(wanted: Wanted, card: Card, tp: int) -> Split:
 
 
 def dtype_of(wanted: Wanted, card: Card) -> str:
-    """What the model's numbers are in: as asked, else the checkpoint's own where the GPU has it."""
+    """The dtype of the model's numbers: the wanted one, else the checkpoint's if the GPU supports it."""
     if wanted.dtype != "auto":
         return wanted.dtype
     generation = card.generation
@@ -150,19 +150,19 @@ def dtype_of(wanted: Wanted, card: Card) -> str:
 
 
 def cache_width(wanted: Wanted, dtype: str) -> int:
-    """Bytes of a number in the cache."""
+    """Bytes per number in the cache."""
     if wanted.kv_cache_dtype.startswith("fp8") or (wanted.kv_cache_dtype == "auto" and wanted.model.fp8_cache):
         return 1
     return BYTES[dtype]
 
 
 def smallest(found: Iterable[Split]) -> Split | None:
-    """The first that fits, which is that of the fewest GPUs."""
+    """The first split that fits, which has the fewest GPUs."""
     return next((one for one in found if one.fits), None)
 
 
 def flags(wanted: Wanted, card: Card, chosen: Split) -> list[str]:
-    """vLLM's options for it; those that are its defaults are left out."""
+    """vLLM's options for the chosen split, without options that are vLLM's defaults."""
     told = ["--max-model-len", str(wanted.length), "--gpu-memory-utilization", f"{wanted.utilization:g}"]
     if chosen.tp > 1:
         told = ["--tensor-parallel-size", str(chosen.tp), *told]
@@ -178,7 +178,7 @@ def flags(wanted: Wanted, card: Card, chosen: Split) -> list[str]:
 
 
 def warnings(wanted: Wanted, card: Card) -> list[str]:
-    """Sentences on what does not run there, or is not counted to the byte."""
+    """Sentences on features that do not run on the card, or that are not counted to the byte."""
     model, generation = wanted.model, card.generation
     told = []
     if generation:
@@ -219,7 +219,7 @@ def warnings(wanted: Wanted, card: Card) -> list[str]:
 
 
 def check(wanted: Wanted) -> None:
-    """Raises CannotPlan for what vLLM would not start with."""
+    """Raise CannotPlan for options with which vLLM would not start."""
     if wanted.quantization and wanted.model.quantization:
         raise CannotPlan(
             f"--quantization {wanted.quantization} is for checkpoints in 16 bits, but this one is quantized already "
@@ -230,7 +230,7 @@ def check(wanted: Wanted) -> None:
 
 
 def _defaults(card: Card) -> tuple[int, int]:
-    """vLLM's max-num-seqs and max-num-batched-tokens of a server, which go by the GPU."""
+    """The defaults of vLLM's server for max-num-seqs and max-num-batched-tokens, which depend on the GPU."""
     if card.memory >= 160:
         return 1024, 16384
     if card.memory >= 70 and "A100" not in card.name.upper():

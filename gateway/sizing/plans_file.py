@@ -1,4 +1,4 @@
-"""A platform's resource plans, in a file of YAML: a list of mappings of plain values, and nothing else of YAML."""
+"""Reads a platform's resource plans from a YAML file: only a list of mappings of plain values, and no other YAML."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MOST = 1024
 
 
 class BadPlans(Exception):
-    """A sentence: what is wrong with the file, or with a GPU that is named."""
+    """The file or the name of a GPU is wrong; the text is a sentence that says why."""
 
 
 class Offer(NamedTuple):
-    """A plan that can be had: so many GPUs of one kind."""
+    """An available plan: a number of GPUs of one kind."""
 
     name: str
     card: Card
@@ -28,7 +28,7 @@ class Offer(NamedTuple):
 
 
 def read_plans(file: Path) -> list[Offer]:
-    """The file's plans, in its order. Raises BadPlans."""
+    """The file's plans, in the file's order. Raises BadPlans."""
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -51,7 +51,7 @@ def read_plans(file: Path) -> list[Offer]:
 
 
 def card_of(wanted: str, memory: str | None = None) -> Card:
-    """A GPU by its name, its memory (`24GiB`), or both. Raises BadPlans."""
+    """The GPU with this name, this memory (`24GiB`), or both. Raises BadPlans."""
     size = gib_of(memory) if memory is not None else None
     if size is None and (alone := gib_of(wanted)):
         return Card("any GPU", alone)
@@ -71,7 +71,7 @@ def card_of(wanted: str, memory: str | None = None) -> Card:
 
 
 def gib_of(memory: str) -> float | None:
-    """`24GiB` as 24.0; None for what is no size. GB means GiB, as on a card's box."""
+    """`24GiB` as 24.0; None for a text that is no size. GB means GiB, as on a card's box."""
     found = _MEMORY.fullmatch(memory.strip())
     return float(found[1]) or None if found and not memory.strip().replace(".", "").isdecimal() else None
 

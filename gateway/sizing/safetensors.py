@@ -1,4 +1,4 @@
-"""The header of a safetensors file, which tells its tensors, and the index that tells a model's files."""
+"""Parses the header of a safetensors file, which lists its tensors, and the index, which lists a model's files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-# What the format itself allows.
+# The longest header that the format allows, in bytes.
 _LONGEST = 100_000_000
 _LENGTH = struct.Struct("<Q")
 PREFIX = _LENGTH.size
@@ -23,16 +23,16 @@ _BITS = {
     **dict.fromkeys(("F4", "F4_E2M1"), 4),
 }
 _MOST_DIMENSIONS, _LARGEST_DIMENSION = 16, 1 << 40
-# In an index, what a header has of a tensor beside its name: its type, shape and offsets.
+# Estimate for an index: bytes per tensor in a header beside the tensor's name, for its type, shape and offsets.
 _OF_A_TENSOR = 140
 
 
 class BadCheckpoint(Exception):
-    """A sentence: what is wrong with a checkpoint's files."""
+    """A checkpoint's files are wrong; the text is a sentence that says why."""
 
 
 class Tensor(NamedTuple):
-    """One of a checkpoint; `dtype` is the format's own name."""
+    """A tensor of a checkpoint; `dtype` is the format's own name."""
 
     name: str
     dtype: str
@@ -40,17 +40,17 @@ class Tensor(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many it has."""
+        """The count of its numbers."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Bytes, as stored."""
+        """Its bytes, as stored."""
         return -(-self.numbers * _BITS[self.dtype] // 8)
 
 
 def header_length(prefix: bytes, file: str) -> int:
-    """Bytes of the header, from the file's first eight. Raises BadCheckpoint."""
+    """Bytes of the header, from the file's first eight bytes. Raises BadCheckpoint."""
     if len(prefix) < PREFIX:
         raise BadCheckpoint(f"{file} is no safetensors file: it has {len(prefix)} bytes. Fetch it again.")
     (length,) = _LENGTH.unpack_from(prefix)
@@ -84,7 +84,7 @@ def read_header(header: bytes, file: str) -> list[Tensor]:
 
 
 def files_of_index(index: bytes) -> dict[str, int]:
-    """The files that an index names, in their order, each with at least as many bytes as its header has.
+    """The files that an index names, sorted, each with an upper estimate of its header's bytes.
 
     Raises BadCheckpoint.
     """
@@ -101,5 +101,5 @@ def files_of_index(index: bytes) -> dict[str, int]:
 
 
 def is_plain(file: str) -> bool:
-    """Whether it is a safetensors file of the same folder."""
+    """Whether the name is of a safetensors file in the same folder."""
     return file.endswith(".safetensors") and "/" not in file and "\\" not in file

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors take on each of several GPUs, as vLLM loads them."""
+"""Computes the memory of a checkpoint's tensors on each of several GPUs, as vLLM loads them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from gateway.sizing.architecture import BYTES, Architecture
 from gateway.sizing.safetensors import Tensor
 
-# Each GPU has all of these: norms, routers, and the projections into MLA's latent.
+# Each GPU has the whole of these tensors: norms, routers, and the projections into MLA's latent.
 _ON_EACH = re.compile(
     r"norm|(?:mlp|moe|feed_forward)\.(?:gate|router)\.|(?:^|\.)router\.|shared_expert_gate"
     r"|e_score_correction_bias|kv_a_proj_with_mqa|q_a_proj|\.sinks$"
 )
-# What is beside the model's own layers: drafting layers, and tables that are made anew.
+# Tensors beside the model's own layers: drafting layers, and tables that are computed anew.
 _NOT_LOADED = re.compile(r"^mtp\.|\.mtp\.|rotary_emb\.inv_freq$|\.masked_bias$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SEES = re.compile(r"vision|visual|audio|image")
@@ -26,10 +26,10 @@ _FLOATS = ("F32", "F16", "BF16")
 def weights_of(
     model: Architecture, tensors: Iterable[Tensor], tp: int, dtype: str, length: int, *, to_fp8: bool = False
 ) -> int:
-    """Bytes on one of `tp` GPUs, with the table of rotary positions.
+    """Bytes of the weights on one of `tp` GPUs, with the table of rotary positions.
 
-    `dtype` is what a checkpoint without a quantization of its own is loaded in; `to_fp8` is `--quantization fp8`, which
-    makes its linear layers one byte a number.
+    A checkpoint without its own quantization is loaded in `dtype`. `to_fp8` means `--quantization fp8`, which makes
+    its linear layers one byte per number.
     """
     total = BYTES[dtype] * model.rotary * max(length, model.length)
     names = set()
@@ -42,7 +42,7 @@ def weights_of(
 
 
 def parameters_of(model: Architecture, tensors: Iterable[Tensor]) -> int:
-    """Numbers in what is loaded; those that are packed into fewer count as fewer."""
+    """The count of stored numbers in the loaded tensors; several numbers packed into one count as one."""
     return sum(tensor.numbers for tensor in tensors if _is_loaded(tensor.name, model))
 
 
@@ -50,7 +50,7 @@ def _is_loaded(name: str, model: Architecture) -> bool:
     if _NOT_LOADED.search(name) or (model.tied and name.endswith("lm_head.weight")):
         return False
     layer = _LAYER.search(name)
-    # DeepSeek's checkpoints have drafting layers after the last one.
+    # DeepSeek's checkpoints have drafting layers after the model's last layer.
     return layer is None or int(layer[1]) < model.depth or bool(_SEES.search(name))
 
 
