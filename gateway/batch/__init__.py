@@ -1,1 +1,1 @@
-"""A file of requests, through a gateway: its lines, what is sent for them, and the file of results."""
+"""Sends a file of requests through a gateway: the lines, the requests for them, and the file of results."""

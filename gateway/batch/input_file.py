@@ -1,4 +1,4 @@
-"""A batch's input, read twice and held never: once to check it, once to send it."""
+"""Reads a batch's input twice, once to check it and once to send it, and never holds it in memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import IO
 
 from gateway.batch.request import BadLine, Request, digest_of, to_request
 
-# What the gateway takes by default.
+# The gateway's default limit for a request body.
 _LONGEST = 16 * 1024 * 1024
 _PIPE = "-"
 
 
 class BadInput(Exception):
-    """A sentence: why nothing can be sent."""
+    """Nothing can be sent; the text is a sentence that says why."""
 
 
 class InputFile:
-    """Lines of JSON in a file that can be read again."""
+    """A seekable file of JSON lines."""
 
     def __init__(self, name: str, file: IO[bytes]) -> None:
         self.name = "standard input" if name == _PIPE else name
@@ -32,11 +32,11 @@ class InputFile:
 
     @property
     def status(self) -> os.stat_result:
-        """Which file it is."""
+        """The file's status, which identifies it."""
         return os.fstat(self._file.fileno())
 
     def check(self, model: str | None) -> dict[bytes, int]:
-        """The digests of all ids, with their lines. Raises BadInput, which names the first line that is wrong."""
+        """The digests of all ids, with their line numbers. Raises BadInput, which names the first wrong line."""
         lines: dict[bytes, int] = {}
         for number, request in self.requests(model):
             first = lines.setdefault(digest_of(request.custom_id), number)
@@ -47,7 +47,7 @@ class InputFile:
         return lines
 
     def requests(self, model: str | None) -> Iterator[tuple[int, Request]]:
-        """What is sent for each line, with its number. Raises BadInput."""
+        """The request for each line, with the line's number. Raises BadInput."""
         for number, line in self._lines():
             try:
                 request = to_request(line, model)
@@ -56,7 +56,7 @@ class InputFile:
             yield number, request
 
     def unchanged(self, model: str | None, lines: Mapping[bytes, int]) -> Iterator[tuple[bytes, Request]]:
-        """The same once more, with digests, after all of it was checked. Raises BadInput where it is not the same."""
+        """The requests once more after the check, with their digests. Raises BadInput if a line's id has changed."""
         for number, request in self.requests(model):
             digest = digest_of(request.custom_id)
             if lines.get(digest) != number:
@@ -64,7 +64,7 @@ class InputFile:
             yield digest, request
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Those that are not blank; a mark of the byte order, as editors put first, is left out."""
+        """The lines that are not blank, without the byte order mark that some editors write first."""
         number = 0
         try:
             self._file.seek(0)
@@ -87,7 +87,7 @@ class InputFile:
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[InputFile]:
-    """The file of this name; a pipe, as - is, goes into a temporary file first. Raises BadInput."""
+    """Open the file of this name; a pipe, such as -, is first copied to a temporary file. Raises BadInput."""
     with contextlib.ExitStack() as closing:
         try:
             file = _standard_input() if name == _PIPE else closing.enter_context(open(name, "rb"))

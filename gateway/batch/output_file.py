@@ -1,4 +1,4 @@
-"""A batch's results, a line each in OpenAI's form: begun, or gone on with after whatever ended it before."""
+"""Writes a batch's results, one line each in OpenAI's form, to a new file or to that of an interrupted batch."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ import orjson
 from gateway.batch.request import digest_of
 
 _PIPE = "-"
-# How each line begins, by which one that was cut is known for ours.
+# The beginning of each line, by which a cut line is recognized as ours.
 BEGINNING = b'{"id":"batch_req_'
 
 
 class BadOutput(Exception):
-    """A sentence: why results cannot go there."""
+    """Results cannot be written there; the text is a sentence that says why."""
 
 
 class Unwritable(Exception):
-    """A result could not be written; the cause says why. Those before it are whole."""
+    """A result could not be written; the cause says why. The results before it are complete."""
 
 
 class OutputFile:
-    """Where results go; `answered` are the digests of the ids that have one, and need no other."""
+    """The output; `answered` has the digests of the ids that have an answer and need no request."""
 
     def __init__(self, name: str, descriptor: int) -> None:
         self.name = "standard output" if name == _PIPE else name
@@ -44,9 +44,9 @@ class OutputFile:
         self._size = 0
 
     def go_on(self, known: Container[bytes]) -> None:
-        """Note which of the `known` ids have an answer, and keep nothing else: no cut line, and no failure.
+        """Find the `known` ids that have an answer, and remove all else from the file: a cut line, and failures.
 
-        Raises BadOutput where it is no file of such results, and then it is as it was.
+        Raises BadOutput if the file is not one of this batch's results, and then leaves it unchanged.
         """
         if not self._is_file:
             return
@@ -59,8 +59,8 @@ class OutputFile:
             raise BadOutput(f"{self.name} cannot be gone on with ({error.strerror}): name another output.") from None
 
     def write(self, result: bytes) -> None:
-        """One more, at once. Raises Unwritable, and a file then has those before it."""
-        if self._is_terminal:  # which nothing that a model says may drive
+        """Write one result, unbuffered. Raises Unwritable; a file then has only the results before."""
+        if self._is_terminal:  # escape control characters, as a model's text must not control the terminal
             result = json.dumps(orjson.loads(result)).encode()
         rest = memoryview(result + b"\n")
         try:
@@ -74,7 +74,7 @@ class OutputFile:
         self._size += len(result) + 1
 
     def _examine(self, known: Container[bytes]) -> bool:
-        """Whether it has an answer in each line but, perhaps, one that was cut at the end."""
+        """Whether each line has an answer, except perhaps a cut line at the end."""
         tidy = True
         for number, line in enumerate(self._lines(), 1):
             read = _read(line)
@@ -97,8 +97,8 @@ class OutputFile:
         return tidy
 
     def _rewrite(self) -> None:
-        """A file of the answers alone in its place, which is locked before it is there."""
-        # Beside it, as only from there it can be put in its place.
+        """Replace the file by one with the answers alone, which is locked before it takes the file's place."""
+        # In the same folder, because a rename works only within a file system.
         with tempfile.NamedTemporaryFile("wb", dir=os.path.dirname(self._path), delete=False) as file:
             try:
                 shutil.copymode(self._path, file.name)
@@ -131,9 +131,9 @@ class OutputFile:
 
 @contextlib.contextmanager
 def opened(name: str, other_than: os.stat_result) -> Iterator[OutputFile]:
-    """The file of this name, for one `batch` at a time; it is made if it is not there. Raises BadOutput.
+    """Open the file of this name, for one `batch` at a time; create it if it is missing. Raises BadOutput.
 
-    `other_than` is the input.
+    `other_than` is the status of the input, which must be another file.
     """
     with contextlib.ExitStack() as closing:
         descriptor = _standard_output() if name == _PIPE else _opened(name, closing)
@@ -166,7 +166,7 @@ def _opened(name: str, closing: contextlib.ExitStack) -> int:
 def _lock(name: str, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another has perhaps put a new file in its place while this one waited to be opened.
+        # Another `batch` may have replaced the file after this one had opened it.
         if os.path.samestat(os.fstat(descriptor), os.stat(name)):
             return
     except BlockingIOError:
@@ -177,13 +177,13 @@ def _lock(name: str, descriptor: int) -> None:
 
 
 def result_of(custom_id: str, *, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
-    """A line for this id: the `response` of whichever status, or the `error` for which there is none."""
+    """The line for this id: the `response` of any status, or the `error` that explains why there is none."""
     told = orjson.dumps({"custom_id": custom_id, "response": response, "error": error})
     return BEGINNING + uuid4().hex.encode() + b'",' + told[1:]
 
 
 def _read(line: bytes) -> tuple[bytes, bool] | None:
-    """The digest of a result's id, and whether it is an answer; None for what is no result."""
+    """The digest of a result's id, and whether the result is an answer; None if the line is no result."""
     try:
         told = orjson.loads(line)
     except orjson.JSONDecodeError:

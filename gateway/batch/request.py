@@ -1,4 +1,4 @@
-"""A line of a batch's input, as OpenAI has it: what is wrong with it, and what is sent for it."""
+"""Checks a line of a batch's input, in OpenAI's form, and turns it into the request for it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DATA_URL = re.compile(r"data:([\w.+-]+/([\w.+-]+))?(?:;[\w.+=-]+)*;base64,")
 
 
 class BadLine(Exception):
-    """What is wrong with a line, as the end of a sentence that begins with its number."""
+    """A line is wrong; the text is the end of a sentence that begins with the line's number."""
 
 
 class Request(NamedTuple):
-    """What is sent for a line; `kind` is the content's type, None where there is no content."""
+    """The request for a line; `kind` is the content type, None if there is no content."""
 
     custom_id: str
     method: str
@@ -37,12 +37,12 @@ class Request(NamedTuple):
 
 
 def digest_of(custom_id: str) -> bytes:
-    """What is kept of an id: of fifty thousand the ids themselves may be long."""
+    """The digest of an id, kept instead of the id: fifty thousand ids may be long."""
     return blake2b(custom_id.encode(), digest_size=16).digest()
 
 
 def to_request(line: bytes, model: str | None) -> Request:
-    """What is sent for a line of JSON, with this `model` in the place of its own. Raises BadLine."""
+    """The request for a line of JSON; `model`, if given, replaces the line's model. Raises BadLine."""
     told = _object(line)
     custom_id = told.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
@@ -63,7 +63,7 @@ def to_request(line: bytes, model: str | None) -> Request:
     if route.body == "upload":
         return Request(custom_id, route.method, route.path, *_upload(body))
     if route.body == "chat" and "stream" not in body and "streaming" not in body:
-        # The simplified form is streamed unless it says otherwise.
+        # The default of the simplified form is to stream.
         body["stream"] = False
     return Request(custom_id, route.method, told["url"], orjson.dumps(body), "application/json")
 
@@ -104,7 +104,7 @@ def _route_of(told: Json) -> Route:
 
 
 def _upload(body: Json) -> tuple[bytes, str]:
-    """A form of a body whose `file_url` has the file, as vLLM's own batches have it; and its type."""
+    """The form for a body whose `file_url` holds the file, as in vLLM's own batches; and the form's content type."""
     fields = dict(body)
     url = fields.pop("file_url", None)
     found = _DATA_URL.match(url) if isinstance(url, str) else None

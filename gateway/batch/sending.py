@@ -1,4 +1,4 @@
-"""Sends a batch's requests, many at a time, and each again for as long as that may help."""
+"""Sends a batch's requests, many at a time, and retries each while a retry may help."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from gateway.batch.request import Request
 from gateway.upstream.connect_errors import describe_error
 from gateway.wire import sse
 
-# What may be otherwise in a while; no other 4xx is ever asked twice.
+# Statuses worth a retry; a request with any other 4xx is never sent twice.
 _TOO_MANY = 429
 _AGAIN = frozenset({_TOO_MANY, 502, 503, 504})
-# Some four minutes, in which a model server starts anew.
+# These tries take some four minutes, enough for a restart of the model server.
 _TRIES = 10
-# Of what the gateway says not to repeat, as the model has worked on it until a time limit.
+# For requests that the gateway says not to retry, because the model has worked on them until a timeout.
 _TRIES_AT_WORK = 2
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 _LONGEST_RETRY_AFTER = 600.0
-# Bytes of requests that are held: a few long ones are enough.
+# Limit for the bytes of requests in flight: of long requests, a few at a time are enough.
 _MOST_HELD = 64 * 1024 * 1024
 _CONNECT_SECONDS = 5
 _BROKEN = "broken_stream"
-# An error in the style `answer_part`, which no text can hold: its quotes are escaped.
+# The beginning of an error in the style `answer_part`; no text can contain it, because quotes in a text are escaped.
 _STYLED_ERROR = b'data: {"type":"error"'
-# Less than the five seconds for which a gateway keeps a connection.
+# Less than the five seconds for which a gateway keeps an idle connection.
 _IDLE_SECONDS = 3
-# Who is gone without a word is missed after two minutes.
+# A peer that vanishes without a FIN or RST is detected after two minutes.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class Unreachable(Exception):
-    """Nothing answers there; the text says why."""
+    """The gateway cannot be reached; the text says why."""
 
 
 class Refused(Exception):
-    """The gateway takes no request of ours; the text is a sentence."""
+    """The gateway refuses all our requests; the text is a sentence."""
 
 
 class _Left(Exception):
-    """A request that is not asked again, as the batch ends; it is the next one's."""
+    """A request is not retried, because the batch is ending; the next `batch` sends it."""
 
 
 @dataclass
 class Figures:
-    """How far it is: requests in all, those answered before and now, and those that failed, by why.
+    """The progress: all requests, the ones answered by earlier runs and by this run, and the failures by reason.
 
-    `waiting` are asked again in a while, the last of them for the reason `why`.
+    `waiting` counts the requests that wait for a retry; `why` is the reason of the latest.
     """
 
     total: int
@@ -73,15 +73,15 @@ class Figures:
 
     @property
     def done(self) -> int:
-        """All that have a result."""
+        """The number of requests that have a result."""
         return self.before + self.answered + self.failed.total()
 
 
 class Clients:
-    """A client of one connection for each call that runs: httpx's pools look at all of their connections each time."""
+    """One client with one connection per running call, because an httpx pool scans all its connections on each call."""
 
     def __init__(self, key: str | None, *, tls: bool) -> None:
-        # To read all of the system's certificates takes a while.
+        # Only for https: reading all of the system's certificates takes a while.
         self._tls = ssl.create_default_context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._idle: list[httpx.AsyncClient] = []
@@ -95,7 +95,7 @@ class Clients:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[httpx.AsyncClient]:
-        """One that nobody else has meanwhile. It waits for an answer for as long as the gateway does."""
+        """A client for exclusive use. It has no read timeout, because the gateway enforces its own."""
         client = self._idle.pop() if self._idle else self._new()
         try:
             yield client
@@ -105,7 +105,7 @@ class Clients:
     def _new(self) -> httpx.AsyncClient:
         options: list[Any] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
         for name, value in _KEEPALIVE.items():
-            if (option := getattr(socket, name, None)) is not None:  # Linux has them all
+            if (option := getattr(socket, name, None)) is not None:  # Linux has all three
                 options.append((socket.IPPROTO_TCP, option, value))
         limits = httpx.Limits(max_connections=1, keepalive_expiry=_IDLE_SECONDS)
         client = httpx.AsyncClient(
@@ -114,7 +114,7 @@ class Clients:
             ),
             headers=self._headers,
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-            # No proxy that is set for downloads gets prompts or a key, and no redirect is followed.
+            # A proxy that is set for downloads must not get prompts or a key. Redirects are not followed.
             trust_env=False,
         )
         self._all.push_async_callback(client.aclose)
@@ -134,13 +134,14 @@ class Sender:
         self._failure: Refused | Unreachable | None = None
 
     def stop(self) -> None:
-        """Begin nothing more, but let end what runs."""
+        """Start no more requests, but let the running ones finish."""
         self._stopping.set()
 
     async def send(self, requests: Iterable[Request], most: int) -> None:
-        """Send all of them, at most `most` at a time, and write each result as it comes.
+        """Send all requests, at most `most` at a time, and write each result as it comes.
 
-        Raises Refused or Unreachable once those that run have ended, and at once what `requests` and `write` raise.
+        Raises Refused or Unreachable after the running requests have ended. An exception of `requests` or `write` is
+        raised at once.
         """
         running: dict[asyncio.Task[None], int] = {}
         try:
@@ -180,7 +181,7 @@ class Sender:
                 self._figures.answered += 1
 
     async def _ask(self, request: Request) -> tuple[bytes, str]:
-        """The result of a request, and why it failed, if it did. Raises Refused, Unreachable, _Left."""
+        """The result of a request, and the reason if it failed, else "". Raises Refused, Unreachable, _Left."""
         figures = self._figures
         before = answered = figures.answered
         tries = 0
@@ -188,7 +189,7 @@ class Sender:
             got = await self._ask_once(request)
             if isinstance(got, httpx.Response) and got.status_code not in _AGAIN:
                 return _result(request, got), _failure(got)
-            # No room is no fault of this one's, for as long as there is some for others.
+            # A 429 does not count as a try while the gateway answers other requests.
             if not (_has_no_room(got) and figures.answered > answered):
                 tries += 1
             answered = figures.answered
@@ -200,7 +201,7 @@ class Sender:
             await self._wait(_seconds(got, tries), _why(got))
 
     async def _ask_once(self, request: Request) -> httpx.Response | httpx.HTTPError:
-        """The answer, or why there is none. Raises Refused, and Unreachable where there never was one."""
+        """The response, or the error instead. Raises Refused, and Unreachable if the gateway was never reached."""
         headers = {"content-type": request.kind} if request.kind else None
         try:
             with self._clients.one() as client:
@@ -218,13 +219,13 @@ class Sender:
         return got
 
     def _is_gone(self, got: httpx.Response | httpx.HTTPError) -> bool:
-        """Whether it is no gateway's answer, or lack of one, to a request."""
+        """Whether the gateway itself is unreachable, rather than one request without an answer."""
         if isinstance(got, httpx.Response):
             return False
         return not self._reached or isinstance(got, httpx.ConnectError | httpx.ConnectTimeout)
 
     def _check(self, got: httpx.Response) -> None:
-        """Raises Refused for what all others would be answered, too."""
+        """Raise Refused for a response that all other requests would get, too."""
         if got.status_code == httpx.codes.UNAUTHORIZED:
             raise Refused(_message(got) or "The gateway refuses the key.")
         if got.is_redirect:
@@ -234,7 +235,7 @@ class Sender:
             )
 
     async def _wait(self, seconds: float, why: str) -> None:
-        """Raises _Left where the batch is to end."""
+        """Wait before a retry. Raises _Left if the batch is ending."""
         self._figures.waiting += 1
         self._figures.why = why
         try:
@@ -247,7 +248,7 @@ class Sender:
 
 
 def _why(got: httpx.Response | httpx.HTTPError) -> str:
-    """An answer's status, or what the system says."""
+    """The reason of a failure: the response's status, or the system's error text."""
     if isinstance(got, httpx.Response):
         return str(got.status_code)
     return "it broke off" if isinstance(got, httpx.RemoteProtocolError) else describe_error(got)
@@ -263,9 +264,9 @@ def _most_tries(got: httpx.Response | httpx.HTTPError) -> int:
 
 
 def _seconds(got: httpx.Response | httpx.HTTPError, tries: int) -> float:
-    """How long to wait now, which is never the same for two."""
+    """Seconds to wait before the next try, random, so never the same for two requests."""
     asked = _retry_after(got.headers.get("retry-after")) if isinstance(got, httpx.Response) else 0
-    # Who has no room knows when there is some; others only hope.
+    # With a 429 the gateway knows when it has room; any other Retry-After is a guess, so wait at least the backoff.
     known = asked and _has_no_room(got)
     least = asked if known else max(asked, min(_LONGEST_WAIT / 2, _FIRST_WAIT * 2 ** max(0, tries - 1)))
     return random.uniform(least, 2 * least)
@@ -283,16 +284,16 @@ def _result(request: Request, got: httpx.Response) -> bytes:
 
 
 def _failure(got: httpx.Response) -> str:
-    """Why an answer is none; empty where it is one."""
+    """The reason why a response is a failure; empty if it is an answer."""
     if not got.is_success:
         return _why(got)
-    # One route answers in streams alone, which say at their end that they broke.
+    # One route answers only with streams, and a broken stream ends with an error event.
     streamed = got.headers.get("content-type", "").startswith("text/event-stream")
     return _BROKEN if streamed and (sse.has_error(got.content) or _STYLED_ERROR in got.content) else ""
 
 
 def _body(got: httpx.Response) -> Any:
-    """JSON as such, any other text as text, and what is no text in base64."""
+    """The body: JSON parsed, any other text as text, and binary data in base64."""
     try:
         return orjson.loads(got.content)
     except orjson.JSONDecodeError:
@@ -312,7 +313,7 @@ def _message(got: httpx.Response) -> str:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds, of a number or a date (RFC 9110, 10.2.3); 0 where nothing is said."""
+    """Seconds from a number or a date (RFC 9110, 10.2.3); 0 if there is no valid value."""
     if value is None:
         return 0
     if re.fullmatch(r"\d{1,9}", value):
