@@ -1,4 +1,4 @@
-"""Models' files on their way: from a hub, into a tarball, into a bucket, and how a platform is told of them."""
+"""Transfers a model's files: from a hub, into a tarball, into a bucket; and describes a model to a platform."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 class ModelError(Exception):
-    """A sentence: what is wrong, and what to do."""
+    """A model cannot be transferred or used; the text is a sentence that says why and what to do."""
 
 
 def shown(size: int) -> str:

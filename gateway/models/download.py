@@ -1,4 +1,4 @@
-"""A model's files from a hub: what is missing of them, whether the disk holds it, and several fetched at once."""
+"""Downloads a model's files from a hub: finds the missing ones, checks the disk, and fetches several at once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gateway.models.selection import RemoteFile
 _TICK = 0.2
 
 Watch = Callable[[int, int], None]
-"""Told of the bytes that are there and of those that there are to be, some times a second."""
+"""Called a few times a second with the bytes on the disk and the total bytes."""
 
 
 class Plan(NamedTuple):
-    """What is to be done: all files, and those that are missing."""
+    """The files of a download: all of them, and the missing ones."""
 
     model: str
     commit: str
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def plan(model: str, snapshot: Snapshot, files: Sequence[RemoteFile], place: Place, watch: Watch) -> Plan:
-    """Look at what is there already; each file that is there is hashed, and `watch` is told. Raises ModelError."""
+    """Find the missing files; hashes each existing file and reports the progress to `watch`. Raises ModelError."""
     total, looked, missing = sum(file.size for file in files), 0, []
     for file in files:
         try:
@@ -55,8 +55,8 @@ def plan(model: str, snapshot: Snapshot, files: Sequence[RemoteFile], place: Pla
 
 
 def needed(found: Plan) -> int:
-    """Bytes that the disk must have free for what is missing."""
-    # Two names of one file are one file in the cache, and fetched once.
+    """Free bytes that the disk must have for the missing files."""
+    # Two names with the same content are one file in the cache, which is fetched once.
     sizes = {found.place.target(file): file.size - _there(found.place.partial(file)) for file in found.missing}
     return sum(max(0, size) for size in sizes.values())
 
@@ -66,7 +66,7 @@ def _there(partial: Path) -> int:
 
 
 def check_disk(wants: Sequence[tuple[Path, int]]) -> None:
-    """Whether each folder's disk has so many bytes free, several of one disk together. Raises ModelError."""
+    """Check that each folder's disk has that many bytes free; folders on one disk are summed. Raises ModelError."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in wants:
         there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
@@ -83,9 +83,10 @@ def check_disk(wants: Sequence[tuple[Path, int]]) -> None:
 
 
 def fetch(hub: Hub, found: Plan, workers: int, watch: Watch) -> None:
-    """Fetch what is missing, and complete the place. Raises ModelError, for the first file that fails.
+    """Fetch the missing files, and complete the place. Raises ModelError for the first file that fails.
 
-    The threads are daemons: who is stopped while a hub is silent ends at once, and what has come is on the disk.
+    The threads are daemons, so that a program that is stopped while a hub is silent ends at once. The received bytes
+    are on the disk.
     """
     with _writing(found.place):
         if found.missing:
@@ -101,7 +102,7 @@ def fetch(hub: Hub, found: Plan, workers: int, watch: Watch) -> None:
     fetcher = Fetcher(hub, found.model, found.commit, moved, stop)
     waiting: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    # The largest first, as the last one is waited for alone.
+    # The largest first, because at the end only one thread is still busy with the last file.
     for file in sorted(found.missing, key=lambda file: -file.size):
         waiting.put(file)
 
@@ -154,7 +155,7 @@ def _fetch_one(fetcher: Fetcher, file: RemoteFile, place: Place, moved: Callable
     with _writing(place):
         for path in (place.partial(file), place.lock(file)):
             path.parent.mkdir(parents=True, exist_ok=True)
-        # Another download of the same file has it meanwhile.
+        # Another download of the same file may hold the lock, and may have fetched the file meanwhile.
         with WeakFileLock(place.lock(file)):
             if place.has(file):
                 moved(file.size)

@@ -1,4 +1,4 @@
-"""One file of a hub's model: fetched from where an earlier try has ended, and checked by its hash."""
+"""Fetches one file of a hub's model, from where an earlier try has ended, and checks its hash."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gateway.models.selection import RemoteFile
 
 _PIECE = 1024 * 1024
 _FAILURES = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, httpx2.InvalidURL)
-# The library warns of the name that it had for it.
+# A number, because the library warns about its old name for this status.
 _NO_SUCH_RANGE = 416
 _PART = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
 class Stopped(Exception):
-    """Another file has failed, or somebody has had enough."""
+    """Another file has failed, or the user has stopped the download."""
 
 
 class Fetcher:
-    """Fetches files of one model at one commit; `moved` is told how many bytes have come, or, below 0, gone again."""
+    """Fetches files of one model at one commit; calls `moved` with received bytes, or with -N for N discarded bytes."""
 
     def __init__(self, hub: Hub, model: str, commit: str, moved: Callable[[int], None], stop: threading.Event) -> None:
         self._hub = hub
@@ -40,13 +40,13 @@ class Fetcher:
         self._stop = stop
 
     def fetch(self, file: RemoteFile, partial: Path, target: Path) -> None:
-        """Put the file at `target`, by way of `partial`, whose bytes are not fetched again.
+        """Fetch the file into `partial`, whose bytes are not fetched again, and then move it to `target`.
 
-        A kill at any moment leaves what has come in `partial`: each byte is written as it comes. Raises ModelError,
-        after which of a wrong file nothing is left; Stopped.
+        A kill at any moment leaves the received bytes in `partial`, because each is written as it comes. Raises
+        ModelError, after which nothing of a file with a wrong hash is left. Raises Stopped.
         """
         try:
-            # Unbuffered, so that nothing of what has come is lost.
+            # Unbuffered, so that no received byte is lost.
             with open(partial, "a+b", buffering=0) as opened:
                 whole = self._fill(file, opened)
             if not whole:
@@ -66,7 +66,7 @@ class Fetcher:
             raise ModelError(f"{file.path} cannot be written to {target}: {error.strerror or error}.") from None
 
     def _fill(self, file: RemoteFile, opened: BinaryIO) -> bool:
-        """Fetch what is missing; whether all of it has the hash that the hub says."""
+        """Fetch the missing bytes; returns whether the whole file has the hash that the hub lists."""
         if os.fstat(opened.fileno()).st_size > file.size:
             opened.truncate(0)
         one = _Part(file, opened, self._moved, self._stop)
@@ -80,7 +80,7 @@ class Fetcher:
                         if one.done < file.size:
                             raise httpx2.RemoteProtocolError("the file ends early", request=response.request)
                 except _FAILURES as error:
-                    # Of a hub that knows no ranges, what has come once more is no progress.
+                    # If a hub does not support ranges, bytes that are received again are no progress.
                     tries = 1 if one.done > most else tries + 1
                     most = max(most, one.done)
                     wait = self._hub.wait_after(error, tries)
@@ -94,7 +94,7 @@ class Fetcher:
 
     def _take(self, response: httpx2.Response, one: _Part) -> None:
         if one.done and response.status_code in (httpx2.codes.OK, _NO_SUCH_RANGE):
-            # A hub that knows no ranges: all of it once more.
+            # The hub does not support ranges: fetch the whole file again.
             one.start_anew()
             if response.status_code != httpx2.codes.OK:
                 return
@@ -119,7 +119,7 @@ class Fetcher:
 
 
 def _total(response: httpx2.Response, start: int) -> int | None:
-    """The size of the whole file, as an answer that begins at `start` says it; None where it does not."""
+    """The size of the whole file by the headers of a response that begins at `start`; None if they do not say it."""
     if response.status_code == httpx2.codes.PARTIAL_CONTENT:
         said = _PART.fullmatch(response.headers.get("content-range", ""))
         if said is None or int(said[1]) != start:
@@ -130,7 +130,7 @@ def _total(response: httpx2.Response, start: int) -> int | None:
 
 
 class _Part:
-    """What there is of a file, and the hash of that."""
+    """The received bytes of a file, and their hash."""
 
     def __init__(self, file: RemoteFile, opened: BinaryIO, moved: Callable[[int], None], stop: threading.Event) -> None:
         self.file = file
@@ -141,7 +141,7 @@ class _Part:
         self._stop = stop
 
     def read_again(self) -> None:
-        """Hash what an earlier try has left."""
+        """Hash the bytes that an earlier try has left."""
         self._opened.seek(0)
         while piece := self._opened.read(_PIECE):
             self._count(piece)

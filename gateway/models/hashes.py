@@ -1,4 +1,4 @@
-"""The hash by which a hub knows a file: SHA-256 of a large one, Git's own SHA-1 of a small one."""
+"""The hash by which a hub identifies a file: SHA-256 for a large file, Git's own SHA-1 for a small one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PIECE = 1024 * 1024
-# Pieces that may wait to be hashed.
+# The most pieces that wait to be hashed.
 _AHEAD = 8
 
 
 def is_oid(name: str) -> bool:
-    """Whether this is a hash of one of the two kinds, in hexadecimal."""
+    """Whether the name is a hash of one of the two kinds, in hexadecimal."""
     return _OID.fullmatch(name) is not None
 
 
 def hash_of(oid: str, size: int) -> Any:
-    """A hash of the kind of `oid` for a file of so many bytes, none of which it has yet."""
-    # Git's is of a file with its size before it.
+    """A new hash of the same kind as `oid`, for a file of `size` bytes."""
+    # Git hashes a header with the size before the file's bytes.
     return hashlib.sha1(b"blob %d\0" % size) if len(oid) == 40 else hashlib.sha256()
 
 
 class FileHash:
-    """Hashes pieces in a thread of its own, beside who fetches them: hashing a piece takes as long as fetching one.
+    """Hashes pieces in a separate thread, while the next are fetched: hashing a piece takes as long as fetching it.
 
     `close` ends the thread, after which `matches` is final.
     """
@@ -44,7 +44,7 @@ class FileHash:
             self._hash.update(piece)
 
     def update(self, piece: bytes) -> None:
-        """Take the next piece; waits where too many are waiting."""
+        """Add the next piece; blocks while too many pieces wait."""
         self._pieces.put(piece)
 
     def close(self) -> None:
@@ -54,12 +54,12 @@ class FileHash:
             self._thread.join()
 
     def matches(self) -> bool:
-        """Whether all pieces together are the file that the hub means."""
+        """Whether all pieces together have the file's hash."""
         return bool(self._hash.hexdigest() == self._oid)
 
 
 def is_whole(file: Path, oid: str, size: int) -> bool:
-    """Whether the file has these bytes and this hash. Raises OSError."""
+    """Whether the file has this size and this hash. Raises OSError."""
     if file.stat().st_size != size:
         return False
     found = hash_of(oid, size)

@@ -1,4 +1,4 @@
-"""A hub of models, asked through huggingface_hub: what a model has at a revision, and what the hub refuses."""
+"""Asks a hub of models through huggingface_hub: lists a model's files at a revision, and explains its refusals."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ from gateway.models.hashes import is_oid
 from gateway.models.selection import RemoteFile, check_path
 
 MOST_TRIES = 5
-"""So often is a request sent that brings nothing, the first time among them."""
+"""The most times that a request without progress is sent, the first time included."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
-# Seconds without a byte.
+# Timeout in seconds without a byte.
 _TIMEOUT = 30
 _LONGEST_WAIT = 300
 SHORTEST_WAIT = 1.0
-"""Seconds before the second try; each further one waits twice as long, unless the hub says how long."""
+"""Seconds before the second try; each further try waits twice as long, unless the hub says how long."""
 
 T = TypeVar("T")
 
 
 class Snapshot(NamedTuple):
-    """A model at a commit: all its files."""
+    """All files of a model at a commit."""
 
     commit: str
     files: list[RemoteFile]
 
 
 class Hub:
-    """The hub at `endpoint`; without one, or without a token, those that huggingface_hub knows."""
+    """The hub at `endpoint`; an endpoint or token that is missing comes from huggingface_hub's own configuration."""
 
     def __init__(self, endpoint: str | None, token: str | None, pause: Callable[[float], None]) -> None:
-        """`pause` waits so many seconds between two tries."""
+        """`pause` waits that many seconds between two tries."""
         if token and not re.fullmatch(r"[\x21-\x7e]+", token):
             raise ModelError("HF_TOKEN is no token: one is of printable ASCII characters without spaces.")
         self._api = HfApi(endpoint=(endpoint or "").rstrip("/") or None, token=token, library_name="vllm-gateway")
         self._has_token = "authorization" in build_hf_headers(token=token)
         self._headers = build_hf_headers(token=token, library_name="vllm-gateway")
         self._pause = pause
-        # The library's own is none at all.
+        # The library itself sets no timeout.
         get_session().timeout = _TIMEOUT
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """The hub's address."""
         return str(self._api.endpoint)
 
     def snapshot(self, model: str, revision: str) -> Snapshot:
-        """What a model has at a branch, a tag or a commit. Raises ModelError."""
+        """The files of a model at a branch, a tag or a commit. Raises ModelError."""
         if not _NAME.fullmatch(model):
             raise ModelError(f"Unknown model {model!r}: a hub's name is ORG/NAME.")
         if not _REVISION.fullmatch(revision) or ".." in revision:
@@ -98,9 +98,9 @@ class Hub:
                 self._pause(wait)
 
     def open(self, model: str, commit: str, path: str, start: int) -> AbstractContextManager[httpx2.Response]:
-        """A file from byte `start` on, as a context that gives the response. Raises what `refusal` takes."""
+        """Request a file from byte `start` on; a context that gives the response. Raises the errors of `refusal`."""
         url = hf_hub_url(model, path, revision=commit, endpoint=self.url)
-        # A part of a file is a part of its own bytes.
+        # A range must be a range of the file's own bytes, so ask for no compression.
         headers = {**self._headers, "accept-encoding": "identity"}
         if start:
             headers["range"] = f"bytes={start}-"
@@ -108,7 +108,7 @@ class Hub:
 
     @staticmethod
     def wait_after(error: Exception, tries: int) -> float | None:
-        """The seconds after which a request is to be sent again that failed so often; None for never again."""
+        """The seconds to wait before a retry of a request that failed `tries` times; None for no retry."""
         if tries >= MOST_TRIES or isinstance(error, OfflineModeIsEnabled | httpx2.InvalidURL):
             return None
         if isinstance(error, httpx2.UnsupportedProtocol | httpx2.TooManyRedirects):
@@ -127,7 +127,7 @@ class Hub:
         return usual if usual <= _LONGEST_WAIT else None
 
     def refusal(self, error: Exception, model: str, revision: str) -> ModelError:
-        """What is told of an error of the library's or of HTTP's."""
+        """The ModelError that explains an error of the library or of HTTP."""
         there = f"{model} on {self.url}"
         if isinstance(error, RevisionNotFoundError):
             return ModelError(f"{there} has no revision {revision}: name a branch, a tag or a commit.")
@@ -144,7 +144,7 @@ class Hub:
             )
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-            # The hub says 401 for a name that does not exist, too, to whom it does not know.
+            # To a client without a token the hub answers 401 also for a name that does not exist.
             advice = "HF_TOKEN may not read it" if self._has_token else "it is restricted, which HF_TOKEN opens"
             return ModelError(f"{there} is not to be had ({status}): the name is wrong, or {advice}.")
         if status == httpx2.codes.TOO_MANY_REQUESTS:
@@ -153,5 +153,5 @@ class Hub:
 
     @staticmethod
     def judge(response: httpx2.Response) -> None:
-        """Raises what `refusal` takes for an answer that is none."""
+        """Raise an error for `refusal` if the response is an error."""
         hf_raise_for_status(response)

@@ -1,6 +1,6 @@
-"""A model that came as a hub's cache, in a folder or a tarball: which one it is, and where. A tarball is unpacked once.
+"""Finds the model in a hub's cache that came as a folder or a tarball; a tarball is unpacked once.
 
-For `up`, and for the containers of model servers, with nothing but Python's own.
+For `up`, and for the containers of model servers; it needs only Python.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _TARBALL = re.compile(r".+\.(tar|tar\.gz|tgz)")
 _PIECE = 1024 * 1024
 
 Watch = Callable[[int, int], None]
-"""Told of the bytes of a tarball that are read, and of all of them."""
+"""Called with the bytes of a tarball that are read, and with its size."""
 
 
 class CachedModel(NamedTuple):
-    """A model by its name on the hub, and the cache that has it."""
+    """A model's name on the hub, and the cache that contains the model."""
 
     name: str
     cache: Path
 
     def environment(self) -> dict[str, str]:
-        """What has vLLM find it there, and ask no hub."""
+        """The variables by which vLLM finds the model there, and asks no hub."""
         return {"HF_HUB_CACHE": str(self.cache), "HF_HUB_OFFLINE": "1"}
 
 
 def is_tarball(name: str) -> bool:
-    """Whether this is the name of a tarball."""
+    """Whether the name is that of a tarball."""
     return _TARBALL.fullmatch(name) is not None
 
 
 def find(path: Path, unpacked: Path, watch: Watch = lambda done, total: None) -> CachedModel | None:
-    """The model of a tarball, which is unpacked below `unpacked`; or of a folder with a cache or a tarball in it.
+    """Find the model of a tarball, which is unpacked below `unpacked`, or of a folder with a cache or a tarball.
 
-    None for a folder that has a model's own files, or none of these. Raises ModelError.
+    None for a folder with a model's own files, and for a path without any of these. Raises ModelError.
     """
     if path.is_file() and is_tarball(path.name):
         return _only_model(_unpacked(path, unpacked, watch), path)
@@ -60,7 +60,7 @@ def find(path: Path, unpacked: Path, watch: Watch = lambda done, total: None) ->
 
 
 def _only_model(folder: Path, source: Path) -> CachedModel:
-    """The model of a cache that is this folder or one in it."""
+    """The only model of the cache that is this folder or one of its subfolders."""
     models = sorted({*folder.glob("models--*"), *folder.glob("*/models--*")})
     whole = [model for model in models if any(model.glob("snapshots/*/config.json"))]
     if len(whole) != 1:
@@ -73,7 +73,7 @@ def _only_model(folder: Path, source: Path) -> CachedModel:
 
 
 def _unpacked(tarball: Path, folder: Path, watch: Watch) -> Path:
-    """Where the tarball's content is; another time or size is another content. Raises ModelError."""
+    """The folder of the unpacked tarball; a change of its time or size means new content. Raises ModelError."""
     try:
         found = tarball.stat()
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _unpack(tarball: Path, size: int, kept: Path, watch: Watch) -> None:
 
 
 class _Watched:
-    """A file whose reading is told of."""
+    """A file that reports the progress of its reading."""
 
     def __init__(self, file: IO[bytes], size: int, watch: Watch) -> None:
         self._file = file
@@ -128,7 +128,7 @@ class _Watched:
 
 
 class _Unpacking:
-    """Takes folders, files and links within the tarball, and nothing else: it may be anybody's."""
+    """Unpacks only folders, files and links within the tarball, because a tarball is untrusted."""
 
     def __init__(self, folder: Path, tarball: Path) -> None:
         self._folder = folder
@@ -169,7 +169,7 @@ class _Unpacking:
         return normal
 
     def _write(self, tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> None:
-        """A file of a hub's cache is named after its hash, by which it is checked."""
+        """Write a file and check its hash: a blob of a hub's cache is named by its hash."""
         oid = path.name if path.parent.name == "blobs" and is_oid(path.name) else ""
         found = hash_of(oid, entry.size)
         source = tar.extractfile(entry)

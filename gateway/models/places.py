@@ -1,4 +1,4 @@
-"""Where a model's files go: into huggingface_hub's cache, or into a folder as they are named."""
+"""The places for a model's files: huggingface_hub's cache, or a folder with the files under their own names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gateway.models.hashes import is_whole
 from gateway.models.selection import RemoteFile
 
 CONFIG = "config.json"
-"""What makes a folder a model to those who look: it comes last."""
+"""The file by which programs recognize a model's folder, so it is written last."""
 
 
 class Place(Protocol):
-    """Where files go. Each is fetched into `partial`, alone by `lock`, and then put at `target`."""
+    """A place for files. Each file is fetched into `partial` under the lock `lock`, and then moved to `target`."""
 
     folder: Path
 
@@ -34,24 +34,24 @@ class Place(Protocol):
     def lock(self, file: RemoteFile) -> Path: ...
 
     def has(self, file: RemoteFile) -> bool:
-        """Whether the file is there, with the right hash. Raises ModelError where another's would be overwritten."""
+        """Whether the file exists with the right hash. Raises ModelError if a foreign file is in its place."""
         ...
 
     def begin(self, files: Iterable[RemoteFile]) -> None:
-        """Some of the files are missing: until all are there, nothing may look like a model. Raises OSError."""
+        """Called if files are missing: until all exist, the place must not look like a model. Raises OSError."""
         ...
 
     def placed(self, file: RemoteFile) -> None:
-        """The file is at its target. Raises OSError."""
+        """Called when the file is at its target. Raises OSError."""
         ...
 
     def complete(self, files: Iterable[RemoteFile]) -> None:
-        """All are there: now the whole may look like a model. Raises OSError."""
+        """Called when all files exist: now the place may look like a model. Raises OSError."""
         ...
 
 
 class HubCache:
-    """The cache of huggingface_hub: files by their hashes, and links to them by their names."""
+    """The cache of huggingface_hub: files named by their hashes, and links with the files' own names."""
 
     def __init__(self, model: str, commit: str, revision: str) -> None:
         root = Path(HF_HUB_CACHE).expanduser()
@@ -94,7 +94,7 @@ class HubCache:
 
 
 class Folder:
-    """A folder of its own, with what huggingface_hub keeps in such a one beside them."""
+    """A separate folder, with the metadata that huggingface_hub keeps in such a folder."""
 
     def __init__(self, folder: Path, commit: str) -> None:
         self.folder = folder
@@ -102,7 +102,7 @@ class Folder:
         self._notes = folder / ".cache" / "huggingface" / "download"
 
     def target(self, file: RemoteFile) -> Path:
-        # All others first: without it nobody takes the folder for a model.
+        # config.json gets its name last: without it no program takes the folder for a model.
         return self._notes / f"{file.oid}.last" if file.path == CONFIG else self.folder / file.path
 
     def partial(self, file: RemoteFile) -> Path:
@@ -120,7 +120,7 @@ class Folder:
             return True
         if not there.is_file() or not self._note(file).is_file():
             raise ModelError(f"{there} exists, and no hub has it: remove it, or name another folder.")
-        # Of another revision, or damaged.
+        # The file is of another revision, or damaged.
         return False
 
     def begin(self, files: Iterable[RemoteFile]) -> None:
@@ -132,7 +132,7 @@ class Folder:
     def placed(self, file: RemoteFile) -> None:
         note = self._note(file)
         note.parent.mkdir(parents=True, exist_ok=True)
-        # As huggingface_hub writes it: the commit, the hash, and when that was so.
+        # The format of huggingface_hub: the commit, the hash, and the time.
         _replace(note, f"{self._commit}\n{file.oid}\n{time.time()}\n")
 
     def complete(self, files: Iterable[RemoteFile]) -> None:
@@ -146,7 +146,7 @@ class Folder:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of either kind is of, if it tells."""
+    """The commit of a folder of either kind, None if it is not recorded."""
     note = folder / ".cache" / "huggingface" / "download" / f"{CONFIG}.metadata"
     found = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
     with contextlib.suppress(OSError, UnicodeDecodeError):

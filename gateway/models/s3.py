@@ -1,4 +1,4 @@
-"""A bucket of S3, asked through boto3: its address, and what a server's refusals say."""
+"""Accesses an S3 bucket through boto3: parses its address, and explains a server's refusals."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gateway.models import ModelError
 
 _ADDRESS = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?", re.DOTALL)
 _PREFIX = re.compile(r"[\w!'()*./=-]*", re.ASCII)
-# Seconds.
+# Timeouts in seconds.
 _CONNECT, _READ = 10, 60
 TRIES = 5
 
 FAILURES = (BotoCoreError, ClientError, ValueError)
-"""What boto3 raises for what is to be told; ValueError for an endpoint that is no URL."""
+"""The errors of boto3 that are reported to the user; ValueError is for an endpoint that is no URL."""
 
 _KEYS = {
     "InvalidAccessKeyId",
@@ -42,7 +42,7 @@ _ELSEWHERE = {
     "IllegalLocationConstraintException",
 }
 TAKEN = frozenset(("PreconditionFailed", "ConditionalRequestConflict"))
-"""What a server says that has an object of that name, where it was asked to write a new one."""
+"""The error codes of a server that already has an object of the name that must be new."""
 
 
 class Address(NamedTuple):
@@ -56,7 +56,7 @@ class Address(NamedTuple):
 
 
 def parse(text: str) -> Address:
-    """Of s3://BUCKET or s3://BUCKET/PREFIX. Raises ModelError."""
+    """Parse s3://BUCKET or s3://BUCKET/PREFIX. Raises ModelError."""
     found = _ADDRESS.fullmatch(text)
     if found is None:
         raise ModelError(f"The address must be s3://BUCKET or s3://BUCKET/PREFIX, but it is {text!r}.")
@@ -67,20 +67,20 @@ def parse(text: str) -> Address:
 
 
 class Bucket:
-    """What is asked of a bucket. Credentials, region and endpoint are what boto3 finds; `endpoint` wins over its."""
+    """The requests to a bucket. boto3 finds credentials, region and endpoint; `endpoint` overrides boto3's."""
 
     def __init__(self, address: Address, endpoint: str | None) -> None:
         self.address = address
         try:
             retries = {"mode": "standard", "total_max_attempts": TRIES}
             config = Config(connect_timeout=_CONNECT, read_timeout=_READ, retries=retries)
-            # A session of its own, which finds the credentials of now.
+            # A new session, which finds the current credentials.
             self.client: Any = boto3.Session().client("s3", endpoint_url=endpoint, config=config)
         except FAILURES as error:
             raise ModelError(f"{address} cannot be asked: {_sentence(error)}") from None
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """All keys that begin so. Raises ModelError."""
+        """All keys with this prefix. Raises ModelError."""
         try:
             for page in self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.address.bucket, Prefix=prefix
@@ -90,7 +90,7 @@ class Bucket:
             raise self.refusal(error) from None
 
     def remove(self, keys: list[str]) -> None:
-        """Remove objects, one after the other, in this order. Raises ModelError."""
+        """Remove objects one by one, in this order. Raises ModelError."""
         try:
             for key in keys:
                 self.client.delete_object(Bucket=self.address.bucket, Key=key)
@@ -98,7 +98,7 @@ class Bucket:
             raise self.refusal(error) from None
 
     def refusal(self, error: Exception) -> ModelError:
-        """What is told of an error of boto3's."""
+        """The ModelError that explains an error of boto3."""
         there, server = f"s3://{self.address.bucket}", self.client.meta.endpoint_url
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
             return ModelError(
@@ -140,7 +140,7 @@ class Bucket:
 
 
 def code_of(error: Exception) -> tuple[str, int]:
-    """The code and the status of a server's refusal; an empty one and 0 of another error."""
+    """The code and the status of a server's refusal; "" and 0 for another error."""
     if not isinstance(error, ClientError):
         return "", 0
     metadata = error.response.get("ResponseMetadata", {})

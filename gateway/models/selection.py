@@ -1,4 +1,4 @@
-"""Which of a model's files are wanted: by patterns, and by the format of the weights."""
+"""Selects a model's files by patterns and by the format of the weights."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from huggingface_hub.utils import filter_repo_objects
 
 from gateway.models import ModelError
 
-# The formats that can be asked for, and the endings of their weights.
+# The formats that a user can choose, and the file name endings of their weights.
 FORMATS = {
     "safetensors": (".safetensors",),
     "bin": (".bin",),
     "pt": (".pt", ".pth"),
     "gguf": (".gguf",),
 }
-# The weights that other frameworks read, which nobody can ask for.
+# The endings of weights for other frameworks, which a user cannot choose.
 _OTHERS = (".ckpt", ".h5", ".keras", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".safetensors.gz", ".tflite")
 _INDEX = ".index.json"
 _MOST_SHOWN = 6
 
 
 class RemoteFile(NamedTuple):
-    """A file of a hub's model: its path there, its size in bytes and its hash."""
+    """A file of a hub's model: its path on the hub, its size in bytes and its hash."""
 
     path: str
     size: int
@@ -32,7 +32,7 @@ class RemoteFile(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a model; without patterns and format all of it."""
+    """The selection of a model's files; without patterns and format it is all files."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -40,14 +40,14 @@ class Wanted(NamedTuple):
 
 
 def check_path(path: str) -> None:
-    """A hub says where a file is to be. Raises ModelError for what is outside of the model's own folder."""
+    """Check a file's path, which the hub chooses. Raises ModelError for a path outside of the model's folder."""
     parts = path.split("/")
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise ModelError(f"The hub names a file {path!r}, which is no path within a model: nothing of it is fetched.")
 
 
 def select(files: Iterable[RemoteFile], wanted: Wanted, model: str) -> list[RemoteFile]:
-    """The files that are wanted, in order of their paths. Raises ModelError where there are none."""
+    """The wanted files, sorted by path. Raises ModelError if there are none."""
     found = sorted(files)
     if not found:
         raise ModelError(f"{model} has no files.")
@@ -67,7 +67,7 @@ def select(files: Iterable[RemoteFile], wanted: Wanted, model: str) -> list[Remo
 
 
 def _format_of(path: str) -> str | None:
-    """The format of a file of weights or of their index; None for what goes with any weights."""
+    """The format of a file of weights or of their index; None for a file that belongs to any format."""
     name = PurePosixPath(path).name.lower()
     if name.startswith("tokenizer"):
         return None

@@ -1,4 +1,4 @@
-"""A model for SAP AI Core: the document by which it starts an image with vLLM and the gateway, and the model there."""
+"""Writes the document by which SAP AI Core starts an image with vLLM, the gateway and a model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ARTIFACT = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _IMAGE = re.compile(r"[a-z0-9][\w.:/@-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 _PLAN = re.compile(r"[a-z0-9][a-z0-9.-]*", re.ASCII)
-# Where KServe puts the artifact that STORAGE_URI names.
+# The folder where KServe puts the artifact that STORAGE_URI names.
 _MODELS = "/mnt/models"
-# What is replaced by a number, and must not be text then; the value of a variable must be.
+# Placeholders for numbers, which must stand unquoted; the value of an environment variable must stay quoted text.
 _NUMBERS = re.compile(r"((?:containerPort|port|minReplicas|maxReplicas): )'(\{\{[\w.]+\}\})'")
 _LONGEST_NAME = 63
 
 
 class Template(NamedTuple):
-    """What `serving-template` was asked for; no revision is the one that the artifact is of."""
+    """The options of `serving-template`; without a revision it is the artifact's own."""
 
     model: str
     image: str
@@ -32,13 +32,13 @@ class Template(NamedTuple):
 
 
 class _Block(str):
-    """Text that is written as a block, line by line."""
+    """Text that YAML writes as a block, line by line."""
 
     __slots__ = ()
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types.
-    """Writes lists below their keys, as Kubernetes' own documents have them."""
+    """Writes lists indented below their keys, as in Kubernetes' own documents."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -125,7 +125,7 @@ def _parameter(name: str) -> str:
 
 
 def _annotations() -> dict[str, str]:
-    """When another one is started: vLLM answers many calls at once, so that one a call would waste GPUs."""
+    """The rules for starting another replica: vLLM answers many calls at once, so a replica per call wastes GPUs."""
     return {
         "autoscaling.knative.dev/metric": "concurrency",
         "autoscaling.knative.dev/target": "64",
@@ -138,17 +138,17 @@ def _annotations() -> dict[str, str]:
 def _predictor(artifact: str) -> dict[str, Any]:
     environment = {
         "STORAGE_URI": f"{{{{inputs.artifacts.{artifact}}}}}",
-        # Whatever came there: a folder of files, a hub's cache, a tarball.
+        # The artifact in any form: a folder of files, a hub's cache, a tarball.
         "LLM_VLLM_MODEL_NAME": _MODELS,
         "LLM_VLLM_MODEL_REVISION": _parameter("revision"),
         "SERVED_MODEL_NAME": _parameter("modelName"),
         "VLLM_TP_SIZE": _parameter("gpu"),
         "EXTRA_ARGS": _parameter("additionalArguments"),
-        # The gateway's; without it the platform would ask one port, and the gateway listen on another.
+        # The gateway's port; without it the platform would call one port, and the gateway would listen on another.
         "PORT": _parameter("portNumber"),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # The model's folder is read only, and the user has no home.
+        # Writable folders: the model's folder is read-only, and the user has no home.
         "HF_HOME": "/tmp/hub",
         "HOME": "/tmp/home",
         "XDG_CACHE_HOME": "/tmp/cache",
@@ -158,7 +158,7 @@ def _predictor(artifact: str) -> dict[str, Any]:
         "image": _parameter("image"),
         "ports": [{"containerPort": _parameter("portNumber"), "protocol": "TCP"}],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
-        # 200 once the model answers.
+        # Returns 200 as soon as the model answers.
         "readinessProbe": {"httpGet": {"path": "/v1/health_check", "port": _parameter("portNumber")}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
@@ -167,7 +167,7 @@ def _predictor(artifact: str) -> dict[str, Any]:
         "minReplicas": _parameter("minReplicas"),
         "maxReplicas": _parameter("maxReplicas"),
         "containers": [container],
-        # Through it the workers of several GPUs talk; a container's own has 64 MB.
+        # The workers of several GPUs communicate through /dev/shm, and a container's default has only 64 MB.
         "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "10Gi"}}],
     }
 

@@ -1,4 +1,4 @@
-"""A model as one file for a bucket: a hub's cache in a tarball, the same bytes whenever and wherever it is made."""
+"""Packs a hub's cache of a model into a tarball for a bucket, with the same bytes at any time on any machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gateway.models import ModelError
 from gateway.models.selection import RemoteFile
 
 SUFFIXES = (".tar", ".tar.gz")
-# Weights hardly get smaller, whatever time one takes.
+# The fastest level, because weights hardly get smaller at any level.
 _LEVEL = 1
 
 
 class Content(NamedTuple):
-    """What goes into a tarball: a model at a commit, its files, and where each lies."""
+    """The content of a tarball: a model at a commit, its files, and the local path of each."""
 
     model: str
     commit: str
@@ -30,12 +30,12 @@ class Content(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of all files, each once; the tarball has some kilobytes more."""
+        """Bytes of all files, each counted once; the tarball is some kilobytes larger."""
         return sum({file.oid: file.size for file, _ in self.files}.values())
 
 
 def target_of(name: str, *, zipped: bool) -> Path:
-    """The file to be: NAME.tar or NAME.tar.gz in this folder. Raises ModelError for an odd name, or a taken one."""
+    """The path of the new file: NAME.tar or NAME.tar.gz in this folder. Raises ModelError for a bad or taken name."""
     if "/" in name or "\\" in name or name in ("", ".", "..") or not name.isprintable() or name.startswith("-"):
         raise ModelError(f"--tarfile-name must be a plain name, without a path, but it is {name!r}.")
     target = Path(f"{name}{SUFFIXES[zipped]}")
@@ -45,9 +45,9 @@ def target_of(name: str, *, zipped: bool) -> Path:
 
 
 def write(target: Path, content: Content, *, zipped: bool, watch: Callable[[int, int], None]) -> None:
-    """Write the tarball beside its name, and give it that at its end. Raises ModelError.
+    """Write the tarball as NAME.part, and rename it when it is complete. Raises ModelError.
 
-    What stops it on the way leaves nothing; a kill leaves a NAME.part, which the next one writes over.
+    An error or an interrupt leaves no file. A kill leaves NAME.part, which the next run overwrites.
     """
     part = target.with_name(f"{target.name}.part")
     try:
@@ -80,7 +80,7 @@ def _alone(part: Path) -> Iterator[IO[bytes]]:
 
 
 def _zipped(file: IO[bytes]) -> Any:
-    # Without a name and a time, which would be other bytes each time.
+    # No name and no time, which would change the bytes each time.
     return gzip.GzipFile(filename="", mode="wb", compresslevel=_LEVEL, fileobj=file, mtime=0)
 
 
@@ -94,12 +94,12 @@ def _write(out: IO[bytes], name: str, content: Content, watch: Callable[[int, in
         while (link := posixpath.dirname(link)) != f"{top}/snapshots":
             folders.add(link)
     done, total = 0, content.size
-    # Streamed: the file is not sought in, as a zipped one could not be.
+    # "w|": write without seeking, because a gzip stream cannot seek.
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1024 * 1024) as tar:
         for folder in sorted(folders):
             tar.addfile(_entry(folder, tarfile.DIRTYPE, 0o755))
         _add_text(tar, f"{name}/version.txt", f"{content.model} {content.commit}\n")
-        # Without a line's end, as the hub's own tools write and read it.
+        # Without a newline, as the hub's own tools write and read it.
         _add_text(tar, f"{top}/refs/main", content.commit)
         for link, file in sorted(links.items()):
             entry = _entry(link, tarfile.SYMTYPE, 0o777)
@@ -114,7 +114,7 @@ def _write(out: IO[bytes], name: str, content: Content, watch: Callable[[int, in
 
 
 def _entry(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
-    """Of nobody, and of no time: what differs from machine to machine stays out."""
+    """An entry without owner and time, because these differ from machine to machine."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.mode, entry.mtime = kind, mode, 0
     return entry
@@ -127,7 +127,7 @@ def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
 
 
 class _Watched(io.RawIOBase):
-    """A file whose reading is told of."""
+    """A file that reports the progress of its reading."""
 
     def __init__(self, file: IO[bytes], done: int, total: int, watch: Callable[[int, int], None]) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""A model's way into a bucket: a tarball as it is, a folder file by file, and never half of one that looks whole."""
+"""Uploads a model into a bucket, a tarball as it is or a folder file by file; a partial one never looks complete."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _VERSION = re.compile(r"[\w.-]+/(?P<family>[\w.-]+) (?P<commit>[0-9a-f]{40})\n",
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 _UNFINISHED = (".incomplete", ".last", ".part")
 _INDEX = ".safetensors.index.json"
-# Most of a tarball's files that are read to learn what it is.
+# The largest file in a tarball that is read to identify its model, in bytes.
 _LARGEST_NOTE = 1024
 _MB = 1024 * 1024
 _TRANSFER = {"multipart_threshold": 64 * _MB, "multipart_chunksize": 64 * _MB, "max_concurrency": 8}
 
 
 class Source(NamedTuple):
-    """What goes up: files by their names there, and what the names begin with."""
+    """The files to upload, by their names in the bucket, and the parts of the names' common prefix."""
 
     path: Path
     family: str
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def source_of(path: Path, family: str | None, revision: str | None) -> Source:
-    """What there is to go up; family and revision are the ones given, or else what the model itself says.
+    """Find the files to upload. Without a given family or revision, the model's own is used.
 
     Raises ModelError.
     """
@@ -100,7 +100,7 @@ def _family_of(folder: Path) -> str:
 
 
 def _told_by(file: Path) -> tuple[str, str | None]:
-    """What a tarball of ours says of itself, in the first of its files; of others the file's name."""
+    """The family and commit in the first file of a tarball of ours; for another tarball the file's name and None."""
     family = next((file.name.removesuffix(ending) for ending in _ARCHIVES if file.name.endswith(ending)), file.stem)
     with contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error), tarfile.open(file) as tar:
         for entry in tar:
@@ -114,9 +114,9 @@ def _told_by(file: Path) -> tuple[str, str | None]:
 
 
 def upload(bucket: Bucket, source: Source, watch: Callable[[int, int], None], *, overwrite: bool) -> str:
-    """Write all files, and say where they are. Raises ModelError.
+    """Write all files, and return their address. Raises ModelError.
 
-    A folder's config.json is the last, and of one that is overwritten the first to go: without it nothing is served.
+    A folder's config.json is written last, and an old one is removed first: without it no model is served.
     """
     target = f"{bucket.address.prefix}models/{source.family}/{source.revision}/"
     there = set(bucket.keys(target))
@@ -135,13 +135,13 @@ def upload(bucket: Bucket, source: Source, watch: Callable[[int, int], None], *,
         bucket.remove([last] * (last in there) + stale)
     sending = _Sending(bucket, source.size, watch)
     for key, path in sorted(keys.items(), key=lambda one: one[0] == last):
-        # The others may be of an upload that has not ended; that one makes it a model.
+        # Only the last file must be new: it completes the model, and the others may be of an unfinished upload.
         sending.send(path, key, new=key == last and not overwrite)
     return f"s3://{bucket.address.bucket}/{target.rstrip('/') if whole else last}"
 
 
 class _Sending:
-    """Sends file after file, each in parts."""
+    """Sends the files one by one, each in parts."""
 
     def __init__(self, bucket: Bucket, total: int, watch: Callable[[int, int], None]) -> None:
         self._bucket = bucket
@@ -149,11 +149,11 @@ class _Sending:
         self._watch = watch
         self._done = 0
         self._lock = threading.Lock()
-        # Not the transfer client of the machine's choice: what it does when it is stopped is another matter.
+        # Always boto3's classic client: the one that boto3 chooses by machine behaves differently when it is stopped.
         self._config = TransferConfig(**_TRANSFER, preferred_transfer_client="classic")
 
     def send(self, path: Path, key: str, *, new: bool) -> None:
-        """Write the object; a `new` one by a condition, where the server knows such. Raises ModelError."""
+        """Write the object; with `new` none may exist, if the server supports that condition. Raises ModelError."""
         done = self._done
         try:
             self._send(path, key, new=new)
@@ -185,7 +185,7 @@ class _Sending:
 
 @contextlib.contextmanager
 def _if_none_match(client: Any) -> Iterator[None]:
-    """What is written meanwhile is a new object, or refused. boto3's own uploads take no such condition."""
+    """Within this context, writes of an existing object are refused; boto3's own uploads offer no such condition."""
 
     def add(params: dict[str, Any], **_: Any) -> None:
         params["IfNoneMatch"] = "*"
