@@ -1,1 +1,1 @@
-"""The user's cache folder: which `up` runs on this machine, and what lies there, to be removed."""
+"""The user's cache folder: which `up` runs on this machine, and which files can be removed."""

@@ -1,4 +1,4 @@
-"""What `up`, `quantize` and the benchmark keep in the user's cache folder, and its removal."""
+"""Lists and removes the files that `up`, `quantize` and the benchmark keep in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gateway.cache.running import folder_in, found
 
-# What lies in the cache folder, by the pattern of its name. What is not listed is not ours, and stays.
+# Our files and folders in the cache folder, by patterns of their names. Any other entry is not ours, and stays.
 _KEPT = {
     "env-*": "vLLM for the CPU, installed by `up`",
     "quantize-*": "llm-compressor, installed by `quantize`",
@@ -29,7 +29,7 @@ _UNIT = 1000
 
 
 class CannotClean(Exception):
-    """Why nothing, or not everything, was removed, in a sentence."""
+    """Nothing, or not everything, was removed; the text is a sentence that says why."""
 
 
 class Entry(NamedTuple):
@@ -41,13 +41,13 @@ class Entry(NamedTuple):
 
 
 def entries(cache: Path) -> list[Entry]:
-    """What of the cache folder is ours, the largest first; nothing where there is no such folder."""
+    """Our entries of the cache folder, the largest first; empty if there is no such folder."""
     paths = {path: what for pattern, what in _KEPT.items() for path in cache.glob(pattern)}
     return sorted((Entry(path, _size(path), what) for path, what in paths.items()), key=lambda entry: -entry.size)
 
 
 def lines(listed: list[Entry]) -> list[str]:
-    """One for each entry with its size and name, and their sum."""
+    """One line per entry with its size and name, and one line with the sum."""
     rows = [(_shown(entry.size), f"{entry.path.name}  {entry.what}") for entry in listed]
     return [f"{size:>9}  {what}" for size, what in [*rows, (_shown(sum(entry.size for entry in listed)), "in all")]]
 
@@ -55,7 +55,7 @@ def lines(listed: list[Entry]) -> list[str]:
 def remove(cache: Path, listed: list[Entry]) -> None:
     """Remove the entries, and the folder if nothing else is in it.
 
-    Raises CannotClean, before anything is removed where `up` runs or something is being installed.
+    Raises CannotClean; nothing is removed if `up` runs or another command is installing.
     """
     for running in found(folder_in(cache)):
         raise CannotClean(f"`up` runs here as process {running.pid}, on {running.gateway}: stop it first.")
@@ -88,12 +88,12 @@ def _nothing_is_installed(cache: Path) -> Iterator[None]:
 
 
 def _is_folder(path: Path) -> bool:
-    """A link to a folder is not one, and is removed alone."""
+    """Whether the path is a folder; a link to a folder is not, so only the link is removed."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _size(path: Path) -> int:
-    """Of a file, or of all files of a folder. A file with two names counts once."""
+    """Bytes on disk of a file, or of all files in a folder. A file with two names counts once."""
     seen: dict[tuple[int, int], int] = {}
     for file in path.rglob("*") if _is_folder(path) else [path]:
         with contextlib.suppress(OSError):

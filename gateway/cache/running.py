@@ -1,4 +1,4 @@
-"""Where `up` runs on this machine: a file for each, locked for as long as it lives."""
+"""Records each running `up` of this machine in a file, which is locked as long as that `up` runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.modelserver.preflight import CannotStart
 
 
 class Running(NamedTuple):
-    """An `up`: its process, the URLs of its gateway and its model server, and the model's name and log."""
+    """A running `up`: its process id, the URLs of its gateway and model server, the model's name and the log's path."""
 
     pid: int
     gateway: str
@@ -24,13 +24,13 @@ class Running(NamedTuple):
 
 
 def folder_in(cache: Path) -> Path:
-    """Where the files lie."""
+    """The folder of these files."""
     return cache / "up"
 
 
 @contextlib.contextmanager
 def announced(folder: Path, running: Running) -> Iterator[None]:
-    """Others of this user find it in `folder` for as long as the context lasts. Raises CannotStart."""
+    """Record `running` in `folder` while the context is open, for this user's other commands. Raises CannotStart."""
     file = folder / f"{running.pid}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def announced(folder: Path, running: Running) -> Iterator[None]:
 
 
 def _write(hidden: Path, file: Path, running: Running) -> IO[str]:
-    """The file, open and locked before it has its name, so that nobody takes it for one that was left."""
+    """Write the file and lock it before it gets its name, so that no other process takes it for a leftover."""
     held = os.fdopen(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8")
     fcntl.flock(held, fcntl.LOCK_EX)
     json.dump(running._asdict(), held)
@@ -58,7 +58,7 @@ def _write(hidden: Path, file: Path, running: Running) -> IO[str]:
 
 
 def _remove_left(folder: Path) -> None:
-    """What a kill -9 left."""
+    """Remove the files that a kill -9 left."""
     for file in folder.glob("*.json"):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             if not _is_held(opened):
@@ -66,10 +66,10 @@ def _remove_left(folder: Path) -> None:
 
 
 def found(folder: Path) -> list[Running]:
-    """Those that run now, the first one first."""
+    """Each `up` that runs now, sorted by process id."""
     running = []
     for file in folder.glob("*.json"):
-        # Gone meanwhile, or of another version of ours.
+        # Skip a file that was removed meanwhile, or that another version of ours wrote.
         with contextlib.suppress(OSError, ValueError, TypeError), file.open("rb") as opened:
             if _is_held(opened):
                 running.append(Running(**json.load(opened)))
