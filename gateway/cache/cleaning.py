@@ -62,9 +62,10 @@ def remove(cache: Path, listed: list[Entry]) -> None:
     with _nothing_is_installed(cache):
         for entry in listed:
             try:
-                shutil.rmtree(
-                    entry.path
-                ) if entry.path.is_dir() and not entry.path.is_symlink() else entry.path.unlink()
+                if _is_folder(entry.path):
+                    shutil.rmtree(entry.path)
+                else:
+                    entry.path.unlink()
             except FileNotFoundError:
                 continue
             except OSError as error:

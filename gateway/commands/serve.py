@@ -26,7 +26,7 @@ _BUILDS = {"compiled": "compiled", "plain": "in plain Python"}
 
 
 def serve(settings: Settings, secrets: Secrets, warnings: list[str]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises listening.CannotListen."""
+    """Serve until SIGINT or SIGTERM. Raises listener.CannotListen."""
     share_heap()
     warnings = [*warnings, *_limit_connections(settings), *_bodies_that_may_not_arrive(settings)]
     listeners = [listen(settings.host, settings.port)]
