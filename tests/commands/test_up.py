@@ -186,7 +186,8 @@ def test_ctrl_c_ends_make_up_without_a_word_of_makes(tmp_path: Path) -> None:
 def test_a_signal_while_it_starts_ends_it_in_good_order(tmp_path: Path) -> None:
     with running(tmp_path, STAND_IN_HANGS="1") as process:
         assert process.stdout is not None
-        assert "Starting vLLM: importing PyTorch and vLLM (0 s)\n" in process.stdout
+        # On a busy machine a second may have gone by.
+        assert any(line.startswith("Starting vLLM: importing PyTorch and vLLM (") for line in process.stdout)
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0
