@@ -29,7 +29,9 @@ class Container:
         self.data = folder / "data"
         self._folder = folder
         self._program = folder / "gateway/modelserver/container.py"
-        shutil.copytree(ROOT / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__", "*.lock"))
+        shutil.copytree(
+            ROOT / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__", "*.lock", "*.so")
+        )
         script = "import os, sys; print(os.environ.get('HF_TOKEN'), os.environ.get('VLLM_TP_SIZE'), *sys.argv)"
         (folder / "gateway/modelserver/scripts/quantize.py").write_text(script)
         vllm = folder / "vllm"

@@ -71,6 +71,7 @@ PIECES = {
 # The largest body is smaller than two requests, so that a second piece may be one too many.
 LIMITS = st.builds(
     CallLimits,
+    max_connections=st.just(4096),
     max_body_bytes=st.just(150),
     queue_timeout=st.sampled_from([1.0, 6.0]),
     header_timeout=st.just(13.0),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.observability.own_version import own_build
 from tests.support import fake_vllm
 from tests.support.fake_vllm import (
     CLOSE,
@@ -444,7 +445,12 @@ def test_64_clients_at_once(gateway: Gateway, fake: FakeVllm) -> None:
 @pytest.mark.parametrize(
     ("broken", "method", "path"),
     [
-        ("gateway.dialects.reader.simplified.from_body", "POST", CHAT),
+        pytest.param(
+            "gateway.dialects.reader.simplified.from_body",
+            "POST",
+            CHAT,
+            marks=pytest.mark.skipif(own_build() == "compiled", reason="what is compiled calls no stand-in for it"),
+        ),
         ("gateway.observability.metrics.Metrics.text", "GET", "/metrics"),
     ],
 )
