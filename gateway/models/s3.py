@@ -59,7 +59,10 @@ def parse(text: str) -> Address:
     """Parse s3://BUCKET or s3://BUCKET/PREFIX. Raises ModelError."""
     found = _ADDRESS.fullmatch(text)
     if found is None:
-        raise ModelError(f"The address must be s3://BUCKET or s3://BUCKET/PREFIX, but it is {text!r}.")
+        raise ModelError(
+            "The address must be s3://BUCKET or s3://BUCKET/PREFIX, with a bucket's name of 3 to 63 lower-case "
+            f"letters, digits, dots and hyphens, but it is {text!r}."
+        )
     prefix = (found["prefix"] or "").strip("/")
     if not _PREFIX.fullmatch(prefix) or any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
         raise ModelError(f"The prefix {prefix!r} must be of letters, digits and !'()*.=_- with single slashes.")

@@ -238,9 +238,9 @@ def test_a_redirect_names_the_region(bucket: Bucket, upload: Upload, folder: Pat
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("models", "The address must be s3://BUCKET or s3://BUCKET/PREFIX, but it is 'models'."),
+        ("models", "digits, dots and hyphens, but it is 'models'."),
         ("s3://", "The address must be s3://BUCKET"),
-        ("s3://a", "The address must be s3://BUCKET"),
+        ("s3://a", "with a bucket's name of 3 to 63 lower-case letters"),
         ("s3://Models", "The address must be s3://BUCKET"),
         ("https://models.s3.amazonaws.com", "The address must be s3://BUCKET"),
         ("s3://models/a/../b", "The prefix 'a/../b' must be of letters, digits"),
