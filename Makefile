@@ -55,7 +55,7 @@ test-fp8: $(VENV)/.installed-dev  ## The demo model quantized by llm-compressor;
 test-kubernetes: $(VENV)/.installed-dev  ## The manifests rendered and checked; needs kubectl and Prometheus, installs their schemas (1 min)
 	$(BIN)/python -m pytest tests/heavy/kubernetes/rendered.py tests/heavy/kubernetes/schemas.py tests/heavy/kubernetes/prometheus.py
 
-test-cluster: $(VENV)/.installed-dev  ## The manifests' pods run on Docker under load, by a kubelet in small; needs it, kubectl and root (5 min)
+test-cluster: $(VENV)/.installed-dev  ## The manifests' pods run on Docker under load, by a kubelet in small; needs it, kubectl and root (8 min)
 	$(BIN)/python -m pytest tests/heavy/cluster/running.py
 
 test-nodes: $(VENV)/.installed-dev  ## The demo model over two workers and two nodes; not in .ci/run (10 min)
