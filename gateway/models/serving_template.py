@@ -37,7 +37,7 @@ class _Block(str):
     __slots__ = ()
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types.
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types: its class is Any.
     """Writes lists indented below their keys, as in Kubernetes' own documents."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:

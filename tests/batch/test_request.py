@@ -18,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 SOUND = base64.b64encode(b"RIFF\0\xff").decode()
 
 
-def line(url: str = CHAT, body: Any = None, **fields: Any) -> bytes:
+def line(url: str | None = CHAT, body: Any = None, **fields: Any) -> bytes:
     told = {"custom_id": "a", "method": "POST", "url": url, "body": {"messages": MESSAGES} if body is None else body}
     return orjson.dumps({**told, **fields})
 
@@ -83,7 +83,7 @@ def test_a_file_is_sent_as_a_form() -> None:
         (line(custom_id=""), 'but that is ""'),
         (line(method="GET"), 'needs the method POST, which /v1/chat/completions takes, but that is "GET"'),
         (line(method=None), "but that is missing"),
-        (line(url=None), "needs a url, as /v1/chat/completions, but that is missing"),  # type: ignore[arg-type]
+        (line(url=None), "needs a url, as /v1/chat/completions, but that is missing"),
         (line("/v1/chat/completion"), "which is no path of a gateway's: did you mean /v1/chat/completions?"),
         (line("https://api.openai.com/v1/chat/completions"), "did you mean /v1/chat/completions?"),
         (line("/v1/chat/completions?a=b"), "which is no path of a gateway's"),

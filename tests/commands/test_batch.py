@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -358,7 +359,7 @@ def test_who_finds_no_room_is_patient_for_as_long_as_there_is_some_for_others(
 
     async def wait_for_another(self: sending.Sender, seconds: float, why: str) -> None:
         answered = self._figures.answered
-        while self._figures.answered == answered < len(names):  # noqa: ASYNC110 - there is no event of it
+        while self._figures.answered == answered < len(names):  # noqa: ASYNC110 - a plain number, of which nothing is told
             await asyncio.sleep(0.001)
 
     monkeypatch.setattr(sending.Sender, "_wait", wait_for_another)
@@ -662,13 +663,16 @@ def test_a_full_disk_is_told_and_once_there_is_room_it_goes_on(fake: FakeVllm, t
 
 
 def test_none_is_lost_or_twice_over_five_kills(fake: FakeVllm, tmp_path: Path, out: str) -> None:
+    def has_come(count: int) -> bool:
+        return len(fake.received) >= count
+
     names = [f"{number:03}" for number in range(300)]
     source = written(tmp_path / "in", *map(line, names))
     done = 0
     with running(fake.url) as gateway:
         for kill in range(1, 6):
             with sending_to(gateway.url, source, "-o", out, "--max-concurrency", "8") as process:
-                fake.wait(lambda until=done + 50: len(fake.received) >= until)  # type: ignore[misc]
+                fake.wait(partial(has_come, done + 50))
                 process.kill()
                 process.wait()
             assert process.returncode == -signal.SIGKILL

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
+from typing import cast
 
 DOMAIN = "default.svc.cluster.local"
 # Seconds for which an answer is good, as CoreDNS's are by default; of a refusal, too.
@@ -21,9 +22,9 @@ class Names(asyncio.DatagramProtocol):
         self._addresses = addresses
         self._transport: asyncio.DatagramTransport | None = None
 
-    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It can answer."""
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Answer one question."""

@@ -59,7 +59,7 @@ async def settled(cluster: Cluster, seconds: float = 500) -> None:
     await cluster.until(lambda: not any(pod.ending for pod in cluster.pods), 160)
     addresses = [pod.address for pod in cluster.of(GATEWAY)]
     async with asyncio.timeout(2 * SPREAD):
-        while sorted(cluster.proxied(GATEWAY)) != sorted(addresses):  # noqa: ASYNC110 - by time alone
+        while sorted(cluster.proxied(GATEWAY)) != sorted(addresses):  # noqa: ASYNC110 - changes as time passes
             await asyncio.sleep(0.1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import random
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def client(server: Server) -> object:
+def client(server: Server) -> Any:
     return boto3.client(
         "s3",
         endpoint_url=server.url,
@@ -50,12 +51,12 @@ def client(server: Server) -> object:
 
 
 def fetched(server: Server, key: str, to: Path) -> Path:
-    client(server).download_file("models", key, str(to))  # type: ignore[attr-defined]
+    client(server).download_file("models", key, str(to))
     return to
 
 
 def keys(server: Server, prefix: str) -> set[str]:
-    found = client(server).list_objects_v2(Bucket="models", Prefix=prefix)  # type: ignore[attr-defined]
+    found = client(server).list_objects_v2(Bucket="models", Prefix=prefix)
     return {one["Key"] for one in found.get("Contents", ())}
 
 
