@@ -107,6 +107,18 @@ def _url(_context: click.Context, _parameter: click.Parameter, value: str | None
         raise click.BadParameter("a gateway is named as http://host:9000, without a user or password.") from None
 
 
+_gateway_url = click.option(
+    "--url", metavar="URL", callback=_url, help="The gateway; else where this machine's settings have it."
+)
+_gateway_key = click.option(
+    "--key",
+    envvar=CLIENT_KEY,
+    show_envvar=True,
+    callback=_key,
+    help="One of the gateway's keys. Better in the environment: others can read a command line.",
+)
+
+
 @main.command(
     epilog="""\b
 Exit status: 0 answered, or a conversation was left; 1 the gateway or the model refused, or the
@@ -114,14 +126,8 @@ answer broke off; 2 wrong usage; 3 the gateway cannot be reached; 130 stopped by
 reads the answer any more."""
 )
 @click.argument("prompt", required=False, callback=_text)
-@click.option("--url", metavar="URL", callback=_url, help="The gateway; else where this machine's settings have it.")
-@click.option(
-    "--key",
-    envvar=CLIENT_KEY,
-    show_envvar=True,
-    callback=_key,
-    help="One of the gateway's keys. Better in the environment: others can read a command line.",
-)
+@_gateway_url
+@_gateway_key
 @click.option("--model", callback=_text, help="One of those served; without it the gateway chooses.")
 @click.option("--system", metavar="TEXT", callback=_text, help="What the model is told before all else.")
 @click.option(
@@ -173,14 +179,8 @@ by Ctrl-C or SIGTERM; 141 nobody reads the results any more."""
 )
 @click.argument("source", metavar="INPUT.jsonl", callback=_text)
 @click.option("-o", "--output", metavar="OUTPUT.jsonl", required=True, callback=_text, help="Where the results go.")
-@click.option("--url", metavar="URL", callback=_url, help="The gateway; else where this machine's settings have it.")
-@click.option(
-    "--key",
-    envvar=CLIENT_KEY,
-    show_envvar=True,
-    callback=_key,
-    help="One of the gateway's keys. Better in the environment: others can read a command line.",
-)
+@_gateway_url
+@_gateway_key
 @click.option(
     "--max-concurrency",
     "most",
